@@ -1,0 +1,169 @@
+"""FSDP2: weights sharded by rows, one group per block, each gathered for its forward and its backward alone.
+
+A, B and m live in the group of the weight they adapt and are sharded by rows like it, so that the rank holding
+rows of W holds the same rows of B and m. Mixed precision is the layer's own business (fp32 A, B, m beside a
+16-bit W): FSDP's `param_dtype` would round the magnitudes.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from dora_dist.backends.process import Processes
+from dora_dist.errors import UserError
+from dora_dist.shards import Rectangle, Shards, as_matrix
+
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+
+
+class FsdpShards:
+    """The shard protocol over DTensors sharded by rows on the last dimension of `mesh` (the one before it, if
+    any, holds replicas). A parameter that FSDP does not manage counts as the first rank's."""
+
+    def __init__(self, mesh: DeviceMesh):
+        self.group = mesh.get_group(mesh.ndim - 1)
+        self.index = mesh.get_local_rank(mesh.ndim - 1)
+        self.size = mesh.size(mesh.ndim - 1)
+        self.device = torch.device(
+            mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None
+        )
+        self.is_writer = dist.get_rank() == 0
+
+    def settle(self, model: nn.Module) -> None:
+        _reshard(model)
+
+    def rectangles(self, parameter: Tensor) -> list[Rectangle]:
+        if not isinstance(parameter, DTensor):
+            return [Rectangle(as_matrix(parameter.detach()))] if self.index == 0 else []
+        _require_row_sharding(parameter)
+        local = as_matrix(parameter.detach().to_local())
+        return [Rectangle(local, row=self.index * self._chunk(parameter))] if local.numel() else []
+
+    def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
+        if isinstance(weight, DTensor) and isinstance(factor, DTensor):
+            return weight.placements == factor.placements and weight.shape[0] == factor.shape[0]
+        return not isinstance(weight, DTensor) and not isinstance(factor, DTensor)
+
+    def gather(self, parameters: list[Tensor]) -> list[Tensor]:
+        sharded = [p for p in parameters if isinstance(p, DTensor)]
+        whole = iter(self._gather_sharded(sharded) if sharded else ())
+        return [next(whole) if isinstance(p, DTensor) else p.detach() for p in parameters]
+
+    def sum_(self, flat: Tensor) -> None:
+        dist.all_reduce(flat, group=self.group)
+
+    def _gather_sharded(self, parameters: list[DTensor]) -> list[Tensor]:
+        """Every rank sends its rows, each parameter padded to the same number of rows on every rank, as one
+        vector; the slots of one parameter, one below the other, are the whole parameter and the padding."""
+        matrices = [as_matrix(p.detach().to_local()) for p in parameters]
+        slots = [self._chunk(p) * m.shape[1] for p, m in zip(parameters, matrices, strict=True)]
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        own = torch.zeros(sum(slots), dtype=dtype, device=self.device)
+        for slot, matrix in zip(own.split(slots), matrices, strict=True):
+            slot[: matrix.numel()].copy_(matrix.reshape(-1))
+        everyone = torch.empty(self.size * own.numel(), dtype=dtype, device=self.device)
+        _all_gather(everyone, own, group=self.group)
+        columns = everyone.view(self.size, -1).split(slots, dim=1)
+        return [
+            column.reshape(-1)[: p.numel()].view(p.shape)
+            for p, column in zip(parameters, columns, strict=True)
+        ]
+
+    def _chunk(self, parameter: Tensor) -> int:
+        return -(-parameter.shape[0] // self.size)  # rows per rank; the last ranks may have fewer, or none
+
+
+def find_shards(model: nn.Module) -> Shards | None:
+    """The shards of a model to which `fully_shard` was applied (by anyone); None if it was not."""
+    _reshard(model)
+    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
+    if len(meshes) > 1:
+        raise UserError(
+            f"the parameters lie on {len(meshes)} device meshes; DoRA norms need one mesh for all"
+        )
+    return FsdpShards(meshes.pop()) if meshes else None
+
+
+def _reshard(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward without backward the root stays gathered
+
+
+def _require_row_sharding(parameter: DTensor) -> None:
+    *outer, last = parameter.placements
+    if last != Shard(0) or any(p != Replicate() for p in outer):
+        raise UserError(
+            f"a parameter is placed as {parameter.placements}; DoRA layers need FSDP2's default, Shard(0) on the "
+            "mesh's last dimension"
+        )
+
+
+class Fsdp:
+    """The strategy: each rank holds 1/N of every weight, N = world size / replicas."""
+
+    name = "fsdp"
+    needs_group = True
+
+    def __init__(self, processes: Processes, replicas: int = 1, cpu_offload: bool = False):
+        if processes.world_size % replicas:
+            raise UserError(
+                f"parallel.replicas: {replicas} replica groups do not divide the {processes.world_size} processes"
+            )
+        self.processes = processes
+        self.cpu_offload = cpu_offload
+        self.shape = (processes.world_size // replicas,)
+        self.names: tuple[str, ...] = ("shard",)
+        if replicas > 1:
+            self.shape, self.names = (replicas, *self.shape), ("replicate", "shard")
+
+    def shard(self, model: nn.Module) -> None:
+        mesh = init_device_mesh(self.processes.device.type, self.shape, mesh_dim_names=self.names)
+        offload = OffloadPolicy()
+        if self.cpu_offload:
+            offload = CPUOffloadPolicy(pin_memory=self.processes.device.type == "cuda")
+        for module in _groups(model):
+            fully_shard(module, mesh=mesh, offload_policy=offload)
+        fully_shard(model, mesh=mesh, offload_policy=offload)
+
+    def parameter_device(self) -> torch.device:
+        return torch.device("cpu") if self.cpu_offload else self.processes.device
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def shards(self, model: nn.Module) -> Shards:
+        found = find_shards(model)
+        assert found is not None
+        return found
+
+    @contextmanager
+    def accumulating(self, module: nn.Module) -> Iterator[None]:
+        assert isinstance(module, FSDPModule)
+        module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)
+
+
+def _groups(model: nn.Module) -> Iterator[nn.Module]:
+    """What is gathered by itself: every block (an element of an outermost ModuleList), and the embeddings unless
+    they are tied; the rest is the root's."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in inside:
+            for block in module:
+                inside.update(block.modules())
+                if any(True for _ in block.parameters()):
+                    yield block
+    embeddings = [getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")]
+    owners = [m for m in embeddings if m is not None and m not in inside]
+    if len({id(m.weight) for m in owners}) == len(owners):
+        yield from owners

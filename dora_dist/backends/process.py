@@ -1,0 +1,76 @@
+"""The processes of a run: who this one is, which device it owns, and the few collectives every strategy shares."""
+
+import datetime
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Processes:
+    """This process among its peers, read from the launcher's environment (torchrun, or plain python: one)."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", self.local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def start(self, timeout_s: int, needed: bool = True) -> None:
+        """Join the process group. CPU tensors always have gloo. A group that is not needed is not made."""
+        if not needed or dist.is_initialized():
+            return
+        cuda = self.device.type == "cuda"
+        alone = "MASTER_ADDR" not in os.environ
+        if not cuda and os.environ.get("LOCAL_WORLD_SIZE") == str(self.world_size):
+            _use_loopback()
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=datetime.timedelta(seconds=timeout_s),
+            device_id=self.device if cuda else None,
+            **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+        )
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Rank 0's values on every rank, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def broadcast_object(self, value: object) -> object:
+        """Rank 0's small Python object on every rank."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def stop(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _use_loopback() -> None:
+    """Keep gloo off interfaces whose address does not lead back here (sandboxes, laptops on a VPN): on one host
+    the loopback serves."""
+    if "GLOO_SOCKET_IFNAME" not in os.environ and any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"

@@ -1,0 +1,266 @@
+"""The one order in which a run's model is made:
+
+    meta model -> inject DoRA -> shard -> read this rank's weights -> magnitudes -> norms -> optimizer
+
+Parameters stay on the meta device until they are sharded, so no rank ever holds more than its own part and the
+tensor it is reading. Buffers (rotary frequencies) are real from the start: they are computed, not loaded.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_dist.adapter import load_adapter
+from dora_dist.backends.fsdp import Fsdp
+from dora_dist.backends.process import Processes
+from dora_dist.backends.replicated import Ddp, Single
+from dora_dist.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from dora_dist.errors import UserError
+from dora_dist.inject import inject_dora
+from dora_dist.layers import DoraLayer
+from dora_dist.norms import initialize_adapters, refresh_norms
+from dora_dist.shards import Shards
+from dora_dist.weights import (
+    SafetensorsFiles,
+    base_tensors,
+    check_shapes,
+    fill_random,
+    load_slices,
+    load_whole,
+    missing_from,
+)
+
+Strategy = Single | Ddp | Fsdp
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """The model on the meta device, DoRA in place, everything checked that can be checked without weights."""
+
+    config: RunConfig
+    model: nn.Module
+    files: SafetensorsFiles | None  # None: random weights
+    head: tuple[str, ...]  # a classifier's head: its modules outside the base model, trained in full
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model ready to train."""
+
+    model: nn.Module  # the injected, sharded model
+    module: nn.Module  # what to call for a training forward (the model, or DDP around it)
+    shards: Shards
+    optimizer: torch.optim.Optimizer
+
+
+def resolve_model(path: str) -> Path:
+    """A local directory for `model.path`, downloading a hub id.
+
+    Raises:
+        UserError: neither a directory with a config.json nor a hub id that can be fetched.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise UserError(
+                f"model.path: {path!r} has no config.json; expected a model in Hugging Face layout"
+            )
+        return directory
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise UserError(f"model.path: there is no directory {path!r}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.path: {path!r} is no directory, and as a hub id it cannot be fetched: {reason}"
+        ) from None
+
+
+def draw_blueprint(config: RunConfig, directory: Path) -> Blueprint:
+    """The injected meta model of a run. Reads config.json and the headers of the weight files, no weight."""
+    model = _meta_model(config.model, directory)
+    files = None if config.model.init == "random" else SafetensorsFiles(directory)
+    if files is not None:
+        check_shapes(files, model)
+    head = _classifier_head(model) if config.model.task == "sequence_classification" else ()
+    saved = [*config.dora.modules_to_save, *(h for h in head if h not in config.dora.modules_to_save)]
+    inject_dora(model, replace(config.dora, modules_to_save=saved))
+    return Blueprint(config, model, files, head)
+
+
+def choose_strategy(parallel: ParallelConfig, model: nn.Module, processes: Processes) -> Strategy:
+    """What `parallel.strategy` says; `auto`: one process alone, else ddp where the weights take at most half of
+    a device's memory, else fsdp."""
+    name, world = parallel.strategy, processes.world_size
+    if name == "single" and world > 1:
+        raise UserError(
+            f"parallel.strategy: single runs in one process, but {world} were launched; use ddp or fsdp"
+        )
+    sharded = parallel.cpu_offload or parallel.replicas > 1
+    if name == "auto":
+        fits = sum(t.nbytes for t in base_tensors(model).values()) <= _device_memory(processes) / 2
+        name = "fsdp" if sharded or (world > 1 and not fits) else "ddp" if world > 1 else "single"
+    if name == "fsdp":
+        return Fsdp(processes, parallel.replicas, parallel.cpu_offload)
+    return Ddp(processes) if name == "ddp" else Single(processes)
+
+
+def build(blueprint: Blueprint, strategy: Strategy) -> Built:
+    """Shard the blueprint's model, read this rank's weights, and make the optimizer."""
+    config, model = blueprint.config, blueprint.model
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    strategy.shard(model)
+    materialize(model, strategy.parameter_device(), strategy.processes.device)
+    shards = strategy.shards(model)
+    _load(blueprint, shards, strategy.processes)
+    initialize_adapters(model, config.train.seed, shards)
+    if config.dora.init_from is not None:
+        load_adapter(model, config.dora.init_from, shards)
+    for layer in model.modules():
+        if isinstance(layer, DoraLayer):
+            layer.norm_is_cached = True  # the training loop refreshes after each step
+    refresh_norms(model, shards)
+    return Built(model, strategy.wrap(model), shards, make_optimizer(model, config.train))
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, with the magnitudes' and B's own learning rates where asked for."""
+    groups: dict[str, list[nn.Parameter]] = {"magnitude": [], "B": [], "other": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            last = name.rpartition(".")[2]
+            groups["magnitude" if last == "magnitude" else "B" if last == "lora_B" else "other"].append(
+                parameter
+            )
+    rates = {
+        "magnitude": config.magnitude_lr or config.lr,
+        "B": config.lr * (config.lora_plus_ratio or 1.0),
+        "other": config.lr,
+    }
+    return torch.optim.AdamW(
+        [{"params": params, "lr": rates[kind]} for kind, params in groups.items() if params],
+        weight_decay=config.weight_decay,
+    )
+
+
+@torch.no_grad()
+def materialize(model: nn.Module, parameter_device: torch.device, buffer_device: torch.device) -> None:
+    """Replace meta parameters by uninitialised ones (sharded ones: of this rank's part), keeping ties, and move
+    buffers."""
+    real: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if parameter not in real:
+                    empty = torch.empty_like(parameter, device=parameter_device)
+                    real[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = real[parameter]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                empty = torch.empty_like(buffer, device=buffer_device) if buffer.is_meta else buffer
+                module._buffers[name] = empty.to(buffer_device)
+
+
+def _load(blueprint: Blueprint, shards: Shards, processes: Processes) -> None:
+    config, model, files = blueprint.config.model, blueprint.model, blueprint.files
+    std = getattr(model.config, "initializer_range", 0.02)
+    seed = blueprint.config.train.seed
+    if files is None:
+        fill_random(model, base_tensors(model), seed, std, shards)
+        return
+    new = [n for n in missing_from(files, model) if n.startswith(tuple(f"{h}." for h in blueprint.head))]
+    if missing_from(files, model) == new:
+        load_slices(model, files, shards)
+        fill_random(model, new, seed, std, shards)
+    else:
+        load = partial(_load_with_transformers, config, files.directory, blueprint.head)
+        load_whole(model, load, shards, processes)
+
+
+def _load_with_transformers(config: ModelConfig, directory: Path, head: tuple[str, ...]) -> nn.Module:
+    model, info = _auto_class(config).from_pretrained(
+        directory, output_loading_info=True, **_model_arguments(config, directory)
+    )
+    missing = [name for name in info["missing_keys"] if not name.startswith(tuple(f"{h}." for h in head))]
+    if missing:
+        raise UserError(
+            f"model.path: {str(directory)!r} holds no weights for {sorted(missing)[0]!r} ({len(missing)} missing)"
+        )
+    return model
+
+
+def _meta_model(config: ModelConfig, directory: Path) -> nn.Module:
+    with _parameters_on_meta():
+        model = _auto_class(config).from_config(**_model_arguments(config, directory))
+    model.config.use_cache = False
+    return model
+
+
+def _model_arguments(config: ModelConfig, directory: Path) -> dict[str, Any]:
+    """What transformers is told, the same for the meta model and for its own loading."""
+    from transformers import AutoConfig
+
+    extra = {"num_labels": config.num_labels} if config.num_labels is not None else {}
+    try:
+        hf_config = AutoConfig.from_pretrained(directory, **extra)
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.path: {str(directory / 'config.json')!r} cannot be used: {reason}") from None
+    return {
+        "config": hf_config,
+        "dtype": getattr(torch, config.dtype),
+        "attn_implementation": config.attention,
+    }
+
+
+def _auto_class(config: ModelConfig) -> Any:
+    import transformers
+
+    if config.task == "causal_lm":
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForSequenceClassification
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters made inside go to the meta device; buffers, which modules compute, stay real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a tied one is there already
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _classifier_head(model: nn.Module) -> tuple[str, ...]:
+    """A classifier's modules outside its base model: new to most checkpoints, so they are trained in full."""
+    base = getattr(model, "base_model_prefix", "")
+    return tuple(n for n, m in model.named_children() if n != base and any(True for _ in m.parameters()))
+
+
+def _device_memory(processes: Processes) -> float:
+    """Bytes that one process may count on."""
+    if processes.device.type == "cuda":
+        return torch.cuda.get_device_properties(processes.device).total_memory
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host / int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -1,0 +1,43 @@
+"""The command line: `dora-dist VERB ...`. Exit status 0: done; 2: the user's mistake, told in one line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from dora_dist.config import load_config
+from dora_dist.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dora-dist", description="DoRA fine-tuning that is aware of sharding."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    train = verbs.add_parser("train", help="fine-tune a model as a YAML says (under torchrun or alone)")
+    train.add_argument("--config", required=True, metavar="C.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="laid over the YAML")
+    train.set_defaults(run=_train)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others have the same to say
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = load_config(
+        options.config, options.overrides
+    )  # before torch is imported: mistakes are told at once
+    import transformers
+
+    from dora_dist.train import run_training
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    run_training(config)

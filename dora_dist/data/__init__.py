@@ -1,0 +1,33 @@
+"""Rows of data to batches of token ids.
+
+sources, rows   what `data.train` names, to raw rows that know their place
+formats         a row of each format to its text and the characters to learn
+encode          text to token ids and the mask of tokens to learn
+examples        all encoded rows, in flat arrays
+packing         several rows in one sequence
+batches         global batches, shared out over ranks; the evaluation pass
+streaming       the same from a stream too large to hold
+"""
+
+from dora_dist.data.batches import BatchPlan, EvaluationBatches, GlobalBatch, evaluation_batches
+from dora_dist.data.encode import Example, check_vocabulary
+from dora_dist.data.examples import Examples, load_examples
+from dora_dist.data.packing import additive_mask, pack, packed_attention
+from dora_dist.data.report import Report
+from dora_dist.data.streaming import StreamPlan
+
+__all__ = [
+    "BatchPlan",
+    "EvaluationBatches",
+    "Example",
+    "Examples",
+    "GlobalBatch",
+    "Report",
+    "StreamPlan",
+    "additive_mask",
+    "check_vocabulary",
+    "evaluation_batches",
+    "load_examples",
+    "pack",
+    "packed_attention",
+]

@@ -1,0 +1,229 @@
+"""Examples to batches: the same global batches whatever the number of ranks and accumulation that form them.
+
+A global batch is `micro_batch_size * accumulation * world_size` units (rows, or packs of rows) of an endless
+stream of shuffled epochs. Every rank computes the same stream from the seed and takes its part, so that all
+know the number of targets of the whole global batch without communication.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from dora_dist.data.encode import Example
+from dora_dist.data.examples import Examples
+from dora_dist.data.packing import pack, packed_attention
+from dora_dist.errors import UserError
+
+IGNORED = -100  # a target that no loss counts
+MicroBatch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One optimizer step's data."""
+
+    micro_batches: list[MicroBatch]  # this rank's
+    targets: int  # predicted supervised tokens (or labelled rows) of the whole global batch, over all ranks
+    tokens: int  # not counting padding, over all ranks
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a global batch is shared out: micro-batch `a` of rank `r` holds units [(a * world_size + r) * size
+    : + size] for `size = micro_batch_size`."""
+
+    micro_batch_size: int
+    accumulation: int
+    rank: int
+    world_size: int
+
+    @property
+    def global_size(self) -> int:
+        return self.micro_batch_size * self.accumulation * self.world_size
+
+    def mine(self) -> Iterator[slice]:
+        """The units of each of this rank's micro-batches."""
+        for a in range(self.accumulation):
+            start = (a * self.world_size + self.rank) * self.micro_batch_size
+            yield slice(start, start + self.micro_batch_size)
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Makes a micro-batch of units, each a list of examples (one, unless packing).
+
+    causal: `input_ids` and `targets` [B, T] int64, `targets` being the id that follows each position (-100:
+    not supervised); with packing also `position_ids` [B, T] and `attention_mask` [B, 1, T, T] bool, see
+    `packing`. Otherwise `input_ids` and `attention_mask` [B, T], `labels` [B] int64, and `token_type_ids` [B,
+    T] where the tokenizer has them. T is the longest unit rounded up to a multiple of 8, at most seq_len;
+    padding is at the right, where causal attention never looks.
+    """
+
+    seq_len: int
+    pad_id: int
+    packing: bool = False
+    causal: bool = True
+
+    def __call__(self, units: Sequence[Sequence[Example]]) -> MicroBatch:
+        longest = max(sum(len(example.ids) for example in unit) for unit in units)
+        shape = (len(units), min(-(-longest // 8) * 8, self.seq_len))
+        return self._causal(units, shape) if self.causal else self._labelled(units, shape)
+
+    def dummy(self) -> MicroBatch:
+        """A micro-batch that contributes nothing to a loss, for a rank that has no rows left."""
+        nothing = Example(np.full(1, self.pad_id, dtype=np.int32), np.zeros(1, dtype=bool), label=IGNORED)
+        return self([[nothing]])
+
+    def _causal(self, units: Sequence[Sequence[Example]], shape: tuple[int, int]) -> MicroBatch:
+        ids_BT = np.full(shape, self.pad_id, dtype=np.int64)
+        targets_BT = np.full(shape, IGNORED, dtype=np.int64)
+        positions_BT = np.zeros(shape, dtype=np.int64)
+        documents_BT = np.full(shape, -1, dtype=np.int64)
+        for b, unit in enumerate(units):
+            start = 0
+            for number, example in enumerate(unit):
+                end = start + len(example.ids)
+                ids_BT[b, start:end] = example.ids
+                targets_BT[b, start : end - 1] = np.where(example.supervised[1:], example.ids[1:], IGNORED)
+                positions_BT[b, start:end] = np.arange(end - start)
+                documents_BT[b, start:end] = number
+                start = end
+        batch = {"input_ids": torch.from_numpy(ids_BT), "targets": torch.from_numpy(targets_BT)}
+        if self.packing:
+            batch["position_ids"] = torch.from_numpy(positions_BT)
+            batch["attention_mask"] = packed_attention(torch.from_numpy(documents_BT))
+        return batch
+
+    def _labelled(self, units: Sequence[Sequence[Example]], shape: tuple[int, int]) -> MicroBatch:
+        rows = [example for (example,) in units]
+        fields = {"input_ids": np.full(shape, self.pad_id, dtype=np.int64)}
+        fields["attention_mask"] = np.zeros(shape, dtype=np.int64)
+        if rows[0].token_types is not None:
+            fields["token_type_ids"] = np.zeros(shape, dtype=np.int64)
+        for b, row in enumerate(rows):
+            T = len(row.ids)
+            fields["input_ids"][b, :T] = row.ids
+            fields["attention_mask"][b, :T] = 1
+            if row.token_types is not None:
+                fields["token_type_ids"][b, :T] = row.token_types
+        fields["labels"] = np.array([row.label for row in rows], dtype=np.int64)
+        return {name: torch.from_numpy(values) for name, values in fields.items()}
+
+
+class BatchPlan:
+    """The global batches of a training run, by step, in any order: a run resumes by asking for a later step.
+
+    Attributes:
+        rows: examples in an epoch.
+        steps_per_epoch: global batches in an epoch; seldom a whole number, batches straddle epochs.
+
+    Raises:
+        UserError: there are fewer units than one global batch holds.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        micro_batch_size: int,
+        accumulation: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        packing: bool,
+        seq_len: int,
+        pad_id: int,
+        shuffle: bool = True,
+        causal: bool = True,
+    ) -> None:
+        packing = packing and causal
+        self._split = Split(micro_batch_size, accumulation, rank, world_size)
+        self._collate = Collate(seq_len, pad_id, packing, causal)
+        self._examples, self._seed, self._shuffle = examples, seed, shuffle
+        self._units = pack(examples.lengths, seq_len) if packing else [[row] for row in range(len(examples))]
+        self.rows = len(examples)
+        self.steps_per_epoch = len(self._units) / self._split.global_size
+        # Each plan its own cache: a batch asks for its epoch, and for the next where it straddles the two.
+        self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
+        if self.steps_per_epoch < 1:
+            raise UserError(self._too_few(packing))
+
+    def _too_few(self, packing: bool) -> str:
+        split, units = self._split, len(self._units)
+        have = f"{self.rows} rows make {units} packs" if packing else f"there are {units} rows"
+        return (
+            f"data.train: {have}, but one step takes {split.global_size}: train.micro_batch_size "
+            f"{split.micro_batch_size} x train.accumulation {split.accumulation} x {split.world_size} "
+            "processes; valid would be more data, or smaller ones of these"
+        )
+
+    def _make_epoch_order(self, epoch: int) -> np.ndarray:
+        """[units] the order of an epoch."""
+        if not self._shuffle:
+            return np.arange(len(self._units))
+        # PCG64 by name: numpy may change what `default_rng` is, and a resumed run must see the same order.
+        return np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(len(self._units))
+
+    def unit_rows(self, step: int) -> list[list[int]]:
+        """The rows of each unit of the global batch of `step` (from 0)."""
+        size, count = self._split.global_size, len(self._units)
+        positions = range(step * size, (step + 1) * size)
+        return [self._units[self._epoch_order(p // count)[p % count]] for p in positions]
+
+    def global_batch(self, step: int) -> GlobalBatch:
+        """The data of optimizer step `step` (from 0)."""
+        units = self.unit_rows(step)
+        rows = [row for unit in units for row in unit]
+        micro_batches = [
+            self._collate([[self._examples[row] for row in unit] for unit in units[part]])
+            for part in self._split.mine()
+        ]
+        return GlobalBatch(
+            micro_batches,
+            targets=int(self._examples.supervised_counts[rows].sum()),
+            tokens=int(self._examples.lengths[rows].sum()),
+        )
+
+
+class EvaluationBatches:
+    """One pass over all rows in order; see `evaluation_batches`."""
+
+    def __init__(self, examples: Examples, split: Split, collate: Collate) -> None:
+        self._examples, self._split, self._collate = examples, split, collate
+        self.rows = len(examples)
+        self.targets = int(examples.supervised_counts.sum())
+        self.tokens = int(examples.lengths.sum())
+
+    def __len__(self) -> int:
+        """Micro-batches of every rank."""
+        return -(-self.rows // self._split.global_size)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        size = self._split.global_size
+        for start in range(0, self.rows, size):
+            rows = range(start, min(start + size, self.rows))
+            for part in self._split.mine():
+                units = [[self._examples[row]] for row in rows[part]]
+                yield self._collate(units) if units else self._collate.dummy()
+
+
+def evaluation_batches(
+    examples: Examples,
+    *,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    seq_len: int,
+    pad_id: int,
+    causal: bool = True,
+) -> EvaluationBatches:
+    """One pass over all rows in order, in lockstep: every rank gets the same number of micro-batches.
+
+    A rank without rows left gets a micro-batch whose targets are all ignored, because a sharded forward needs
+    all ranks. Iterable again and again; `.targets` and `.tokens` are the totals over all ranks.
+    """
+    split = Split(micro_batch_size, 1, rank, world_size)
+    return EvaluationBatches(examples, split, Collate(seq_len, pad_id, False, causal))

@@ -1,0 +1,201 @@
+"""Files of JSON, CSV and plain text to raw rows that know their place, "file:line".
+
+Read with the standard library, so that an error names the line. A row that cannot be read is still yielded,
+with its `problem` set: whether it ends the run is the caller's decision (`data.on_bad_row`).
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dora_dist.errors import UserError
+
+
+class Row(NamedTuple):
+    place: str  # "file:line"; of parquet and the hub, the number of the row
+    fields: dict[str, Any]
+    problem: str = ""  # why the row could not be read; "" where it could
+
+
+def describe(value: Any) -> str:
+    """What a JSON value is, for an error."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"the boolean {str(value).lower()}"
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
+    return names.get(type(value), f"of type {type(value).__name__}")
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+class _Decoder(json.JSONDecoder):
+    """The standard decoder lets NaN and Infinity pass, which are not JSON; this one remembers having met
+    one."""
+
+    def __init__(self) -> None:
+        self.constants: list[str] = []
+        super().__init__(parse_constant=self._remember)
+
+    def _remember(self, name: str) -> float:
+        self.constants.append(name)
+        return float(name)
+
+    def row(self, place: str, value: Any) -> Row:
+        """The row of a value that was just decoded."""
+        if self.constants:
+            name = self.constants[0]
+            self.constants.clear()
+            return Row(place, {}, f"{name} is not JSON; valid would be a number or null")
+        return as_row(place, value)
+
+
+def as_row(place: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        example = '{"prompt": "...", "completion": "..."}'
+        return Row(place, {}, f"the row is {describe(value)}; valid would be an object such as {example}")
+    return Row(place, value)
+
+
+def _jsonl_rows(name: str) -> Iterator[Row]:
+    decoder = _Decoder()
+    with open(name, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            place = f"{name}:{number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if line:
+                    yield decoder.row(place, decoder.decode(line))
+            except UnicodeDecodeError as error:
+                yield Row(place, {}, _not_utf8(error))
+            except (ValueError, RecursionError) as error:
+                decoder.constants.clear()
+                what = (
+                    f"{error.msg} at column {error.colno}"
+                    if isinstance(error, json.JSONDecodeError)
+                    else error
+                )
+                yield Row(place, {}, f"broken JSON: {what}; valid would be one JSON object in a line")
+
+
+def _json_rows(name: str) -> Iterator[Row]:
+    """The rows of a JSON list. Past broken JSON no row can be found again, so that ends the reading."""
+    decoder, text = _Decoder(), _read_text(name)
+    position = _skip_space(text, 0)
+    if position == len(text):
+        return
+    if text[position] != "[":
+        raise UserError(
+            f"{name}: the file does not hold a list; valid would be [{{...}}, {{...}}], "
+            "or one object in a line in a file named .jsonl"
+        )
+    position, line, counted = _skip_space(text, position + 1), 1, 0
+    mark = "]" if text[position : position + 1] == "]" else ","  # what stands between rows, or ends them
+    while mark == ",":
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise _broken_json(name, text, error.pos, error.msg) from None
+        except (ValueError, RecursionError) as error:
+            raise _broken_json(name, text, position, str(error)) from None
+        yield decoder.row(f"{name}:{line}", value)
+        position = _skip_space(text, position)
+        mark = text[position : position + 1]
+        if mark not in (",", "]") or not mark:
+            raise _broken_json(name, text, position, "expected ',' or ']' after a row")
+        position = _skip_space(text, position + 1) if mark == "," else position
+    end = _skip_space(text, position + 1)
+    if end != len(text):
+        raise _broken_json(name, text, end, "there is more after the list's closing ']'")
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _broken_json(name: str, text: str, position: int, problem: str) -> UserError:
+    line = text.count("\n", 0, position) + 1
+    return UserError(f"{name}:{line}: broken JSON: {problem}; valid would be a list of objects")
+
+
+def _csv_rows(name: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses documents longer than 128 KiB
+    # Bytes that are not UTF-8 become lone surrogates, so that they spoil their own row only.
+    with open(name, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(
+            file, strict=True
+        )  # without strict, an unclosed quote swallows the rest of the file
+        header = next(reader, None)
+        if header is None:
+            return
+        if len(set(header)) != len(header) or "" in header:
+            raise UserError(f"{name}:1: the header's names must be distinct and not empty, found {header}")
+        while True:
+            place = f"{name}:{reader.line_num + 1}"
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield Row(place, {}, f"broken CSV: {error}")
+                continue
+            if values:
+                yield _csv_row(place, header, values)
+
+
+def _csv_row(place: str, header: list[str], values: list[str]) -> Row:
+    if len(values) != len(header):
+        return Row(place, {}, f"the row has {len(values)} fields; valid would be the header's {len(header)}")
+    if not all(map(is_unicode, values)):
+        return Row(place, {}, "not valid UTF-8; valid would be a file saved as UTF-8")
+    return Row(place, dict(zip(header, values, strict=True)))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the string holds no lone surrogate (JSON's "\\ud800"), which no tokenizer can encode."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text_rows(name: str) -> Iterator[Row]:
+    """A file is one document; a file of nothing but white space holds none."""
+    data = Path(name).read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        yield Row(f"{name}:{_line_of(error)}", {}, _not_utf8(error))
+        return
+    if text.strip():
+        yield Row(f"{name}:1", {"text": text})
+
+
+def _read_text(name: str) -> str:
+    try:
+        return Path(name).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}:{_line_of(error)}: {_not_utf8(error)}") from None
+
+
+def _line_of(error: UnicodeDecodeError) -> int:
+    return error.object.count(b"\n", 0, error.start) + 1
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not valid UTF-8 (byte 0x{error.object[error.start]:02x}); valid would be a file saved as UTF-8"
+
+
+READERS: dict[str, Callable[[str], Iterator[Row]]] = {
+    "json": _json_rows, "jsonl": _jsonl_rows, "csv": _csv_rows, "text": _text_rows,
+}  # fmt: skip

@@ -1,0 +1,127 @@
+"""What `data.train` and `data.eval` may name: a file, a directory of files of one kind, or a hub id.
+
+Parquet and the hub go through `datasets`, imported only when they are asked for.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dora_dist.data.rows import READERS, Row, as_row, one_line
+from dora_dist.errors import UserError
+
+KINDS = {
+    ".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet",
+    ".txt": "text", ".md": "text", ".py": "text",
+}  # fmt: skip
+EVAL_SPLITS = ("validation", "dev", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from; iterating reads it from the start, lazily where the kind allows it."""
+
+    key: str  # the setting that named it, for errors: data.train or data.eval
+    path: str
+    kind: str  # one of KINDS' values, or "hub"
+    names: tuple[str, ...]  # files in order, or the one hub id
+    streaming: bool = False
+
+    def __iter__(self) -> Iterator[Row]:
+        if self.kind == "hub":
+            yield from _hub_rows(self.names[0], self.key, self.streaming)
+            return
+        for name in self.names:
+            yield from READERS[self.kind](name) if self.kind != "parquet" else _parquet_rows(name, self.key)
+
+
+def find_source(path: str, key: str = "data.train", streaming: bool = False) -> Source:
+    """Tell what `path` is: a file, a directory of files of one kind, or a hub id.
+
+    Raises:
+        UserError: nothing is there, or the files are of no kind, or not of one kind.
+    """
+    local = Path(path)
+    if local.is_dir():
+        files = sorted(file for file in local.rglob("*") if file.is_file() and not _hidden(file, local))
+        if not files:
+            raise UserError(
+                f"{key}: the directory {path!r} holds no files; valid would be {_suffixes()} files"
+            )
+        kinds = {_kind_of(file, key): file for file in reversed(files)}
+        if len(kinds) > 1:
+            examples = ", ".join(sorted(str(file) for file in kinds.values()))
+            raise UserError(f"{key}: the files in {path!r} are not all of one kind: {examples}")
+        return Source(key, path, next(iter(kinds)), tuple(map(str, files)), streaming)
+    if local.exists():
+        return Source(key, path, _kind_of(local, key), (path,), streaming)
+    if is_hub_id(path):
+        return Source(key, path, "hub", (path,), streaming)
+    raise UserError(
+        f"{key}: there is no file or directory {path!r}, and it is not a hub id either; "
+        f"valid would be a {_suffixes()} file, a directory of them, or a hub id such as org/name"
+    )
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `path` looks like `org/name`: no file suffix, not absolute, not starting with a dot."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
+        return False
+    return not re.search(r"\.[A-Za-z]\w*$", path)  # a version such as org/data-1.5 is no suffix
+
+
+def _hidden(file: Path, directory: Path) -> bool:
+    return any(part.startswith((".", "__pycache__")) for part in file.relative_to(directory).parts)
+
+
+def _kind_of(file: Path, key: str) -> str:
+    kind = KINDS.get(file.suffix.lower())
+    if kind is None:
+        raise UserError(f"{key}: {str(file)!r} is of no known kind; valid would be {_suffixes()}")
+    return kind
+
+
+def _suffixes() -> str:
+    return ", ".join(KINDS)
+
+
+def _parquet_rows(name: str, key: str) -> Iterator[Row]:
+    datasets = _import_datasets(key)
+    try:  # streaming reads the file in place; without it `datasets` copies everything into its cache
+        rows = datasets.load_dataset("parquet", data_files=[name], split="train", streaming=True)
+        for number, fields in enumerate(rows, start=1):
+            yield as_row(f"{name}:{number}", fields)
+    except Exception as error:  # noqa: BLE001 - pyarrow's errors share no useful base
+        raise UserError(f"{name}: not readable as parquet: {one_line(error)}") from None
+
+
+def _hub_rows(name: str, key: str, streaming: bool) -> Iterator[Row]:
+    datasets = _import_datasets(key)
+    try:
+        split = "train" if key == "data.train" else _eval_split(datasets, name)
+        rows = datasets.load_dataset(name, split=split, streaming=streaming)
+    except Exception as error:  # noqa: BLE001 - network, permission and format errors share no base
+        raise UserError(
+            f"{key}: there is no local file {name!r}, and the hub's dataset of that name cannot be loaded: "
+            f"{one_line(error)}"
+        ) from None
+    for number, fields in enumerate(rows, start=1):
+        yield as_row(f"{name}:{number}", fields)
+
+
+def _eval_split(datasets: Any, name: str) -> str:
+    splits = datasets.get_dataset_split_names(name)
+    for split in EVAL_SPLITS:
+        if split in splits:
+            return split
+    raise ValueError(f"its splits are {', '.join(splits)}; one of {', '.join(EVAL_SPLITS)} is needed")
+
+
+def _import_datasets(key: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{key}: parquet files and hub datasets need `pip install datasets`") from None
+    return datasets

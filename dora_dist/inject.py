@@ -1,0 +1,237 @@
+"""Put DoRA into a model: choose modules by name, swap them for DoRA layers over the same weights, freeze the rest.
+
+Works on any nn.Module, on the meta device too. Nothing is changed before everything has been checked.
+"""
+
+import fnmatch
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dora_dist.config import DoraConfig
+from dora_dist.errors import UserError, nearest
+from dora_dist.layers import AdapterSpec, DoraEmbedding, DoraLayer, DoraLinear
+
+_GLOB = set("*?[")
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What `inject_dora` did to a model; kept as `model.dora`."""
+
+    config: DoraConfig
+    layers: tuple[str, ...]  # names of the adapted modules
+    saved: tuple[str, ...]  # names of the modules trained in full (modules_to_save)
+    ambiguous_suffixes: frozenset[
+        str
+    ]  # last name parts that adapted and other modules of a target's kind share
+
+
+def inject_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
+    """Swap the targets of `config` for DoRA layers, in place, and return the model.
+
+    Targets are nn.Linear, transformers' Conv1D (GPT-2) and nn.Embedding modules. The layers share the model's
+    weights; afterwards only A, B, the magnitudes and `modules_to_save` (held in fp32) require gradients. At first
+    the model computes what it computed before. On the meta device values are left to `initialize_adapters`.
+
+    Raises:
+        UserError: a name matches nothing (the closest names are given), a module is of another kind, a rank
+            exceeds its layer, or the model was injected before.
+    """
+    if any(isinstance(m, DoraLayer) for m in model.modules()):
+        raise UserError("the model already has DoRA layers; inject_dora works once per model")
+    targets, magnitude_only, saved = _choose(model, config)
+    specs = {name: _spec(name, module, name in magnitude_only, config) for name, module in targets.items()}
+    _check_patterns(targets, config)
+    _check_ties(model, saved)
+    suffixes = {_suffix(name) for name in targets}
+    others = {_suffix(n) for n, m in model.named_modules() if _is_target_kind(m) and n not in targets}
+
+    model.requires_grad_(False)
+    replaced: dict[nn.Module, DoraLayer] = {}
+    for name, module in targets.items():
+        replaced[module] = replaced.get(module) or _make_layer(module, specs[name])
+        _set_module(model, name, replaced[module])
+    for name in saved:
+        _train_in_full(model.get_submodule(name))
+    model.dora = Injection(config, tuple(targets), tuple(saved), frozenset(suffixes & others))  # type: ignore[assignment]
+    return model
+
+
+def injection_of(model: nn.Module) -> Injection:
+    injection = getattr(model, "dora", None)
+    if not isinstance(injection, Injection):
+        raise UserError("the model has no DoRA layers: call inject_dora(model, DoraConfig(...)) first")
+    return injection
+
+
+def matches(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that is `name`, a dotted suffix of it, or a glob that fits it."""
+    for pattern in patterns:
+        if _GLOB & set(pattern):
+            if fnmatch.fnmatchcase(name, pattern):
+                return pattern
+        elif name == pattern or name.endswith("." + pattern):
+            return pattern
+    return None
+
+
+def _choose(model: nn.Module, config: DoraConfig) -> tuple[dict[str, nn.Module], set[str], list[str]]:
+    """(targets by name, the names of those that train the magnitude alone, modules trained in full)."""
+    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    saved = [name for name in modules if matches(name, config.modules_to_save)]
+    _require_all_match("dora.modules_to_save", config.modules_to_save, modules)
+    magnitude_only = {name for name in modules if matches(name, config.magnitude_only)}
+    _require_all_match("dora.magnitude_only", config.magnitude_only, modules)
+    names = [t for t in config.target_list() if t != "all-linear"]
+    chosen = {name for name in modules if matches(name, names)} | magnitude_only
+    candidates = [name for name, m in modules.items() if _is_target_kind(m)]
+    _require_all_match("dora.targets", names, modules, candidates)
+    if "all-linear" in config.target_list():
+        head = _output_heads(model)
+        chosen |= {
+            name
+            for name, m in modules.items()
+            if _is_linear(m) and m not in head and not _inside(name, saved)
+        }
+    if not chosen:
+        raise UserError("dora.targets: nothing to adapt; name at least one module, or all-linear")
+    targets = {name: modules[name] for name in modules if name in chosen}
+    for name, module in targets.items():
+        if not _is_target_kind(module):
+            inner = [n for n in candidates if n.startswith(name + ".")]
+            raise UserError(
+                f"dora.targets: {name!r} is a {type(module).__name__}; targets are Linear, Conv1D and Embedding "
+                f"modules{', such as ' + repr(inner[0]) if inner else ''}"
+            )
+        if _inside(name, saved):
+            raise UserError(f"dora.targets: {name!r} is trained in full by dora.modules_to_save already")
+    return targets, magnitude_only, saved
+
+
+def _require_all_match(
+    key: str, patterns: Iterable[str], modules: Iterable[str], candidates: Iterable[str] | None = None
+) -> None:
+    names = list(modules)
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            shown = list(candidates) if candidates is not None else names
+            suffixes = {_suffix(name) for name in shown if not _suffix(name).isdigit()}
+            raise UserError(
+                f"{key}: {pattern!r} matches no module; {nearest(pattern, suffixes | set(shown) if '.' in pattern else suffixes)}"
+            )
+
+
+def _check_patterns(targets: Iterable[str], config: DoraConfig) -> None:
+    _require_all_match("dora.rank_pattern", config.rank_pattern, targets)
+    _require_all_match("dora.alpha_pattern", config.alpha_pattern, targets)
+
+
+def _check_ties(model: nn.Module, saved: list[str]) -> None:
+    """A weight trained in full under one name and frozen under another cannot stay tied."""
+    owners: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name)
+    for names in owners.values():
+        free = [n for n in names if not _inside(n, saved)]
+        if free and len(free) < len(names):
+            held = next(n for n in names if n not in free)
+            raise UserError(
+                f"dora.modules_to_save: {held!r} is tied to {free[0]!r}; name both modules (they are trained as one "
+                "weight) or neither"
+            )
+
+
+def _spec(name: str, module: nn.Module, magnitude_only: bool, config: DoraConfig) -> AdapterSpec:
+    pattern = matches(name, config.rank_pattern)
+    rank = config.rank_pattern[pattern] if pattern else config.rank
+    pattern = matches(name, config.alpha_pattern)
+    alpha = config.alpha_pattern[pattern] if pattern else config.alpha
+    smallest = min(module.weight.shape)  # type: ignore[arg-type, union-attr]
+    if magnitude_only:
+        rank = 0
+    elif rank > smallest:
+        raise UserError(
+            f"dora.rank: {rank} is larger than the smaller side of {name!r} {tuple(module.weight.shape)}; "
+            f"at most {smallest} (dora.rank_pattern sets a rank for single layers)"
+        )
+    return AdapterSpec(
+        rank=rank,
+        scaling=alpha / (math.sqrt(rank) if config.rslora else rank) if rank else 1.0,
+        dropout=config.dropout,
+        magnitude=config.method == "dora",
+        axis=config.magnitude_axis,
+        norm_gradient=config.norm_gradient,
+        init=config.init,
+    )
+
+
+def _make_layer(module: nn.Module, spec: AdapterSpec) -> DoraLayer:
+    layer: DoraLayer
+    weight: nn.Parameter = module.weight  # type: ignore[assignment]
+    if isinstance(module, nn.Embedding):
+        layer = DoraEmbedding(weight, spec, module.padding_idx)
+    else:
+        layer = DoraLinear(weight, module.bias, spec, transposed=_is_conv1d(module))  # type: ignore[arg-type]
+    layer.train(module.training)
+    if not weight.is_meta:
+        layer.reset_parameters()
+    return layer
+
+
+def _train_in_full(module: nn.Module) -> None:
+    """Train a module's own weights, held in fp32, inside a model that computes in 16 bits."""
+    base_dtype = next((p.dtype for p in module.parameters()), torch.float32)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        parameter.requires_grad_(True)
+    if base_dtype.itemsize < 4:
+        module.register_forward_pre_hook(lambda _, args: tuple(_cast(a, torch.float32) for a in args))
+        module.register_forward_hook(lambda _, args, output: _cast(output, base_dtype))
+
+
+def _cast(value, dtype: torch.dtype):
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Exact types: a subclass may compute something else in its forward.
+    return type(module) is nn.Linear or _is_conv1d(module)
+
+
+def _is_target_kind(module: nn.Module) -> bool:
+    return _is_linear(module) or type(module) is nn.Embedding
+
+
+def _output_heads(model: nn.Module) -> set[nn.Module]:
+    """The modules that make a model's final outputs: what transformers calls output embeddings, or, in a
+    classifier, the linear layers outside the base model."""
+    heads = set()
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    if head is not None:
+        heads.add(head)
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    if isinstance(base, nn.Module):
+        heads |= set(model.modules()) - set(base.modules())
+    return heads
+
+
+def _inside(name: str, parents: Iterable[str]) -> bool:
+    return any(name == parent or name.startswith(parent + ".") for parent in parents)
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)

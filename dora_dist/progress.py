@@ -1,0 +1,115 @@
+"""What a run shows and keeps: metrics.jsonl, TensorBoard, wandb, a progress bar. Only rank 0 does any of it."""
+
+import json
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from dora_dist.config import LogConfig
+from dora_dist.errors import UserError
+
+
+class RunLog(AbstractContextManager):
+    """Metrics and messages of one run; on ranks other than 0 every method does nothing.
+
+    On a terminal a bar with loss, tokens/s and the remaining time moves; elsewhere (a log file) one line is
+    printed for every logged step.
+    """
+
+    def __init__(self, config: LogConfig, output_dir: Path, total_steps: int, settings: dict, is_main: bool):
+        self._is_main = is_main
+        self._console = Console(highlight=False, quiet=not is_main, soft_wrap=True)
+        self._writers: list[Any] = []
+        if not is_main:
+            return
+        self._total = total_steps
+        self._metrics = (output_dir / "metrics.jsonl").open("w", encoding="utf-8")
+        if config.tensorboard:
+            self._writers.append(_tensorboard(output_dir))
+        if config.wandb:
+            self._writers.append(_wandb(output_dir, settings))
+        columns = ("[bold]{task.description}", "{task.fields[status]}")
+        self._bar = Progress(
+            TextColumn(columns[0]), BarColumn(), MofNCompleteColumn(), TextColumn(columns[1]),
+            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+            console=self._console, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("training", total=total_steps, status="")
+        self._bar.start()
+
+    def say(self, text: str = "") -> None:
+        """A line for the person who watches."""
+        self._console.print(text, markup=False)
+
+    def training(self, step: int, metrics: dict[str, Any]) -> None:
+        """The metrics of optimizer step `step` (from 1), one line of metrics.jsonl."""
+        if not self._is_main:
+            return
+        self._write(step, metrics)
+        status = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tok/s"
+        self._bar.update(self._task, completed=step, status=status)
+        if not self._console.is_terminal:
+            remaining = (self._total - step) * metrics["step_seconds"]
+            self.say(f"step {step}/{self._total}  {status}  lr {metrics['lr']:.2e}  ETA {remaining:.0f} s")
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        if self._is_main:
+            self._write(step, metrics)
+            self.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+
+    def _write(self, step: int, metrics: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._metrics.flush()
+        numbers = {name: value for name, value in metrics.items() if value is not None}
+        for writer in self._writers:
+            writer.write(step, numbers)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._is_main:
+            self._bar.stop()
+            self._metrics.close()
+            for writer in self._writers:
+                writer.close()
+
+
+class _tensorboard:
+    def __init__(self, output_dir: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "log.tensorboard: the package tensorboard is not installed (pip install tensorboard)"
+            ) from None
+        self._writer = SummaryWriter(output_dir / "tensorboard")
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(("eval/" if name.startswith("eval") else "train/") + name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _wandb:
+    def __init__(self, output_dir: Path, settings: dict):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("log.wandb: the package wandb is not installed (pip install wandb)") from None
+        self._run = wandb.init(dir=output_dir, name=output_dir.name, config=settings)
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        self._run.log(numbers, step=step)
+
+    def close(self) -> None:
+        self._run.finish()

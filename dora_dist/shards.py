@@ -1,0 +1,96 @@
+"""The shard protocol: what the norms, the adapters and the weights need to know of a sharding, and nothing more.
+
+A matrix parameter is, on this rank, a few rectangles of itself (one for a whole or row-sharded weight; up to three
+for a flat range, which may begin and end inside a row). One process is the degenerate case: one rectangle, and
+collectives that do nothing.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """This rank's own part of a matrix [N, K]: `values` [n, k] are rows `row`.. and columns `col`.. of it.
+    A vector [N] is seen as a matrix [N, 1]. Writing to `values` writes to the parameter."""
+
+    values: Tensor
+    row: int = 0
+    col: int = 0
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row, self.row + self.values.shape[0])
+
+    @property
+    def cols(self) -> slice:
+        return slice(self.col, self.col + self.values.shape[1])
+
+
+class Shards(Protocol):
+    """How one model's parameters lie across the ranks. Every rank calls each method at the same point."""
+
+    is_writer: bool
+    """True on the one rank that writes files."""
+
+    def settle(self, model: nn.Module) -> None:
+        """Bring every parameter into its sharded state."""
+
+    def rectangles(self, parameter: Tensor) -> list[Rectangle]:
+        """This rank's own part; over all ranks that share one copy of the model, each element stands once."""
+
+    def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
+        """Whether each rank's rows of `factor` are its rows of `weight`; the same answer on every rank."""
+
+    def gather(self, parameters: list[Tensor]) -> list[Tensor]:
+        """The whole tensors, by one collective for all of them."""
+
+    def sum_(self, flat: Tensor) -> None:
+        """Sum a vector over the ranks that share one copy of the model, in place, by one collective."""
+
+
+class Whole:
+    """Every parameter is whole on this rank: one process, or data parallelism without sharding."""
+
+    def __init__(self, is_writer: bool = True):
+        self.is_writer = is_writer
+
+    def settle(self, model: nn.Module) -> None:
+        pass
+
+    def rectangles(self, parameter: Tensor) -> list[Rectangle]:
+        return [Rectangle(as_matrix(parameter.detach()))]
+
+    def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
+        return True
+
+    def gather(self, parameters: list[Tensor]) -> list[Tensor]:
+        return [p.detach() for p in parameters]
+
+    def sum_(self, flat: Tensor) -> None:
+        pass
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """[N] as [N, 1]; [N, ...] as [N, K]; a scalar as [1, 1]. A view."""
+    if tensor.dim() == 0:
+        return tensor.view(1, 1)
+    return tensor.view(-1, 1) if tensor.dim() == 1 else tensor.flatten(1)
+
+
+@torch.no_grad()
+def write_whole(parameter: Tensor, values: Tensor, shards: Shards) -> None:
+    """Write a whole tensor into this rank's part of a parameter."""
+    matrix = as_matrix(values)
+    for own in shards.rectangles(parameter):
+        own.values.copy_(matrix[own.rows, own.cols])
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator for one tensor: its values depend on the run's seed and the name, not on who asks."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,386 @@
+"""The training run: data, the loop, evaluation, and what it leaves behind. It never asks which strategy it has.
+
+The loss is the sum over supervised tokens divided by the number of such tokens in the *global* batch, which every
+rank knows from the data alone; so the same global batch gives the same loss and gradients however it is formed.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_dist.adapter import save_adapter
+from dora_dist.backends.process import Processes
+from dora_dist.build import Blueprint, Built, Strategy, build, choose_strategy, draw_blueprint, resolve_model
+from dora_dist.config import RunConfig, TrainConfig
+from dora_dist.data import (
+    BatchPlan,
+    Examples,
+    GlobalBatch,
+    StreamPlan,
+    additive_mask,
+    evaluation_batches,
+    load_examples,
+)
+from dora_dist.errors import UserError
+from dora_dist.norms import refresh_norms
+from dora_dist.progress import RunLog
+
+
+def run_training(config: RunConfig) -> None:
+    """The `train` verb. Everything that can be wrong with the settings and the data is found before any weight
+    is read.
+
+    Raises:
+        UserError: a mistake of the user's, on every rank alike.
+    """
+    processes = Processes()
+    directory = resolve_model(config.model.path)
+    tokenizer = load_tokenizer(directory)
+    blueprint = draw_blueprint(config, directory)
+    strategy = choose_strategy(config.parallel, blueprint.model, processes)
+    data = RunData(blueprint, tokenizer, processes)
+    output_dir = _prepare_output(config, processes)
+    processes.start(config.parallel.timeout_s, needed=strategy.needs_group)
+    try:
+        torch.manual_seed(config.train.seed + processes.rank)  # dropout differs between ranks
+        with RunLog(config.log, output_dir, data.steps, dataclasses.asdict(config), processes.is_main) as log:
+            log.say(data.describe())
+            built = build(blueprint, strategy)
+            log.say(describe(built, strategy))
+            Trainer(config, built, strategy, data, log).run()
+            save_adapter(built.model, output_dir / "adapter", config.model.path, built.shards)
+            log.say(f"adapter: {output_dir / 'adapter'}")
+    finally:
+        processes.stop()
+
+
+class RunData:
+    """A run's tokenizer, its global batches and its evaluation rows."""
+
+    def __init__(self, blueprint: Blueprint, tokenizer: Any, processes: Processes):
+        config, model_config = blueprint.config, blueprint.model.config
+        self.tokenizer = tokenizer
+        self.causal = config.model.task == "causal_lm"
+        self.pad_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+        )
+        model_config.pad_token_id = self.pad_id  # classifiers on decoders find a row's last token by it
+        self._limit_length(config, model_config)
+        about = {
+            "task": config.model.task,
+            "label2id": None if self.causal else model_config.label2id,
+            "num_labels": None if self.causal else model_config.num_labels,
+            "vocab_size": model_config.get_text_config().vocab_size,
+        }
+        split = {
+            "micro_batch_size": config.train.micro_batch_size,
+            "rank": processes.rank,
+            "world_size": processes.world_size,
+            "pad_id": self.pad_id,
+        }
+        train_split = {**split, "accumulation": config.train.accumulation, "seed": config.train.seed}
+        self.plan: BatchPlan | StreamPlan
+        if config.data.streaming:
+            if config.train.steps is None:
+                raise UserError(
+                    "train.steps: needed with data.streaming, because a stream's length is unknown"
+                )
+            self.plan = StreamPlan(config.data.train, config.data, tokenizer, **about, **train_split)
+            self.steps = config.train.steps
+            self._report = "streaming"
+        else:
+            examples = load_examples(config.data.train, config.data, tokenizer, **about)
+            self.plan = BatchPlan(
+                examples,
+                **train_split,
+                seq_len=config.data.seq_len,
+                packing=config.data.packing,
+                causal=self.causal,
+            )
+            self.steps = config.train.steps or math.ceil(config.train.epochs * self.plan.steps_per_epoch)
+            self._report = str(examples.report)
+        self.evaluation = None
+        if config.data.eval is not None:
+            rows: Examples = load_examples(config.data.eval, config.data, tokenizer, **about, key="data.eval")
+            self.evaluation = evaluation_batches(
+                rows, **split, seq_len=config.data.seq_len, causal=self.causal
+            )
+
+    def describe(self) -> str:
+        return f"data: {self._report}"
+
+    def _limit_length(self, config: RunConfig, model_config: Any) -> None:
+        limit = getattr(model_config, "max_position_embeddings", None)
+        if limit is not None and config.data.seq_len > limit:
+            raise UserError(
+                f"data.seq_len: {config.data.seq_len} exceeds the model's max_position_embeddings, {limit}"
+            )
+
+
+class Trainer:
+    """The loop over optimizer steps."""
+
+    def __init__(self, config: RunConfig, built: Built, strategy: Strategy, data: RunData, log: RunLog):
+        self.config, self.built, self.strategy, self.data, self.log = config, built, strategy, data, log
+        self.processes = strategy.processes
+        self.device = self.processes.device
+        self.trained = [p for p in built.model.parameters() if p.requires_grad]
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            built.optimizer, lr_factor(config.train, data.steps)
+        )
+        self.loss_scale = LossScale(active=config.model.dtype == "float16")
+        self.norm_clock = Stopwatch(self.device)
+        self.eager_dtype = getattr(torch, config.model.dtype) if config.model.attention == "eager" else None
+
+    def run(self) -> None:
+        before = self.evaluate(0)
+        samples = self.sample()
+        tokens = 0
+        for step in range(1, self.data.steps + 1):
+            start = time.perf_counter()
+            batch = self.data.plan.global_batch(step - 1)
+            lr = self.built.optimizer.param_groups[-1]["lr"]
+            loss, grad_norm = self.train_step(batch)
+            tokens += batch.tokens
+            if step % self.config.log.every == 0 or step in (1, self.data.steps):
+                self._report(step, start, batch, loss, grad_norm, {"lr": lr, "tokens": tokens})
+            if (
+                self.config.train.eval_every
+                and step % self.config.train.eval_every == 0
+                and step < self.data.steps
+            ):
+                self.evaluate(step)
+        after = self.evaluate(self.data.steps)
+        self._summary(before, after, samples, self.sample())
+
+    def train_step(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Returns this rank's part of the loss, and the global gradient norm."""
+        module, optimizer = self.built.module, self.built.optimizer
+        module.train()
+        last = len(batch.micro_batches) - 1
+        loss = torch.zeros((), device=self.device)
+        for index, micro in enumerate(batch.micro_batches):
+            with nullcontext() if index == last else self.strategy.accumulating(module):
+                part = self._loss_sum(module, micro)[0] / batch.targets
+                # The engines average gradients over ranks; the loss is a sum over them.
+                (part * (self.processes.world_size * self.loss_scale.value)).backward()
+            loss += part.detach()
+        grad_norm = self._clip()
+        if self.loss_scale.accepts(grad_norm):
+            optimizer.step()
+            with self.norm_clock:
+                refresh_norms(self.built.model, self.built.shards)
+        optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        return loss, grad_norm
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Mean loss per supervised token (per row and with accuracy, for a classifier) over data.eval."""
+        if self.data.evaluation is None:
+            return {}
+        self.built.module.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for micro in self.data.evaluation:
+            totals += torch.stack(self._loss_sum(self.built.model, micro)).double()
+        loss, correct = (self.processes.sum_(totals) / self.data.evaluation.targets).tolist()
+        metrics = {"eval_loss": loss} if self.data.causal else {"eval_loss": loss, "eval_accuracy": correct}
+        self.log.evaluation(step, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def sample(self) -> list[str]:
+        """Greedy completions of log.sample_prompts; all ranks compute them in step."""
+        model, tokenizer = self.built.model, self.data.tokenizer
+        model.eval()
+        texts = []
+        for prompt in self.config.log.sample_prompts if self.data.causal else ():
+            encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.device)
+            output = model.generate(  # type: ignore[operator]
+                **encoded,
+                max_new_tokens=self.config.log.sample_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=self.data.pad_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            texts.append(
+                tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+            )
+        return texts
+
+    def _loss_sum(self, module: nn.Module, micro: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(summed loss, number right) of one micro-batch; the second of classifiers alone."""
+        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro.items()}
+        targets = inputs.pop("targets" if self.data.causal else "labels")
+        mask = inputs.get("attention_mask")
+        if self.eager_dtype is not None and mask is not None and mask.dim() == 4:
+            inputs["attention_mask"] = additive_mask(mask, self.eager_dtype)
+        logits = module(**inputs).logits.float()
+        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="sum")
+        right = (
+            loss.new_zeros(()) if self.data.causal else (logits.argmax(-1) == targets).sum().to(loss.dtype)
+        )
+        return loss, right
+
+    @torch.no_grad()
+    def _clip(self) -> Tensor:
+        """Undo the loss scale and clip to max_grad_norm, on each rank's own part. Returns the global norm."""
+        shards, limit, scale = self.built.shards, self.config.train.max_grad_norm, self.loss_scale.value
+        own = [part.values for p in self.trained if p.grad is not None for part in shards.rectangles(p.grad)]
+        squares = torch.nn.utils.get_total_norm(own).square().reshape(1).to(self.device)
+        shards.sum_(squares)
+        grad_norm = squares.sqrt().squeeze(0) / scale
+        factor = torch.ones_like(grad_norm) / scale
+        if limit is not None:
+            factor *= (limit / (grad_norm + 1e-6)).clamp(max=1.0)
+        for part in own if limit is not None or scale != 1 else ():
+            part.mul_(factor.to(part.device))
+        return grad_norm
+
+    def _report(
+        self,
+        step: int,
+        start: float,
+        batch: GlobalBatch,
+        loss: Tensor,
+        grad_norm: Tensor,
+        known: dict[str, float],
+    ) -> None:
+        self.processes.sum_(loss)
+        norm = grad_norm.item()  # waits for the device, so that the clock below tells the step's time
+        seconds = time.perf_counter() - start
+        self.log.training(
+            step,
+            {
+                "loss": loss.item(),
+                "grad_norm": norm if math.isfinite(norm) else None,
+                **known,
+                "tokens_per_second": batch.tokens / seconds,
+                "step_seconds": seconds,
+                "norm_seconds": self.norm_clock.seconds(),
+                "peak_memory_bytes": peak_memory(self.device),
+            },
+        )
+
+    def _summary(
+        self, before: dict[str, float], after: dict[str, float], first: Iterable[str], last: Iterable[str]
+    ):
+        for name in after:
+            self.log.say(f"{name}: {before[name]:.4f} before, {after[name]:.4f} after")
+        for prompt, old, new in zip(self.config.log.sample_prompts, first, last, strict=False):
+            self.log.say(f"\n{prompt.rstrip()}\n  before: {old.strip()!r}\n  after:  {new.strip()!r}")
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16, whose small gradients would underflow: halved when a step overflows (that
+    step is skipped), doubled after 1000 good ones. Always 1 for other dtypes."""
+
+    def __init__(self, active: bool):
+        self.active, self.value, self._good = active, 2.0**14 if active else 1.0, 0
+
+    def accepts(self, grad_norm: Tensor) -> bool:
+        if not self.active:
+            return True
+        finite = bool(torch.isfinite(grad_norm))
+        self._good = self._good + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self._good % 1000 == 0:
+            self.value *= 2
+        return finite
+
+
+class Stopwatch:
+    """Time spent in a `with` block: by events on a GPU, so that nothing waits for it."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def __enter__(self) -> "Stopwatch":
+        self._marks = [self._mark()]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._marks.append(self._mark())
+
+    def seconds(self) -> float:
+        """Of the latest block; 0 before the first."""
+        if len(self._marks) < 2:
+            return 0.0
+        start, end = self._marks
+        if not self._cuda:
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def lr_factor(config: TrainConfig, steps: int):
+    """Step (from 0) -> factor on the learning rate: linear warm-up, then the schedule down to 0."""
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / (config.warmup_steps + 1)
+        progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+        if config.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        return 1 - progress if config.schedule == "linear" else 1.0
+
+    return factor
+
+
+def load_tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(
+            f"model.path: {str(directory)!r} has no usable tokenizer: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def describe(built: Built, strategy: Strategy) -> str:
+    trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in built.model.parameters())
+    world = strategy.processes.world_size
+    return (
+        f"model: {total / 1e6:,.1f} M parameters, {trained / 1e6:,.2f} M trained; strategy {strategy.name}, "
+        f"{world} process{'es' if world > 1 else ''} on {strategy.processes.device.type}"
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device's allocator on a GPU, of the process's resident memory otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _prepare_output(config: RunConfig, processes: Processes) -> Path:
+    output_dir = Path(config.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if processes.is_main:
+            (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output_dir: {config.output_dir!r} cannot be written: {error.strerror}") from None
+    return output_dir

@@ -1,0 +1,144 @@
+"""Weights into a sharded model: each rank reads its own rows of each tensor and nothing else.
+
+Where the files' keys are the model's own names, rows are sliced straight out of the safetensors files. Where they
+are not (older names, tensors that transformers fuses or renames while loading), no mapping is guessed:
+transformers loads the checkpoint on rank 0, which hands the tensors out one by one.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dora_dist.backends.process import Processes
+from dora_dist.errors import UserError
+from dora_dist.layers import DoraLayer
+from dora_dist.shards import Rectangle, Shards, as_matrix, named_generator, write_whole
+
+
+class SafetensorsFiles:
+    """The safetensors files of a Hugging Face directory: names and shapes from the headers, rows on demand."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._file_of: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in self._files():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 - not a dict
+                        self._file_of[name] = path
+                        self.shapes[name] = tuple(file.get_slice(name).get_shape())
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+
+    def _files(self) -> list[Path]:
+        index = self.directory / "model.safetensors.index.json"
+        if not index.is_file():
+            single = self.directory / "model.safetensors"
+            if not single.is_file():
+                raise UserError(
+                    f"model.path: {str(self.directory)!r} holds neither model.safetensors nor "
+                    "model.safetensors.index.json (other weight formats must be converted to safetensors)"
+                )
+            return [single]
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: not an index of safetensors files (no 'weight_map')") from None
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(f"{index}: {name!r} is not the name of a file beside it")
+            if not (self.directory / name).is_file():
+                raise UserError(f"{index}: names the file {name!r}, which is missing")
+        return [self.directory / name for name in sorted(names)]
+
+    def read(self, name: str, own: Rectangle) -> Tensor:
+        """The rows and columns of one tensor that `own` covers, as a matrix, in the file's dtype."""
+        with safe_open(self._file_of[name], framework="pt") as file:
+            tensor = file.get_slice(name)
+            rows = tensor[own.rows] if self.shapes[name] else tensor[...]
+        return as_matrix(rows)[:, own.cols]
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers that a checkpoint of the bare model holds; tied ones stand once."""
+    adapters = {
+        p for m in model.modules() if isinstance(m, DoraLayer) for p in (m.lora_A, m.lora_B, m.magnitude)
+    }
+    first: dict[Tensor, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor not in adapters:
+            first.setdefault(tensor, name)
+    return {name: tensor for tensor, name in first.items()}
+
+
+def aliases(model: nn.Module) -> dict[str, list[str]]:
+    """For each tied tensor's first name, all its names."""
+    names: dict[Tensor, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(tensor, []).append(name)
+    return {group[0]: group for group in names.values()}
+
+
+def missing_from(files: SafetensorsFiles, model: nn.Module) -> list[str]:
+    """The base tensors of `model` that no file holds under any of their names."""
+    groups = aliases(model)
+    return [n for n in base_tensors(model) if not any(alias in files.shapes for alias in groups[n])]
+
+
+def check_shapes(files: SafetensorsFiles, model: nn.Module) -> None:
+    for name, tensor in base_tensors(model).items():
+        found = files.shapes.get(name)
+        if found is not None and found != tuple(tensor.shape):
+            raise UserError(
+                f"model.path: {str(files.directory)!r} does not fit its config.json: the file's {name!r} is "
+                f"{list(found)}, the model's {list(tensor.shape)}"
+            )
+
+
+@torch.no_grad()
+def load_slices(model: nn.Module, files: SafetensorsFiles, shards: Shards) -> None:
+    """Fill this rank's part of each tensor that a file holds, one tensor at a time."""
+    groups = aliases(model)
+    for name, tensor in base_tensors(model).items():
+        source = next((alias for alias in groups[name] if alias in files.shapes), None)
+        for own in shards.rectangles(tensor) if source else ():
+            assert source is not None
+            own.values.copy_(files.read(source, own))
+
+
+@torch.no_grad()
+def load_whole(model: nn.Module, load: Callable[[], nn.Module], shards: Shards, processes: Processes) -> None:
+    """Fill every base tensor from a model that `load` makes on rank 0, which hands the tensors out one by one."""
+    source: dict[str, Tensor] = {}
+    failure: UserError | None = None
+    if processes.is_main:
+        try:
+            source = load().state_dict()
+        except UserError as error:
+            failure = error
+    failure = processes.broadcast_object(failure)  # all ranks end alike
+    if failure is not None:
+        raise failure
+    for name, tensor in base_tensors(model).items():
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=processes.device)
+        if processes.is_main:
+            whole.copy_(source[name])
+        write_whole(tensor, processes.broadcast_(whole), shards)
+
+
+@torch.no_grad()
+def fill_random(model: nn.Module, names: Iterable[str], seed: int, std: float, shards: Shards) -> None:
+    """Random values: matrices normal, vectors 1 where they scale and 0 where they shift. Each tensor depends on
+    the seed and its name alone, so every sharding gets the same."""
+    tensors = base_tensors(model)
+    for name in names:
+        tensor = tensors[name]
+        whole = torch.full(tensor.shape, 0.0 if name.endswith("bias") else 1.0)
+        if tensor.dim() > 1:
+            whole.normal_(0, std, generator=named_generator(seed, name))
+        write_whole(tensor, whole, shards)

@@ -1,0 +1,11 @@
+"""Fine-tune as a YAML says: torchrun --nproc-per-node N launch/train.py --config C.yaml [key.sub=value ...]"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
+
+from dora_dist.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
