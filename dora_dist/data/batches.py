@@ -5,6 +5,7 @@ stream of shuffled epochs. Every rank computes the same stream from the seed and
 know the number of targets of the whole global batch without communication.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -199,7 +200,7 @@ class EvaluationBatches:
 
     def __len__(self) -> int:
         """Micro-batches of every rank."""
-        return -(-self.rows // self._split.global_size)
+        return math.ceil(self.rows / self._split.global_size)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         size = self._split.global_size

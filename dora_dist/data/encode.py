@@ -74,7 +74,7 @@ class Encoder:
 
     def encode(self, rows: Iterable[Row], report: Report) -> Iterator[Example]:
         """The examples of the rows in order; lazily, a chunk at a time."""
-        format, draft_row = "", None
+        form, draft_row = "", None
         chunk: list[tuple[Row, Draft | BadRow]] = []  # bad rows too, so that the first one is told first
         characters = 0
         for row in rows:
@@ -83,47 +83,50 @@ class Encoder:
                 if row.problem:
                     report.bad_row(row.place, row.problem)
                     continue
-                format = detect_format(row, self.config, classify=self.classify)
-                self._check_end(format)
-                draft_row = drafter(format, self.config, self.tokenizer, self.labels)
+                form = detect_format(row, self.config, classify=self.classify)
+                self._check_end(form)
+                draft_row = drafter(form, self.config, self.tokenizer, self.labels)
             draft = _draft(row, draft_row)
             chunk.append((row, draft))
             characters += len(draft.text) if isinstance(draft, Draft) else 0
             if len(chunk) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
-                yield from self._encode_chunk(format, chunk, report)
+                yield from self._encode_chunk(form, chunk, report)
                 chunk, characters = [], 0
-        yield from self._encode_chunk(format, chunk, report)
+        yield from self._encode_chunk(form, chunk, report)
 
-    def _check_end(self, format: str) -> None:
-        if format not in ("chat", "labels") and self.tokenizer.eos_token_id is None:
+    def _check_end(self, form: str) -> None:
+        if form not in ("chat", "labels") and self.tokenizer.eos_token_id is None:
             raise UserError(
-                f"data.format: {format} ends each row with the tokenizer's end-of-sequence token, and this "
+                f"data.format: {form} ends each row with the tokenizer's end-of-sequence token, and this "
                 "tokenizer has none; valid would be a tokenizer with an eos_token"
             )
 
     def _encode_chunk(
-        self, format: str, chunk: list[tuple[Row, Draft | BadRow]], report: Report
+        self, form: str, chunk: list[tuple[Row, Draft | BadRow]], report: Report
     ) -> Iterator[Example]:
-        encodings = iter(self._tokenize(format, [draft for _, draft in chunk if isinstance(draft, Draft)]))
+        encodings = iter(self._tokenize(form, [draft for _, draft in chunk if isinstance(draft, Draft)]))
         for row, draft in chunk:
-            try:
-                if isinstance(draft, BadRow):
-                    raise draft
-                tokens = next(encodings)
-                if format == "labels":
-                    yield self._labelled(draft, tokens, report)
-                elif format == "text":
-                    yield from self._document(tokens)
-                else:
-                    yield self._completion(format, draft, tokens, report)
-            except BadRow as bad:
-                report.bad_row(row.place, str(bad))
+            made = draft if isinstance(draft, BadRow) else self._finish(form, draft, next(encodings), report)
+            if isinstance(made, BadRow):
+                report.bad_row(row.place, str(made))
+            else:
+                yield from made
 
-    def _tokenize(self, format: str, drafts: list[Draft]) -> list[Any]:
+    def _finish(self, form: str, draft: Draft, tokens: Any, report: Report) -> list[Example] | BadRow:
+        try:
+            if form == "labels":
+                return [self._labelled(draft, tokens, report)]
+            if form == "text":
+                return self._document(tokens)
+            return [self._completion(form, draft, tokens, report)]
+        except BadRow as bad:
+            return bad
+
+    def _tokenize(self, form: str, drafts: list[Draft]) -> list[Any]:
         """`tokenizers.Encoding`s of the drafts in order."""
         # verbose would warn of texts longer than the model's window, which are cut or split later.
         options: dict[str, Any] = {"verbose": False}
-        if format == "labels":
+        if form == "labels":
             options |= {"truncation": "longest_first", "max_length": self.config.seq_len}
         encodings: list[Any] = [None] * len(drafts)
         for paired in (False, True):  # a batch holds either single texts or pairs
@@ -133,7 +136,7 @@ class Encoder:
             texts = [drafts[i].text for i in places]
             pairs = [drafts[i].pair for i in places] if paired else None
             # A chat template writes the special tokens itself.
-            batch = self.tokenizer(texts, pairs, add_special_tokens=format != "chat", **options)
+            batch = self.tokenizer(texts, pairs, add_special_tokens=form != "chat", **options)
             for i, encoding in zip(places, batch.encodings, strict=True):
                 encodings[i] = encoding
         return encodings
@@ -148,24 +151,23 @@ class Encoder:
             types = np.array(tokens.type_ids, dtype=np.uint8)
         return Example(ids, np.zeros(len(ids), dtype=bool), draft.label, types)
 
-    def _document(self, tokens: Any) -> Iterator[Example]:
+    def _document(self, tokens: Any) -> list[Example]:
         """Consecutive rows of at most seq_len tokens. A row begins with the last token of the one before, so
         that every token but the document's first is predicted exactly once."""
         ids = self._with_end(tokens)
         if len(ids) < 2:
             raise BadRow("the text leaves no token to predict; valid would be more text")
         step = self.config.seq_len - 1
-        for start in range(0, len(ids) - 1, step):
-            part = ids[start : start + step + 1]
-            yield Example(part, np.ones(len(part), dtype=bool))
+        parts = [ids[start : start + step + 1] for start in range(0, len(ids) - 1, step)]
+        return [Example(part, np.ones(len(part), dtype=bool)) for part in parts]
 
-    def _completion(self, format: str, draft: Draft, tokens: Any, report: Report) -> Example:
-        ids = np.array(tokens.ids, dtype=np.int32) if format == "chat" else self._with_end(tokens)
+    def _completion(self, form: str, draft: Draft, tokens: Any, report: Report) -> Example:
+        ids = np.array(tokens.ids, dtype=np.int32) if form == "chat" else self._with_end(tokens)
         supervised = np.ones(len(ids), dtype=bool)
         if draft.spans is not None:
             body = min(len(ids), len(tokens.offsets))
             supervised[:body] &= overlaps(tokens.offsets[:body], draft.spans)
-            if format != "chat":
+            if form != "chat":
                 supervised[-1] = True  # the end of sequence, appended or written in the completion
         limit = self.config.seq_len
         example = Example(ids[:limit], supervised[:limit])

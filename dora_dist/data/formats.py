@@ -98,24 +98,24 @@ def detect_format(row: Row, config: DataConfig, *, classify: bool) -> str:
     raise UserError(f"{row.place}: the keys found ({found}) fit no format; valid would be {shapes}")
 
 
-def drafter(format: str, config: DataConfig, tokenizer: Any, labels: Labels | None) -> Callable[[Row], Draft]:
+def drafter(form: str, config: DataConfig, tokenizer: Any, labels: Labels | None) -> Callable[[Row], Draft]:
     """The function that drafts the rows of a format.
 
     Raises:
         UserError: the format is chat and the tokenizer has no chat template.
     """
-    if format == "chat":
+    if form == "chat":
         if not tokenizer.chat_template:
             raise UserError(
                 "data.format: chat needs a tokenizer with a chat template, and this one has none; valid "
                 "would be an instruction-tuned model's tokenizer, or the format prompt_completion"
             )
         return partial(_draft_chat, render=partial(_render, tokenizer), everything=config.loss_on == "all")
-    if format == "labels":
+    if form == "labels":
         assert labels is not None
         return partial(_draft_labels, to_label=labels)
     draft = {"prompt_completion": _draft_prompt_completion, "alpaca": _draft_alpaca, "text": _draft_text}[
-        format
+        form
     ]
     if config.loss_on == "all":
         return lambda row: draft(row)._replace(spans=None)
@@ -157,7 +157,7 @@ def _draft_chat(row: Row, render: Render, everything: bool) -> Draft:
         full = render(messages, False)
     except ImportError:
         raise  # transformers says which package templates need
-    except Exception as error:  # noqa: BLE001 - a template raises what it likes
+    except Exception as error:  # a template raises what it likes
         raise BadRow(f"the chat template refuses the messages: {one_line(error)}") from None
     if everything:
         return Draft(full, None)
@@ -173,7 +173,7 @@ def _turn_span(row: Row, messages: list[dict], turn: int, full: str, render: Ren
     """The characters that the model would write for a turn: what it adds to the prompt for generating it."""
     try:
         before, through = render(messages[:turn], True), render(messages[: turn + 1], False)
-    except Exception:  # noqa: BLE001 - such as a template that insists on a user turn first
+    except Exception:  # such as a template that insists on a user turn first
         before, through = "", "\0"
     if not (through.startswith(before) and full.startswith(through)):
         raise UserError(

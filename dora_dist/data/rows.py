@@ -65,7 +65,7 @@ def as_row(place: str, value: Any) -> Row:
 
 def _jsonl_rows(name: str) -> Iterator[Row]:
     decoder = _Decoder()
-    with open(name, "rb") as file:
+    with Path(name).open("rb") as file:
         for number, raw in enumerate(file, start=1):
             place = f"{name}:{number}"
             try:
@@ -130,10 +130,9 @@ def _broken_json(name: str, text: str, position: int, problem: str) -> UserError
 def _csv_rows(name: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default refuses documents longer than 128 KiB
     # Bytes that are not UTF-8 become lone surrogates, so that they spoil their own row only.
-    with open(name, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(
-            file, strict=True
-        )  # without strict, an unclosed quote swallows the rest of the file
+    with Path(name).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        # Without strict, an unclosed quote swallows the rest of the file.
+        reader = csv.reader(file, strict=True)
         header = next(reader, None)
         if header is None:
             return

@@ -93,7 +93,7 @@ def _parquet_rows(name: str, key: str) -> Iterator[Row]:
         rows = datasets.load_dataset("parquet", data_files=[name], split="train", streaming=True)
         for number, fields in enumerate(rows, start=1):
             yield as_row(f"{name}:{number}", fields)
-    except Exception as error:  # noqa: BLE001 - pyarrow's errors share no useful base
+    except Exception as error:  # pyarrow's errors share no useful base
         raise UserError(f"{name}: not readable as parquet: {one_line(error)}") from None
 
 
@@ -102,7 +102,7 @@ def _hub_rows(name: str, key: str, streaming: bool) -> Iterator[Row]:
     try:
         split = "train" if key == "data.train" else _eval_split(datasets, name)
         rows = datasets.load_dataset(name, split=split, streaming=streaming)
-    except Exception as error:  # noqa: BLE001 - network, permission and format errors share no base
+    except Exception as error:  # network, permission and format errors share no base
         raise UserError(
             f"{key}: there is no local file {name!r}, and the hub's dataset of that name cannot be loaded: "
             f"{one_line(error)}"

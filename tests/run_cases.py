@@ -1,0 +1,68 @@
+"""Run under torchrun (or alone): train each case and write its losses and first gradients.
+
+usage: run_cases.py CASES.json OUT.pt       CASES: {name: {override: value}}, laid over "base"
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+from dora_dist.backends.process import Processes
+from dora_dist.build import build, choose_strategy, draw_blueprint
+from dora_dist.config import load_config
+from dora_dist.norms import dora_layers
+from dora_dist.progress import RunLog
+from dora_dist.train import RunData, Trainer, load_tokenizer
+
+
+def run_case(config, processes: Processes) -> dict:
+    """20 steps' losses and gradient norms, the first step's gradients, and the norms at the end."""
+    directory = Path(config.model.path)
+    blueprint = draw_blueprint(config, directory)
+    strategy = choose_strategy(config.parallel, blueprint.model, processes)
+    data = RunData(blueprint, load_tokenizer(directory), processes)
+    processes.start(60, needed=strategy.needs_group)
+    built = build(blueprint, strategy)
+    shards = built.shards
+    named = {n: p for n, p in built.model.named_parameters() if p.requires_grad}
+    optimizer, first = built.optimizer, {}
+
+    def note_first(*_) -> None:
+        if not first:
+            gathered = shards.gather([p.grad for p in named.values()])
+            first.update({name: gradient.clone() for name, gradient in zip(named, gathered, strict=True)})
+
+    optimizer.register_step_pre_hook(note_first)
+    with RunLog(config.log, Path(config.output_dir), data.steps, {}, is_main=False) as log:
+        trainer = Trainer(config, built, strategy, data, log)
+        losses, norms = [], []
+        for step in range(data.steps):
+            loss, grad_norm = trainer.train_step(data.plan.global_batch(step))
+            losses.append(processes.sum_(loss).item())
+            norms.append(grad_norm.item())
+    cached = {name: layer.norm.clone() for name, layer in dora_layers(built.model).items()}
+    shards.settle(built.model)
+    weights = dict(zip(named, shards.gather(list(named.values())), strict=True))
+    return {"losses": losses, "grad_norms": norms, "gradients": first, "norms": cached, "weights": weights}
+
+
+def main(cases_file: str, out: str) -> None:
+    cases = json.loads(Path(cases_file).read_text())
+    base = cases.pop("base")
+    processes = Processes()
+    results = {}
+    for name, overrides in cases.items():
+        path = Path(out).with_suffix(f".{processes.rank}.yaml")
+        path.write_text(yaml.safe_dump(base))
+        config = load_config(path, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+        results[name] = run_case(config, processes)
+    if processes.is_main:
+        torch.save(results, out)
+    processes.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,137 @@
+"""Every strategy and world size against one process: losses of 20 steps, first gradients of A, B and m, norms.
+
+The model is awkward on purpose (conftest.tiny_llama): 17 and 2 rows over 4 ranks, biases, zero rows.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, child_environment, torchrun
+from safetensors.torch import load_file
+
+VARIANTS = {
+    "out-detached": {},
+    "out-exact": {"dora.norm_gradient": "exact"},
+    "in-detached": {"dora.magnitude_axis": "in"},
+    "in-exact": {"dora.magnitude_axis": "in", "dora.norm_gradient": "exact"},
+}
+SPLITS = {1: (8, 1), 2: (2, 2), 4: (1, 2)}  # world size: micro_batch_size, accumulation; always 8 rows
+STRATEGIES = {
+    1: {"fsdp": {"parallel.strategy": "fsdp"}},
+    2: {
+        "ddp": {"parallel.strategy": "ddp"},
+        "fsdp": {"parallel.strategy": "fsdp"},
+        "offload": {"parallel.strategy": "fsdp", "parallel.cpu_offload": True},
+        "checkpointed": {"parallel.strategy": "fsdp", "train.activation_checkpointing": True},
+        "packed": {"parallel.strategy": "fsdp", "data.packing": True},
+    },
+    4: {
+        "ddp": {"parallel.strategy": "ddp"},
+        "fsdp": {"parallel.strategy": "fsdp"},
+        "hybrid": {"parallel.strategy": "fsdp", "parallel.replicas": 2},
+    },
+}
+ALONE = {"packed": {"data.packing": True}}  # what a strategy's reference run shares with it
+
+
+def base_config(model: Path, rows: Path, scratch: Path) -> dict:
+    return {
+        "model": {"path": str(model), "dtype": "float32"},
+        "dora": {"rank": 3, "alpha": 6, "targets": "all-linear", "rank_pattern": {"k_proj": 2, "v_proj": 2}},
+        "data": {"train": str(rows), "seq_len": 48},
+        "train": {"steps": 20, "lr": 0.01, "warmup_steps": 2, "max_grad_norm": 0.5},
+        "output_dir": str(scratch),
+    }
+
+
+def split(world: int) -> dict:
+    size, accumulation = SPLITS[world]
+    return {"train.micro_batch_size": size, "train.accumulation": accumulation}
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_llama, tiny_gpt2, tiny_rows, tmp_path_factory):
+    """One process, no sharding."""
+    cases = {name: {**overrides, **split(1)} for name, overrides in VARIANTS.items()}
+    cases |= {name: {**overrides, **split(1)} for name, overrides in ALONE.items()}
+    return run(1, cases, tmp_path_factory.mktemp("reference"), tiny_llama, tiny_gpt2, tiny_rows)
+
+
+@pytest.fixture(scope="session", params=[1, 2, 4])
+def sharded(request, tiny_llama, tiny_gpt2, tiny_rows, tmp_path_factory):
+    world = request.param
+    cases = {}
+    for strategy, overrides in STRATEGIES[world].items():
+        for variant, more in VARIANTS.items():
+            if variant == "out-detached" or strategy in ("fsdp", "hybrid"):
+                cases[f"{strategy}/{variant}"] = {**overrides, **more, **split(world)}
+    scratch = tmp_path_factory.mktemp(f"world{world}")
+    return run(world, cases, scratch, tiny_llama, tiny_gpt2, tiny_rows)
+
+
+GPT2 = {"dora.rank_pattern": {}, "dora.targets": ["all-linear", "wte"]}
+
+
+def run(world: int, cases: dict, scratch: Path, llama: Path, gpt2: Path, rows: Path) -> dict:
+    strategy = {} if world == 1 and "packed" in cases else {"parallel.strategy": "fsdp"}
+    for axis in ("out", "in"):
+        cases[f"gpt2/{axis}"] = {
+            **GPT2, **strategy, **split(world), "model.path": str(gpt2), "dora.magnitude_axis": axis,
+        }  # fmt: skip
+    (scratch / "cases.json").write_text(json.dumps({"base": base_config(llama, rows, scratch), **cases}))
+    script, arguments = ROOT / "tests" / "run_cases.py", [str(scratch / "cases.json"), str(scratch / "out.pt")]
+    if world == 1:
+        command = [sys.executable, str(script), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=300)
+    else:
+        done = torchrun(world, script, *arguments)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(scratch / "out.pt")
+
+
+def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> bool:
+    return bool((got - want).norm() <= tolerance * want.norm() + 1e-8)
+
+
+def test_losses_and_gradients_agree_with_one_process(sharded, reference):
+    for name, got in sharded.items():
+        strategy, variant = name.split("/")
+        want = reference[name if strategy == "gpt2" else strategy if strategy in ALONE else variant]
+        assert got["losses"] == pytest.approx(want["losses"], rel=1e-5), name
+        assert got["grad_norms"] == pytest.approx(want["grad_norms"], rel=1e-4), name
+        assert got["gradients"].keys() == want["gradients"].keys()
+        for key, gradient in got["gradients"].items():
+            assert close(gradient, want["gradients"][key], 1e-5), f"{name} {key}"
+
+
+def test_cached_norms_are_those_of_the_weights(sharded, reference, tiny_llama, tiny_gpt2):
+    """After 20 steps: each rank's cached norm against fp64 of the whole W + s B A."""
+    for name, got in {**sharded, **reference}.items():
+        axis = "in" if "in" in name.split("/")[-1].split("-") else "out"
+        files = load_file((tiny_gpt2 if "gpt2" in name else tiny_llama) / "model.safetensors")
+        for layer, norm in got["norms"].items():
+            stored = files[f"{layer}.weight"].double()
+            A, B = (got["weights"][f"{layer}.lora_{letter}"].double() for letter in "AB")
+            W_OI = stored.t() if "gpt2" in name else stored
+            V = W_OI + 6 / A.shape[0] * (B @ A)
+            torch.testing.assert_close(norm.double(), V.norm(dim=int(axis == "out")), rtol=1e-6, atol=1e-7)
+
+
+def test_runs_learn_and_move_every_kind_of_parameter(reference):
+    for name, result in reference.items():
+        assert result["losses"][-1] < result["losses"][0] - 0.1, name
+        for kind in ("lora_A", "lora_B", "magnitude"):
+            moved = [g for n, g in result["gradients"].items() if n.endswith(kind)]
+            assert moved
+            if kind != "lora_A":  # B = 0 at first, so A has no gradient in the first step
+                assert any(g.abs().sum() > 0 for g in moved), f"{name} {kind}"
+
+
+def test_accumulation_forms_the_same_batches(reference, tiny_llama, tiny_gpt2, tiny_rows, tmp_path):
+    again = {"accumulated": {"train.micro_batch_size": 2, "train.accumulation": 4}}
+    got = run(1, again, tmp_path, tiny_llama, tiny_gpt2, tiny_rows)["accumulated"]
+    assert got["losses"] == pytest.approx(reference["out-detached"]["losses"], rel=1e-5)
