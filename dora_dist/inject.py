@@ -7,9 +7,11 @@ import fnmatch
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dora_dist.config import DoraConfig
 from dora_dist.errors import UserError, nearest
@@ -24,10 +26,10 @@ class Injection:
 
     config: DoraConfig
     layers: tuple[str, ...]  # names of the adapted modules
-    saved: tuple[str, ...]  # names of the modules trained in full (modules_to_save)
-    ambiguous_suffixes: frozenset[
-        str
-    ]  # last name parts that adapted and other modules of a target's kind share
+    saved: dict[
+        str, torch.dtype
+    ]  # the modules trained in full (modules_to_save) and the base's dtype of each
+    casts: tuple[RemovableHandle, ...]  # the hooks around modules trained in fp32 inside a 16-bit model
 
 
 def inject_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
@@ -39,26 +41,41 @@ def inject_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
 
     Raises:
         UserError: a name matches nothing (the closest names are given), a module is of another kind, a rank
-            exceeds its layer, or the model was injected before.
+            exceeds its layer, or the model was injected or sharded before.
     """
     if any(isinstance(m, DoraLayer) for m in model.modules()):
         raise UserError("the model already has DoRA layers; inject_dora works once per model")
+    if is_sharded(model):
+        raise UserError("the model is sharded already: call inject_dora first, then fully_shard")
     targets, magnitude_only, saved = _choose(model, config)
     specs = {name: _spec(name, module, name in magnitude_only, config) for name, module in targets.items()}
     _check_patterns(targets, config)
     _check_ties(model, saved)
-    suffixes = {_suffix(name) for name in targets}
-    others = {_suffix(n) for n, m in model.named_modules() if _is_target_kind(m) and n not in targets}
 
     model.requires_grad_(False)
     replaced: dict[nn.Module, DoraLayer] = {}
     for name, module in targets.items():
         replaced[module] = replaced.get(module) or _make_layer(module, specs[name])
         _set_module(model, name, replaced[module])
-    for name in saved:
-        _train_in_full(model.get_submodule(name))
-    model.dora = Injection(config, tuple(targets), tuple(saved), frozenset(suffixes & others))  # type: ignore[assignment]
+    dtypes = {name: _narrowest_dtype(model.get_submodule(name)) for name in saved}  # before ties are widened
+    casts = [h for name, dtype in dtypes.items() for h in _train_in_full(model.get_submodule(name), dtype)]
+    model.dora = Injection(config, tuple(targets), dtypes, tuple(casts))  # type: ignore[assignment]
     return model
+
+
+def forget_injection(model: nn.Module) -> None:
+    """The modules trained in full go back to the base's dtype, and the model no longer counts as injected."""
+    injection = injection_of(model)
+    for cast in injection.casts:
+        cast.remove()
+    for name, dtype in injection.saved.items():
+        for parameter in model.get_submodule(name).parameters():
+            parameter.data = parameter.data.to(dtype)
+    del model.dora
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(hasattr(p, "placements") for p in model.parameters())
 
 
 def injection_of(model: nn.Module) -> Injection:
@@ -69,14 +86,21 @@ def injection_of(model: nn.Module) -> Injection:
 
 
 def matches(name: str, patterns: Iterable[str]) -> str | None:
-    """The first pattern that is `name`, a dotted suffix of it, or a glob that fits it."""
+    """The first pattern that is `name`, a dotted suffix of it, "^" and the whole of it, or a glob that fits it."""
     for pattern in patterns:
-        if _GLOB & set(pattern):
+        if _is_glob(pattern):
             if fnmatch.fnmatchcase(name, pattern):
                 return pattern
-        elif name == pattern or name.endswith("." + pattern):
+        elif name == pattern.removeprefix("^") or name.endswith("." + pattern):
             return pattern
     return None
+
+
+def rank_and_alpha(name: str, config: DoraConfig) -> tuple[int, float]:
+    """Of a layer that is not trained by its magnitude alone."""
+    rank_key, alpha_key = matches(name, config.rank_pattern), matches(name, config.alpha_pattern)
+    rank = config.rank_pattern[rank_key] if rank_key else config.rank
+    return rank, config.alpha_pattern[alpha_key] if alpha_key else config.alpha
 
 
 def _choose(model: nn.Module, config: DoraConfig) -> tuple[dict[str, nn.Module], set[str], list[str]]:
@@ -84,19 +108,14 @@ def _choose(model: nn.Module, config: DoraConfig) -> tuple[dict[str, nn.Module],
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
     saved = [name for name in modules if matches(name, config.modules_to_save)]
     _require_all_match("dora.modules_to_save", config.modules_to_save, modules)
-    magnitude_only = {name for name in modules if matches(name, config.magnitude_only)}
-    _require_all_match("dora.magnitude_only", config.magnitude_only, modules)
-    names = [t for t in config.target_list() if t != "all-linear"]
-    chosen = {name for name in modules if matches(name, names)} | magnitude_only
     candidates = [name for name, m in modules.items() if _is_target_kind(m)]
-    _require_all_match("dora.targets", names, modules, candidates)
+    free = [name for name in candidates if not _inside(name, saved)]
+    magnitude_only = _selected("dora.magnitude_only", config.magnitude_only, modules, free)
+    names = [t for t in config.target_list() if t != "all-linear"]
+    chosen = _selected("dora.targets", names, modules, free) | magnitude_only
     if "all-linear" in config.target_list():
         head = _output_heads(model)
-        chosen |= {
-            name
-            for name, m in modules.items()
-            if _is_linear(m) and m not in head and not _inside(name, saved)
-        }
+        chosen |= {name for name in free if _is_linear(modules[name]) and modules[name] not in head}
     if not chosen:
         raise UserError("dora.targets: nothing to adapt; name at least one module, or all-linear")
     targets = {name: modules[name] for name in modules if name in chosen}
@@ -110,6 +129,16 @@ def _choose(model: nn.Module, config: DoraConfig) -> tuple[dict[str, nn.Module],
         if _inside(name, saved):
             raise UserError(f"dora.targets: {name!r} is trained in full by dora.modules_to_save already")
     return targets, magnitude_only, saved
+
+
+def _selected(key: str, patterns: Iterable[str], modules: Iterable[str], candidates: list[str]) -> set[str]:
+    """The modules that `patterns` mean: a name may mean any module (the wrong kind is told), a glob only those
+    that can be adapted."""
+    names = [p for p in patterns if not _is_glob(p)]
+    globs = [p for p in patterns if _is_glob(p)]
+    _require_all_match(key, names, modules, candidates)
+    _require_all_match(key, globs, candidates)
+    return {n for n in modules if matches(n, names)} | {n for n in candidates if matches(n, globs)}
 
 
 def _require_all_match(
@@ -146,10 +175,7 @@ def _check_ties(model: nn.Module, saved: list[str]) -> None:
 
 
 def _spec(name: str, module: nn.Module, magnitude_only: bool, config: DoraConfig) -> AdapterSpec:
-    pattern = matches(name, config.rank_pattern)
-    rank = config.rank_pattern[pattern] if pattern else config.rank
-    pattern = matches(name, config.alpha_pattern)
-    alpha = config.alpha_pattern[pattern] if pattern else config.alpha
+    rank, alpha = rank_and_alpha(name, config)
     smallest = min(module.weight.shape)  # type: ignore[arg-type, union-attr]
     if magnitude_only:
         rank = 0
@@ -182,19 +208,44 @@ def _make_layer(module: nn.Module, spec: AdapterSpec) -> DoraLayer:
     return layer
 
 
-def _train_in_full(module: nn.Module) -> None:
+def _narrowest_dtype(module: nn.Module) -> torch.dtype:
+    return min((p.dtype for p in module.parameters()), key=lambda d: d.itemsize, default=torch.float32)
+
+
+def _train_in_full(module: nn.Module, base_dtype: torch.dtype) -> list[RemovableHandle]:
     """Train a module's own weights, held in fp32, inside a model that computes in 16 bits."""
-    base_dtype = next((p.dtype for p in module.parameters()), torch.float32)
     for parameter in module.parameters():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)
-    if base_dtype.itemsize < 4:
-        module.register_forward_pre_hook(lambda _, args: tuple(_cast(a, torch.float32) for a in args))
-        module.register_forward_hook(lambda _, args, output: _cast(output, base_dtype))
+    if base_dtype.itemsize >= 4:
+        return []
+    cast = _CastAround(base_dtype)
+    return [
+        module.register_forward_pre_hook(cast.inputs, with_kwargs=True),
+        module.register_forward_hook(cast.output),
+    ]
 
 
-def _cast(value, dtype: torch.dtype):
+@dataclass(frozen=True)
+class _CastAround:
+    """Hooks: inputs to the module's own dtype, its output to the dtype of the model around it."""
+
+    dtype: torch.dtype
+
+    def inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        own = next(p.dtype for p in module.parameters())
+        return tuple(_cast(a, own) for a in args), {k: _cast(v, own) for k, v in kwargs.items()}
+
+    def output(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        return _cast(output, self.dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _is_glob(pattern: str) -> bool:
+    return not _GLOB.isdisjoint(pattern)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -207,7 +258,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_target_kind(module: nn.Module) -> bool:
-    return _is_linear(module) or type(module) is nn.Embedding
+    # An embedding with max_norm rewrites its weight in each forward.
+    return _is_linear(module) or (type(module) is nn.Embedding and module.max_norm is None)
 
 
 def _output_heads(model: nn.Module) -> set[nn.Module]:

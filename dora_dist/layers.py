@@ -72,7 +72,7 @@ class DoraLayer(nn.Module):
         self.register_buffer("norm", norm, persistent=False)
         self.norm_is_cached = False  # set by attach_norm_refresh
         self._norm_is_stale = True
-        self.register_load_state_dict_post_hook(lambda layer, _: layer.mark_norm_stale())
+        self.register_load_state_dict_post_hook(_after_load)
 
     @property
     def magnitude_dim(self) -> int:
@@ -152,26 +152,32 @@ class DoraLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoraLayer":
         kept = [t for t in (self.lora_A, self.lora_B, self.magnitude, self.norm) if t is not None]
+        weight_dtype = self.weight.dtype
 
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            narrows = moved.dtype != tensor.dtype and moved.dtype.itemsize < tensor.dtype.itemsize
-            if narrows and any(tensor is t or tensor is t.grad for t in kept):
-                return tensor.to(moved.device)
+            wide = wide_dtype(moved.dtype)
+            if moved.dtype != wide and any(tensor is t or tensor is t.grad for t in kept):
+                return tensor.to(moved.device, wide)
             return moved
 
-        return super()._apply(keep_wide, recurse)
+        super()._apply(keep_wide, recurse)
+        if self.weight.dtype != weight_dtype:
+            self.mark_norm_stale()  # a rounded weight has another norm
+        return self
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(
-            state
-        )  # a copy is not known to the original's optimizer: it must not trust its cache
-        self.norm_is_cached = False
+        super().__setstate__(state)
+        self.norm_is_cached = False  # the original's optimizer does not refresh a copy
 
     def extra_repr(self) -> str:
         s = self.spec
         kind = "lora" if not s.magnitude else "dora" if s.rank else "magnitude only"
         return f"{self.in_features}, {self.out_features}, {kind}, rank={s.rank}, scaling={s.scaling:g}, axis={s.axis}"
+
+
+def _after_load(layer: DoraLayer, _: object) -> None:
+    layer.mark_norm_stale()
 
 
 class DoraLinear(DoraLayer):

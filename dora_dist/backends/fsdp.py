@@ -6,7 +6,8 @@ rows of W holds the same rows of B and m. Mixed precision is the layer's own bus
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -123,14 +124,18 @@ class Fsdp:
         if replicas > 1:
             self.shape, self.names = (replicas, *self.shape), ("replicate", "shard")
 
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """Made at first use, when the process group is there."""
+        return init_device_mesh(self.processes.device.type, self.shape, mesh_dim_names=self.names)
+
     def shard(self, model: nn.Module) -> None:
-        mesh = init_device_mesh(self.processes.device.type, self.shape, mesh_dim_names=self.names)
         offload = OffloadPolicy()
         if self.cpu_offload:
             offload = CPUOffloadPolicy(pin_memory=self.processes.device.type == "cuda")
         for module in _groups(model):
-            fully_shard(module, mesh=mesh, offload_policy=offload)
-        fully_shard(model, mesh=mesh, offload_policy=offload)
+            fully_shard(module, mesh=self.mesh, offload_policy=offload)
+        fully_shard(model, mesh=self.mesh, offload_policy=offload)
 
     def parameter_device(self) -> torch.device:
         return torch.device("cpu") if self.cpu_offload else self.processes.device
