@@ -1,14 +1,14 @@
-"""Adapters in PEFT's file format: written from shards without gathering the base, read, and merged.
+"""Adapters as files in PEFT's format: written from shards without gathering the base, read, and merged.
 
-`adapter_model.safetensors` and `adapter_config.json`; docs/adapters.md lists the keys. What PEFT cannot express
-(one magnitude per input feature) is written under a `peft_type` of our own, so that PEFT refuses it instead of
-loading it wrong.
+`adapter_model.safetensors` and `adapter_config.json`; peft_format.py knows what stands in them.
 """
 
+import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dora_dist.config import DoraConfig
 from dora_dist.errors import UserError, nearest
-from dora_dist.inject import inject_dora, injection_of
+from dora_dist.inject import forget_injection, inject_dora, injection_of, is_sharded
 from dora_dist.layers import DoraEmbedding, DoraLayer
 from dora_dist.norms import dora_layers, find_shards, refresh_norms
-from dora_dist.shards import Shards, write_whole
+from dora_dist.peft_format import (
+    OWN_TYPE,
+    PREFIX,
+    adapted_layers,
+    from_peft_config,
+    frozen_tensors,
+    to_peft_config,
+    trained_tensors,
+    value_for,
+    zero_factors,
+)
+from dora_dist.shards import Shards, as_matrix, write_whole
 
-_PREFIX = "base_model.model."
-_TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "LMHeadModel": "CAUSAL_LM"}
-_OWN_TYPE = "DORA_DIST"
-_GATHER_BYTES = (
-    256 << 20
-)  # of whole tensors at a time, so that a large trained embedding is not all gathered twice
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_GATHER_BYTES = 256 << 20  # of whole tensors at a time: a large trained embedding is not all gathered twice
 
 
 @torch.no_grad()
@@ -44,41 +50,42 @@ def save_adapter(
     injection_of(model)
     shards = shards or find_shards(model)
     shards.settle(model)
-    tensors = {key: t.cpu().contiguous() for key, t in _gathered(_named_tensors(model), shards)}
+    tensors: dict[str, Tensor] = {}
+    for key, whole in _gathered(chain(trained_tensors(model), frozen_tensors(model)), shards):
+        if shards.is_writer:
+            tensors[key] = whole.cpu().contiguous()
     if not shards.is_writer:
         return
+    tensors = _without_aliases({**tensors, **zero_factors(model)})
+    config = json.dumps(to_peft_config(model, base_model), indent=2) + "\n"
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for layer in dora_layers(model).values():
-        if layer.lora_A is None:
-            tensors.update(_zero_factors(model, layer))
-    config = _peft_config(model, base_model)
-    _replace(directory / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-    _replace(
-        directory / "adapter_config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n")
-    )
+    _replace(directory / _TENSORS, lambda path: save_file(tensors, path, {"format": "pt"}))
+    _replace(directory / _CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
 
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, directory: str | Path, shards: Shards | None = None) -> nn.Module:
     """Read a PEFT adapter into `model`, injecting DoRA as its configuration says where that was not done yet.
 
-    Nothing is written to the model before the whole file has been checked. Cached norms are renewed.
+    The model is not touched before the whole adapter has been checked. Cached norms are renewed.
 
     Raises:
-        UserError: a file is missing or damaged, or the adapter does not fit the model: tensor, shape, dtype kind,
-            scaling or method are named.
+        UserError: a file is missing or damaged, or the adapter does not fit the model: the tensor or setting
+            is named.
     """
     directory = Path(directory)
     config, tensors = _read(directory)
-    if not dora_layers(model):
-        inject_dora(model, _dora_config(config, tensors, directory))
-    wanted = dict(_named_tensors(model))
-    _check_tensors(directory, tensors, wanted, model)
-    _check_scalings(directory, config, model)
     shards = shards or find_shards(model)
+    if dora_layers(model):
+        _check(directory, config, tensors, model, model, shards)
+    else:
+        dora_config = from_peft_config(config, tensors, model, directory / _CONFIG)
+        trial = model if is_sharded(model) else _meta_copy(model)  # inject_dora refuses a sharded one
+        _check(directory, config, tensors, inject_dora(trial, dora_config), model, shards)
+        inject_dora(model, dora_config)
     shards.settle(model)
-    for key, parameter in wanted.items():
+    for key, parameter in trained_tensors(model):
         write_whole(parameter, tensors[key], shards)
     for layer in dora_layers(model).values():
         layer.mark_norm_stale()
@@ -90,73 +97,70 @@ def load_adapter(model: nn.Module, directory: str | Path, shards: Shards | None 
 def merge_adapter(model: nn.Module) -> nn.Module:
     """Replace every DoRA layer by the plain layer with the merged weight, in place, and return the model.
 
-    A weight tied to another module is merged into a copy: the other keeps the base's.
+    A weight tied to another module is merged into a copy: the other keeps the base's. `modules_to_save` go
+    back to the base's dtype.
 
     Raises:
         UserError: the model is sharded; merge an unsharded copy (load the base, `load_adapter`, then this).
     """
-    layers = dora_layers(model)
     injection_of(model)
-    if any(hasattr(p, "placements") for p in model.parameters()):
+    if is_sharded(model):
         raise UserError(
             "merge_adapter needs whole weights, but this model is sharded: save_adapter, load the base "
             "model in one process, load_adapter into it, and merge there"
         )
-    plain = {layer: _plain_layer(layer) for layer in layers.values()}
+    unties = _adapts_a_tied_weight(model)
+    plain = {layer: _plain_layer(layer) for layer in dora_layers(model).values()}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, DoraLayer):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, plain[module])
-    if any(isinstance(layer, DoraEmbedding) for layer in plain) and hasattr(model, "config"):
-        model.config.tie_word_embeddings = False  # the head, if it was tied, kept the base's weight
-    del model.dora
+    if unties:
+        for module in model.modules():
+            if getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+                module.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    forget_injection(model)
     return model
 
 
 def _plain_layer(layer: DoraLayer) -> nn.Module:
     weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
-    if isinstance(layer, DoraEmbedding):
-        return nn.Embedding.from_pretrained(weight, freeze=True, padding_idx=layer.padding_idx)
-    if layer.transposed:
-        from transformers.pytorch_utils import Conv1D
+    plain: nn.Module
+    with torch.device("meta"):
+        if isinstance(layer, DoraEmbedding):
+            plain = nn.Embedding(layer.in_features, layer.out_features, layer.padding_idx)
+        elif layer.transposed:
+            from transformers.pytorch_utils import Conv1D
 
-        plain: nn.Module = Conv1D(layer.out_features, layer.in_features)
-        plain.bias = layer.bias  # type: ignore[assignment]
-    else:
-        with torch.device("meta"):
+            plain = Conv1D(layer.out_features, layer.in_features)
+        else:
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        plain.bias = layer.bias
     plain.weight = weight
+    if not isinstance(plain, nn.Embedding):
+        plain.register_parameter("bias", layer.bias)
     return plain.train(layer.training)
 
 
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The trained parameters by their key in PEFT's file."""
-    for name, layer in dora_layers(model).items():
-        infix = "lora_embedding_{}" if isinstance(layer, DoraEmbedding) else "lora_{}.weight"
-        for letter, factor in (("A", layer.lora_A), ("B", layer.lora_B)):
-            if factor is not None:
-                yield f"{_PREFIX}{name}.{infix.format(letter)}", factor
-        if layer.magnitude is not None:
-            yield f"{_PREFIX}{name}.lora_magnitude_vector", layer.magnitude
-    for name in injection_of(model).saved:
-        for suffix, parameter in model.get_submodule(name).named_parameters():
-            yield f"{_PREFIX}{name}.{suffix}", parameter
+def _adapts_a_tied_weight(model: nn.Module) -> bool:
+    owners: dict[Tensor, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[parameter] = owners.get(parameter, 0) + 1
+    return any(owners[layer.weight] > 1 for layer in dora_layers(model).values())
 
 
-def _zero_factors(model: nn.Module, layer: DoraLayer) -> dict[str, Tensor]:
-    """PEFT has no magnitude without A and B: rank 1 zeros stand in."""
-    name = next(n for n, other in dora_layers(model).items() if other is layer)
-    infix = "lora_embedding_{}" if isinstance(layer, DoraEmbedding) else "lora_{}.weight"
-    return {
-        f"{_PREFIX}{name}.{infix.format('A')}": torch.zeros(1, layer.in_features),
-        f"{_PREFIX}{name}.{infix.format('B')}": torch.zeros(layer.out_features, 1),
-    }
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """The model's structure without its values, to try an injection on."""
+    tensors = chain(model.parameters(), model.buffers())
+    empty = {id(t): torch.empty_like(t, device="meta") for t in tensors}
+    for p in model.parameters():
+        empty[id(p)] = nn.Parameter(empty[id(p)], requires_grad=p.requires_grad)
+    return copy.deepcopy(model, empty)
 
 
 def _gathered(named: Iterator[tuple[str, nn.Parameter]], shards: Shards) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors by key, gathered in batches of bounded size."""
-    batch: dict[str, nn.Parameter] = {}
+    batch: dict[str, Tensor] = {}
     held = 0
     for key, parameter in named:
         if batch and held + parameter.numel() * 4 > _GATHER_BYTES:
@@ -167,84 +171,31 @@ def _gathered(named: Iterator[tuple[str, nn.Parameter]], shards: Shards) -> Iter
     yield from zip(batch, shards.gather(list(batch.values())), strict=True)
 
 
-def _peft_config(model: nn.Module, base_model: str | None) -> dict[str, Any]:
-    injection = injection_of(model)
-    config, layers = injection.config, dora_layers(model)
-    ranks = {name: max(1, layer.spec.rank) for name, layer in layers.items()}
-    root = config.rank
-    alphas = {
-        n: layer.spec.scaling * (ranks[n] ** 0.5 if config.rslora else ranks[n])
-        for n, layer in layers.items()
-    }
-    suffixes = {name.rpartition(".")[2] for name in layers}
-    class_name = type(model).__name__
-    task = next((task for suffix, task in _TASK_TYPES.items() if class_name.endswith(suffix)), None)
-    return {
-        "peft_type": "LORA" if config.magnitude_axis == "out" else _OWN_TYPE,
-        "task_type": task,
-        "base_model_name_or_path": base_model
-        or getattr(getattr(model, "config", None), "_name_or_path", None),
-        "r": root,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "use_dora": config.method == "dora",
-        "use_rslora": config.rslora,
-        "fan_in_fan_out": any(
-            layer.transposed and not isinstance(layer, DoraEmbedding) for layer in layers.values()
-        ),
-        "bias": "none",
-        "inference_mode": True,
-        "target_modules": sorted(layers if injection.ambiguous_suffixes else suffixes),
-        "modules_to_save": sorted(injection.saved) or None,
-        "rank_pattern": {n: r for n, r in ranks.items() if r != root},
-        "alpha_pattern": {n: _tidy(a) for n, a in alphas.items() if abs(a - config.alpha) > 1e-9 * a},
-        **({} if config.magnitude_axis == "out" else {"magnitude_axis": config.magnitude_axis}),
-    }
-
-
-def _dora_config(config: dict[str, Any], tensors: dict[str, Tensor], directory: Path) -> DoraConfig:
-    """The DoraConfig that an adapter's own configuration describes."""
-    unsupported = [
-        k
-        for k in ("layers_to_transform", "exclude_modules", "use_qalora", "trainable_token_indices")
-        if config.get(k)
-    ]
-    if unsupported or config.get("bias", "none") != "none":
-        raise UserError(
-            f"{directory / 'adapter_config.json'}: {(unsupported or ['bias'])[0]!r} is not supported"
-        )
-    targets = config.get("target_modules") or []
-    adapted = {key[len(_PREFIX) :].split(".lora_")[0] for key in tensors if ".lora_" in key}
-    return DoraConfig(
-        method="dora" if config.get("use_dora") else "lora",
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        targets=sorted(adapted) if isinstance(targets, str) else list(targets),
-        rslora=config.get("use_rslora", False),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
-        modules_to_save=list(config.get("modules_to_save") or []),
-        magnitude_axis=config.get("magnitude_axis", "out"),
-    )
+def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A tied weight stands in the file once for each of its names; safetensors refuses shared memory."""
+    first: dict[int, str] = {}
+    for key, tensor in tensors.items():
+        first.setdefault(tensor.data_ptr(), key)
+    return {key: t if first[t.data_ptr()] == key else t.clone() for key, t in tensors.items()}
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    config_path, weights_path = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    config_path, weights_path = directory / _CONFIG, directory / _TENSORS
     for path in (config_path, weights_path):
         if not path.is_file():
             raise UserError(f"{directory}: not a PEFT adapter: {path.name} is missing")
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-        tensors = load_file(weights_path)
     except ValueError as error:
         raise UserError(f"{config_path}: not valid JSON: {error}") from None
+    try:
+        tensors = load_file(weights_path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{weights_path}: not a readable safetensors file: {error}") from None
-    for key in ("r", "lora_alpha", "peft_type"):
-        if not isinstance(config, dict) or key not in config:
-            raise UserError(f"{config_path}: {key!r} is missing")
-    if config["peft_type"] not in ("LORA", _OWN_TYPE):
+    for key, kind in (("peft_type", str), ("r", int), ("lora_alpha", int | float)):
+        if not isinstance(config, dict) or not isinstance(config.get(key), kind):
+            raise UserError(f"{config_path}: {key!r} is missing or of the wrong type")
+    if config["peft_type"] not in ("LORA", OWN_TYPE):
         raise UserError(f"{config_path}: peft_type {config['peft_type']!r} is not supported; LORA is")
     has_magnitudes = any(key.endswith("lora_magnitude_vector") for key in tensors)
     if has_magnitudes != bool(config.get("use_dora")):
@@ -255,48 +206,63 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def _check_tensors(
-    directory: Path, tensors: dict[str, Tensor], wanted: dict[str, nn.Parameter], model: nn.Module
+def _check(
+    directory: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    injected: nn.Module,
+    model: nn.Module,
+    shards: Shards,
 ) -> None:
-    path = directory / "adapter_model.safetensors"
-    stand_ins = {
-        k
-        for layer in dora_layers(model).values()
-        if layer.lora_A is None
-        for k in _zero_factors(model, layer)
-    }
+    """That the adapter fits `injected`: `model` or, while that is bare, a trial copy of it without values."""
+    path = directory / _TENSORS
+    wanted = dict(trained_tensors(injected))
+    seen: dict[Tensor, str] = {}
     for key, parameter in wanted.items():
         if key not in tensors:
             raise UserError(f"{path}: {key!r} is missing; {nearest(key, tensors)}")
-        if tensors[key].shape != parameter.shape:
-            raise UserError(
-                f"{path}: {key!r} is {list(tensors[key].shape)}, the model needs {list(parameter.shape)}"
-            )
-        if not torch.isfinite(tensors[key]).all():
-            raise UserError(f"{path}: {key!r} holds NaN or infinite values")
+        values = tensors[key]
+        if values.shape != parameter.shape:
+            raise UserError(f"{path}: {key!r} is {list(values.shape)}, the model needs {list(parameter.shape)}")
+        if not values.is_floating_point() or not torch.isfinite(values).all():
+            raise UserError(f"{path}: {key!r} holds NaN, infinite or whole values")
+        other = seen.setdefault(parameter, key)
+        if not torch.equal(values, tensors[other]):
+            raise UserError(f"{path}: {key!r} and {other!r} differ, but in the model they are one tied weight")
+    zeros = zero_factors(injected)
+    frozen = dict(model.named_parameters(remove_duplicate=False))
     for key in tensors.keys() - wanted.keys():
-        if key not in stand_ins or tensors[key].any():
-            raise UserError(f"{path}: {key!r} belongs to no adapted module of this model")
+        stands_in = key in zeros and not tensors[key].any()
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")  # PEFT adds frozen weights to its files
+        if not stands_in and not (name in frozen and _equal(frozen[name], tensors[key], shards)):
+            raise UserError(f"{path}: {key!r} belongs to no adapted module of this model, nor is it the base's")
+    _check_settings(directory / _CONFIG, config, injected)
 
 
-def _check_scalings(directory: Path, config: dict[str, Any], model: nn.Module) -> None:
-    """An adapter trained with another scaling would load without complaint and compute something else."""
-    from dora_dist.inject import matches
-
-    for name, layer in dora_layers(model).items():
-        if not layer.spec.rank:
-            continue
-        pattern = matches(name, config.get("alpha_pattern") or {})
-        alpha = config["alpha_pattern"][pattern] if pattern else config["lora_alpha"]
-        scaling = alpha / (layer.spec.rank**0.5 if config.get("use_rslora") else layer.spec.rank)
+def _check_settings(path: Path, config: dict[str, Any], model: nn.Module) -> None:
+    """An adapter of another scaling or axis would load without complaint and compute something else."""
+    axis = config.get("magnitude_axis", "out")
+    for name, layer in adapted_layers(model).items():
+        rank, alpha = layer.spec.rank, value_for(name, "alpha", config)
+        if layer.magnitude is not None and layer.spec.axis != axis:
+            raise UserError(f"{path}: has magnitudes of axis {axis!r}, the model of {layer.spec.axis!r}")
+        scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank) if rank else layer.spec.scaling
         if abs(scaling - layer.spec.scaling) > 1e-6 * scaling:
             raise UserError(
-                f"{directory / 'adapter_config.json'}: scales {name!r} by {scaling:g}, the model by "
-                f"{layer.spec.scaling:g}; set dora.alpha, dora.rank and dora.rslora as the adapter has them"
+                f"{path}: scales {name!r} by {scaling:g}, the model by {layer.spec.scaling:g}; set "
+                "dora.alpha, dora.rank and dora.rslora as the adapter has them"
             )
 
 
-def _replace(path: Path, write) -> None:
+def _equal(parameter: Tensor, values: Tensor, shards: Shards) -> bool:
+    if parameter.shape != values.shape:
+        return False
+    matrix = as_matrix(values)
+    parts = ((own.values, matrix[own.rows, own.cols]) for own in shards.rectangles(parameter))
+    return all(torch.equal(own, part.to(own)) for own, part in parts)
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside `path`, then rename: a killed run leaves the old file or the new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -307,7 +273,3 @@ def _replace(path: Path, write) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-def _tidy(value: float) -> float:
-    return int(value) if float(value).is_integer() else value

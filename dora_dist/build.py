@@ -21,11 +21,12 @@ from dora_dist.adapter import load_adapter
 from dora_dist.backends.fsdp import Fsdp
 from dora_dist.backends.process import Processes
 from dora_dist.backends.replicated import Ddp, Single
-from dora_dist.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from dora_dist.config import ModelConfig, ParallelConfig, RunConfig
 from dora_dist.errors import UserError
 from dora_dist.inject import inject_dora
 from dora_dist.layers import DoraLayer
 from dora_dist.norms import initialize_adapters, refresh_norms
+from dora_dist.optim import make_optimizer
 from dora_dist.shards import Shards
 from dora_dist.weights import (
     SafetensorsFiles,
@@ -69,9 +70,7 @@ def resolve_model(path: str) -> Path:
     directory = Path(path)
     if directory.is_dir():
         if not (directory / "config.json").is_file():
-            raise UserError(
-                f"model.path: {path!r} has no config.json; expected a model in Hugging Face layout"
-            )
+            raise UserError(f"model.path: {path!r} has no config.json; expected a model in Hugging Face layout")
         return directory
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"model.path: there is no directory {path!r}")
@@ -92,6 +91,8 @@ def resolve_model(path: str) -> Path:
 def draw_blueprint(config: RunConfig, directory: Path) -> Blueprint:
     """The injected meta model of a run. Reads config.json and the headers of the weight files, no weight."""
     model = _meta_model(config.model, directory)
+    if config.train.activation_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(f"train.activation_checkpointing: {type(model).__name__} does not support it")
     files = None if config.model.init == "random" else SafetensorsFiles(directory)
     if files is not None:
         check_shapes(files, model)
@@ -135,26 +136,6 @@ def build(blueprint: Blueprint, strategy: Strategy) -> Built:
             layer.norm_is_cached = True  # the training loop refreshes after each step
     refresh_norms(model, shards)
     return Built(model, strategy.wrap(model), shards, make_optimizer(model, config.train))
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, with the magnitudes' and B's own learning rates where asked for."""
-    groups: dict[str, list[nn.Parameter]] = {"magnitude": [], "B": [], "other": []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            last = name.rpartition(".")[2]
-            groups["magnitude" if last == "magnitude" else "B" if last == "lora_B" else "other"].append(
-                parameter
-            )
-    rates = {
-        "magnitude": config.magnitude_lr or config.lr,
-        "B": config.lr * (config.lora_plus_ratio or 1.0),
-        "other": config.lr,
-    }
-    return torch.optim.AdamW(
-        [{"params": params, "lr": rates[kind]} for kind, params in groups.items() if params],
-        weight_decay=config.weight_decay,
-    )
 
 
 @torch.no_grad()
@@ -245,7 +226,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

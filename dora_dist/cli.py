@@ -10,9 +10,7 @@ from dora_dist.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="dora-dist", description="DoRA fine-tuning that is aware of sharding."
-    )
+    parser = argparse.ArgumentParser(prog="dora-dist", description="DoRA fine-tuning that is aware of sharding.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     train = verbs.add_parser("train", help="fine-tune a model as a YAML says (under torchrun or alone)")
     train.add_argument("--config", required=True, metavar="C.yaml")
@@ -31,9 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> None:
-    config = load_config(
-        options.config, options.overrides
-    )  # before torch is imported: mistakes are told at once
+    config = load_config(options.config, options.overrides)  # before torch is imported: mistakes are told at once
     import transformers
 
     from dora_dist.train import run_training

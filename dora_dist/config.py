@@ -20,9 +20,7 @@ import yaml
 from dora_dist.errors import UserError, nearest
 
 
-def setting(
-    default: Any, *, low: float | None = None, high: float | None = None, positive: bool = False
-) -> Any:
+def setting(default: Any, *, low: float | None = None, high: float | None = None, positive: bool = False) -> Any:
     """A field with a range: `low` <= value <= `high`, and > 0 where `positive`."""
     metadata = {"low": low, "high": high, "positive": positive}
     return field(default=default, metadata=metadata)
@@ -233,7 +231,7 @@ def _apply_override(tree: dict, override: str) -> None:
     tree[last] = value
 
 
-def _build(prefix: str, cls: type, tree: Any) -> Any:
+def _build(prefix: str, cls: Any, tree: Any) -> Any:
     """An instance of the dataclass `cls` from a mapping; sections are built recursively."""
     if not isinstance(tree, Mapping):
         raise UserError(f"{prefix}: expected a section of keys, found {_describe(tree)}")
@@ -258,9 +256,7 @@ def _build(prefix: str, cls: type, tree: Any) -> Any:
 
 def _check_type(key: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
-        raise UserError(
-            f"{key}: expected {_name_type(hint)}, found {_describe(value)}{_suggest(value, hint)}"
-        )
+        raise UserError(f"{key}: expected {_name_type(hint)}, found {_describe(value)}{_suggest(value, hint)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -272,9 +268,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(
-            _fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items()
-        )
+        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:

@@ -1,4 +1,5 @@
-"""Put DoRA into a model: choose modules by name, swap them for DoRA layers over the same weights, freeze the rest.
+"""Put DoRA into a model: choose modules by name, swap them for DoRA layers over the same weights, freeze the
+rest.
 
 Works on any nn.Module, on the meta device too. Nothing is changed before everything has been checked.
 """
@@ -26,9 +27,7 @@ class Injection:
 
     config: DoraConfig
     layers: tuple[str, ...]  # names of the adapted modules
-    saved: dict[
-        str, torch.dtype
-    ]  # the modules trained in full (modules_to_save) and the base's dtype of each
+    saved: dict[str, torch.dtype]  # the modules trained in full, and the base's dtype of each
     casts: tuple[RemovableHandle, ...]  # the hooks around modules trained in fp32 inside a 16-bit model
 
 
@@ -36,8 +35,9 @@ def inject_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
     """Swap the targets of `config` for DoRA layers, in place, and return the model.
 
     Targets are nn.Linear, transformers' Conv1D (GPT-2) and nn.Embedding modules. The layers share the model's
-    weights; afterwards only A, B, the magnitudes and `modules_to_save` (held in fp32) require gradients. At first
-    the model computes what it computed before. On the meta device values are left to `initialize_adapters`.
+    weights; afterwards only A, B, the magnitudes and `modules_to_save` (held in fp32) require gradients. At
+    first the model computes what it computed before. On the meta device values are left to
+    `initialize_adapters`.
 
     Raises:
         UserError: a name matches nothing (the closest names are given), a module is of another kind, a rank
@@ -86,7 +86,7 @@ def injection_of(model: nn.Module) -> Injection:
 
 
 def matches(name: str, patterns: Iterable[str]) -> str | None:
-    """The first pattern that is `name`, a dotted suffix of it, "^" and the whole of it, or a glob that fits it."""
+    """The first pattern that is `name`, a dotted suffix of it, "^" and all of it, or a glob that fits it."""
     for pattern in patterns:
         if _is_glob(pattern):
             if fnmatch.fnmatchcase(name, pattern):
@@ -123,8 +123,8 @@ def _choose(model: nn.Module, config: DoraConfig) -> tuple[dict[str, nn.Module],
         if not _is_target_kind(module):
             inner = [n for n in candidates if n.startswith(name + ".")]
             raise UserError(
-                f"dora.targets: {name!r} is a {type(module).__name__}; targets are Linear, Conv1D and Embedding "
-                f"modules{', such as ' + repr(inner[0]) if inner else ''}"
+                f"dora.targets: {name!r} is a {type(module).__name__}; targets are Linear, Conv1D and "
+                f"Embedding modules{', such as ' + repr(inner[0]) if inner else ''}"
             )
         if _inside(name, saved):
             raise UserError(f"dora.targets: {name!r} is trained in full by dora.modules_to_save already")
@@ -132,7 +132,7 @@ def _choose(model: nn.Module, config: DoraConfig) -> tuple[dict[str, nn.Module],
 
 
 def _selected(key: str, patterns: Iterable[str], modules: Iterable[str], candidates: list[str]) -> set[str]:
-    """The modules that `patterns` mean: a name may mean any module (the wrong kind is told), a glob only those
+    """The modules that `patterns` mean: a name may mean any module (a wrong kind is told), a glob only those
     that can be adapted."""
     names = [p for p in patterns if not _is_glob(p)]
     globs = [p for p in patterns if _is_glob(p)]
@@ -148,10 +148,10 @@ def _require_all_match(
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in names):
             shown = list(candidates) if candidates is not None else names
-            suffixes = {_suffix(name) for name in shown if not _suffix(name).isdigit()}
-            raise UserError(
-                f"{key}: {pattern!r} matches no module; {nearest(pattern, suffixes | set(shown) if '.' in pattern else suffixes)}"
-            )
+            valid = {_suffix(name) for name in shown if not _suffix(name).isdigit()}
+            if "." in pattern:
+                valid |= set(shown)
+            raise UserError(f"{key}: {pattern!r} matches no module; {nearest(pattern, valid)}")
 
 
 def _check_patterns(targets: Iterable[str], config: DoraConfig) -> None:
@@ -169,20 +169,21 @@ def _check_ties(model: nn.Module, saved: list[str]) -> None:
         if free and len(free) < len(names):
             held = next(n for n in names if n not in free)
             raise UserError(
-                f"dora.modules_to_save: {held!r} is tied to {free[0]!r}; name both modules (they are trained as one "
-                "weight) or neither"
+                f"dora.modules_to_save: {held!r} is tied to {free[0]!r}; name both modules (they are trained "
+                "as one weight) or neither"
             )
 
 
 def _spec(name: str, module: nn.Module, magnitude_only: bool, config: DoraConfig) -> AdapterSpec:
     rank, alpha = rank_and_alpha(name, config)
-    smallest = min(module.weight.shape)  # type: ignore[arg-type, union-attr]
+    shape = module.weight.shape
+    assert isinstance(shape, torch.Size)
     if magnitude_only:
         rank = 0
-    elif rank > smallest:
+    elif rank > min(shape):
         raise UserError(
-            f"dora.rank: {rank} is larger than the smaller side of {name!r} {tuple(module.weight.shape)}; "
-            f"at most {smallest} (dora.rank_pattern sets a rank for single layers)"
+            f"dora.rank: {rank} is larger than the smaller side of {name!r} {tuple(shape)}; "
+            f"at most {min(shape)} (dora.rank_pattern sets a rank for single layers)"
         )
     return AdapterSpec(
         rank=rank,

@@ -1,9 +1,9 @@
 """DoraLinear and DoraEmbedding: thin modules over the functions of functional.py. They know no distribution.
 
-A layer owns the frozen `weight`, the trained `lora_A`, `lora_B` and `magnitude`, and a norm buffer that is not
-saved. Left alone it computes its norm in every forward: slow, never stale. `attach_norm_refresh` (norms.py) sets
-`norm_is_cached` and renews the buffer after each optimizer step, which is exact with the detached norm because
-the norm depends on weight, A and B alone.
+A layer owns the frozen `weight`, the trained `lora_A`, `lora_B` and `magnitude`, and a norm buffer that is
+not saved. Left alone it computes its norm in every forward: slow, never stale. `attach_norm_refresh`
+(norms.py) sets `norm_is_cached` and renews the buffer after each optimizer step, which is exact with the
+detached norm because the norm depends on weight, A and B alone.
 """
 
 import math
@@ -26,7 +26,7 @@ from dora_dist.functional import (
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What one layer's adapter is. `rank` 0: the magnitude alone is trained. `magnitude` False: plain LoRA."""
+    """What one layer's adapter is. `rank` 0: the magnitude alone is trained. `magnitude` False: LoRA."""
 
     rank: int
     scaling: float
@@ -40,9 +40,9 @@ class AdapterSpec:
 class DoraLayer(nn.Module):
     """What DoraLinear and DoraEmbedding share.
 
-    `weight` is [out, in], or [in, out] where `transposed` (Conv1D, embeddings: in = vocabulary). A is [r, in], B
-    [out, r], magnitude [out] or [in] by the spec's axis. A, B, magnitude and norm are fp32 (fp64 for an fp64
-    weight) and stay so under `model.to(dtype)`.
+    `weight` is [out, in], or [in, out] where `transposed` (Conv1D, embeddings: in = vocabulary). A is
+    [r, in], B [out, r], magnitude [out] or [in] by the spec's axis. A, B, magnitude and norm are fp32 (fp64
+    for an fp64 weight) and stay so under `model.to(dtype)`.
     """
 
     lora_A: nn.Parameter | None
@@ -136,8 +136,8 @@ class DoraLayer(nn.Module):
     def _require_whole(self) -> None:
         if hasattr(self.weight, "placements") or self.weight.dim() != 2:
             raise RuntimeError(
-                "this layer's weight is sharded, so the layer cannot run by itself: call the model (the module "
-                "that was sharded), which gathers weights around its forward"
+                "this layer's weight is sharded, so the layer cannot run by itself: call the model (the "
+                "module that was sharded), which gathers weights around its forward"
             )
 
     @torch.no_grad()
@@ -173,7 +173,8 @@ class DoraLayer(nn.Module):
     def extra_repr(self) -> str:
         s = self.spec
         kind = "lora" if not s.magnitude else "dora" if s.rank else "magnitude only"
-        return f"{self.in_features}, {self.out_features}, {kind}, rank={s.rank}, scaling={s.scaling:g}, axis={s.axis}"
+        shape = f"{self.in_features}, {self.out_features}"
+        return f"{shape}, {kind}, rank={s.rank}, scaling={s.scaling:g}, axis={s.axis}"
 
 
 def _after_load(layer: DoraLayer, _: object) -> None:

@@ -104,10 +104,10 @@ def _add_own_part(layer: DoraLayer, part: Tensor, whole: dict[Tensor, Tensor], s
         if layer.lora_A is not None and layer.lora_B is not None:
             if layer.lora_B in whole:
                 L_NR, U_RK = layer.stored_factors(whole[layer.lora_A], whole[layer.lora_B])
-                L_NR = L_NR[own.rows]
+                L_NR, U_RK = L_NR[own.rows], U_RK[:, own.cols]
             else:
-                L_NR, U_RK = shards.rectangles(layer.lora_B)[0].values, whole[layer.lora_A]
-            U_RK = U_RK[:, own.cols]
+                (own_B,) = shards.rectangles(layer.lora_B)
+                L_NR, U_RK = own_B.values, whole[layer.lora_A][:, own.cols]
         squares = squared_norms(own.values, L_NR, U_RK, layer.spec.scaling, layer.magnitude_dim, part.device)
         part[own.rows if layer.magnitude_dim == 0 else own.cols] += squares
 

@@ -1,10 +1,13 @@
 """What a run shows and keeps: metrics.jsonl, TensorBoard, wandb, a progress bar. Only rank 0 does any of it."""
 
 import json
+import resource
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -35,9 +38,9 @@ class RunLog(AbstractContextManager):
         self._total = total_steps
         self._metrics = (output_dir / "metrics.jsonl").open("w", encoding="utf-8")
         if config.tensorboard:
-            self._writers.append(_tensorboard(output_dir))
+            self._writers.append(_TensorBoard(output_dir))
         if config.wandb:
-            self._writers.append(_wandb(output_dir, settings))
+            self._writers.append(_Wandb(output_dir, settings))
         columns = ("[bold]{task.description}", "{task.fields[status]}")
         self._bar = Progress(
             TextColumn(columns[0]), BarColumn(), MofNCompleteColumn(), TextColumn(columns[1]),
@@ -82,7 +85,46 @@ class RunLog(AbstractContextManager):
                 writer.close()
 
 
-class _tensorboard:
+class Stopwatch:
+    """Time spent in a `with` block: by events on a GPU, so that nothing waits for it."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def __enter__(self) -> "Stopwatch":
+        self._marks = [self._mark()]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._marks.append(self._mark())
+
+    def seconds(self) -> float:
+        """Of the latest block; 0 before the first."""
+        if len(self._marks) < 2:
+            return 0.0
+        start, end = self._marks
+        if not self._cuda:
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device's allocator on a GPU, of the process's resident memory otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _TensorBoard:
     def __init__(self, output_dir: Path):
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -100,7 +142,7 @@ class _tensorboard:
         self._writer.close()
 
 
-class _wandb:
+class _Wandb:
     def __init__(self, output_dir: Path, settings: dict):
         try:
             import wandb

@@ -6,6 +6,8 @@ collectives that do nothing.
 """
 
 import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,7 +48,7 @@ class Shards(Protocol):
     def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
         """Whether each rank's rows of `factor` are its rows of `weight`; the same answer on every rank."""
 
-    def gather(self, parameters: list[Tensor]) -> list[Tensor]:
+    def gather(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The whole tensors, by one collective for all of them."""
 
     def sum_(self, flat: Tensor) -> None:
@@ -68,7 +70,7 @@ class Whole:
     def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
         return True
 
-    def gather(self, parameters: list[Tensor]) -> list[Tensor]:
+    def gather(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         return [p.detach() for p in parameters]
 
     def sum_(self, flat: Tensor) -> None:
@@ -76,10 +78,12 @@ class Whole:
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """[N] as [N, 1]; [N, ...] as [N, K]; a scalar as [1, 1]. A view."""
+    """[N] as [N, 1]; [N, ...] as [N, K]; a scalar as [1, 1]. Always a view, or an error: callers write to it."""
     if tensor.dim() == 0:
         return tensor.view(1, 1)
-    return tensor.view(-1, 1) if tensor.dim() == 1 else tensor.flatten(1)
+    if tensor.dim() == 2:
+        return tensor
+    return tensor.view(tensor.shape[0], math.prod(tensor.shape[1:]))
 
 
 @torch.no_grad()

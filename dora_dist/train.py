@@ -7,10 +7,8 @@ rank knows from the data alone; so the same global batch gives the same loss and
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +16,14 @@ from torch import Tensor, nn
 
 from dora_dist.adapter import save_adapter
 from dora_dist.backends.process import Processes
-from dora_dist.build import Blueprint, Built, Strategy, build, choose_strategy, draw_blueprint, resolve_model
-from dora_dist.config import RunConfig, TrainConfig
-from dora_dist.data import (
-    BatchPlan,
-    Examples,
-    GlobalBatch,
-    StreamPlan,
-    additive_mask,
-    evaluation_batches,
-    load_examples,
-)
+from dora_dist.build import Built, Strategy, build, choose_strategy, draw_blueprint, resolve_model
+from dora_dist.config import RunConfig
+from dora_dist.data import GlobalBatch, additive_mask
 from dora_dist.errors import UserError
 from dora_dist.norms import refresh_norms
-from dora_dist.progress import RunLog
+from dora_dist.optim import LossScale, lr_factor
+from dora_dist.progress import RunLog, Stopwatch, peak_memory
+from dora_dist.rundata import RunData, load_tokenizer
 
 
 def run_training(config: RunConfig) -> None:
@@ -49,80 +41,15 @@ def run_training(config: RunConfig) -> None:
     data = RunData(blueprint, tokenizer, processes)
     output_dir = _prepare_output(config, processes)
     processes.start(config.parallel.timeout_s, needed=strategy.needs_group)
-    try:
-        torch.manual_seed(config.train.seed + processes.rank)  # dropout differs between ranks
-        with RunLog(config.log, output_dir, data.steps, dataclasses.asdict(config), processes.is_main) as log:
-            log.say(data.describe())
-            built = build(blueprint, strategy)
-            log.say(describe(built, strategy))
-            Trainer(config, built, strategy, data, log).run()
-            save_adapter(built.model, output_dir / "adapter", config.model.path, built.shards)
-            log.say(f"adapter: {output_dir / 'adapter'}")
-    finally:
-        processes.stop()
-
-
-class RunData:
-    """A run's tokenizer, its global batches and its evaluation rows."""
-
-    def __init__(self, blueprint: Blueprint, tokenizer: Any, processes: Processes):
-        config, model_config = blueprint.config, blueprint.model.config
-        self.tokenizer = tokenizer
-        self.causal = config.model.task == "causal_lm"
-        self.pad_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-        )
-        model_config.pad_token_id = self.pad_id  # classifiers on decoders find a row's last token by it
-        self._limit_length(config, model_config)
-        about = {
-            "task": config.model.task,
-            "label2id": None if self.causal else model_config.label2id,
-            "num_labels": None if self.causal else model_config.num_labels,
-            "vocab_size": model_config.get_text_config().vocab_size,
-        }
-        split = {
-            "micro_batch_size": config.train.micro_batch_size,
-            "rank": processes.rank,
-            "world_size": processes.world_size,
-            "pad_id": self.pad_id,
-        }
-        train_split = {**split, "accumulation": config.train.accumulation, "seed": config.train.seed}
-        self.plan: BatchPlan | StreamPlan
-        if config.data.streaming:
-            if config.train.steps is None:
-                raise UserError(
-                    "train.steps: needed with data.streaming, because a stream's length is unknown"
-                )
-            self.plan = StreamPlan(config.data.train, config.data, tokenizer, **about, **train_split)
-            self.steps = config.train.steps
-            self._report = "streaming"
-        else:
-            examples = load_examples(config.data.train, config.data, tokenizer, **about)
-            self.plan = BatchPlan(
-                examples,
-                **train_split,
-                seq_len=config.data.seq_len,
-                packing=config.data.packing,
-                causal=self.causal,
-            )
-            self.steps = config.train.steps or math.ceil(config.train.epochs * self.plan.steps_per_epoch)
-            self._report = str(examples.report)
-        self.evaluation = None
-        if config.data.eval is not None:
-            rows: Examples = load_examples(config.data.eval, config.data, tokenizer, **about, key="data.eval")
-            self.evaluation = evaluation_batches(
-                rows, **split, seq_len=config.data.seq_len, causal=self.causal
-            )
-
-    def describe(self) -> str:
-        return f"data: {self._report}"
-
-    def _limit_length(self, config: RunConfig, model_config: Any) -> None:
-        limit = getattr(model_config, "max_position_embeddings", None)
-        if limit is not None and config.data.seq_len > limit:
-            raise UserError(
-                f"data.seq_len: {config.data.seq_len} exceeds the model's max_position_embeddings, {limit}"
-            )
+    torch.manual_seed(config.train.seed + processes.rank)  # dropout differs between ranks
+    with RunLog(config.log, output_dir, data.steps, dataclasses.asdict(config), processes.is_main) as log:
+        log.say(data.describe())
+        built = build(blueprint, strategy)
+        log.say(describe(built, strategy))
+        Trainer(config, built, strategy, data, log).run()
+        save_adapter(built.model, output_dir / "adapter", config.model.path, built.shards)
+        log.say(f"adapter: {output_dir / 'adapter'}")
+    processes.stop()
 
 
 class Trainer:
@@ -133,9 +60,7 @@ class Trainer:
         self.processes = strategy.processes
         self.device = self.processes.device
         self.trained = [p for p in built.model.parameters() if p.requires_grad]
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            built.optimizer, lr_factor(config.train, data.steps)
-        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(built.optimizer, lr_factor(config.train, data.steps))
         self.loss_scale = LossScale(active=config.model.dtype == "float16")
         self.norm_clock = Stopwatch(self.device)
         self.eager_dtype = getattr(torch, config.model.dtype) if config.model.attention == "eager" else None
@@ -212,9 +137,7 @@ class Trainer:
                 pad_token_id=self.data.pad_id,
                 eos_token_id=tokenizer.eos_token_id,
             )
-            texts.append(
-                tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-            )
+            texts.append(tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
         return texts
 
     def _loss_sum(self, module: nn.Module, micro: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -226,9 +149,7 @@ class Trainer:
             inputs["attention_mask"] = additive_mask(mask, self.eager_dtype)
         logits = module(**inputs).logits.float()
         loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="sum")
-        right = (
-            loss.new_zeros(()) if self.data.causal else (logits.argmax(-1) == targets).sum().to(loss.dtype)
-        )
+        right = loss.new_zeros(()) if self.data.causal else (logits.argmax(-1) == targets).sum().to(loss.dtype)
         return loss, right
 
     @torch.no_grad()
@@ -242,8 +163,9 @@ class Trainer:
         factor = torch.ones_like(grad_norm) / scale
         if limit is not None:
             factor *= (limit / (grad_norm + 1e-6)).clamp(max=1.0)
+        factor = factor.to(own[0].device) if own else factor
         for part in own if limit is not None or scale != 1 else ():
-            part.mul_(factor.to(part.device))
+            part.mul_(factor)
         return grad_norm
 
     def _report(
@@ -272,88 +194,12 @@ class Trainer:
         )
 
     def _summary(
-        self, before: dict[str, float], after: dict[str, float], first: Iterable[str], last: Iterable[str]
-    ):
+        self, before: dict[str, float], after: dict[str, float], first: list[str], last: list[str]
+    ) -> None:
         for name in after:
             self.log.say(f"{name}: {before[name]:.4f} before, {after[name]:.4f} after")
         for prompt, old, new in zip(self.config.log.sample_prompts, first, last, strict=False):
             self.log.say(f"\n{prompt.rstrip()}\n  before: {old.strip()!r}\n  after:  {new.strip()!r}")
-
-
-class LossScale:
-    """Dynamic loss scaling for fp16, whose small gradients would underflow: halved when a step overflows (that
-    step is skipped), doubled after 1000 good ones. Always 1 for other dtypes."""
-
-    def __init__(self, active: bool):
-        self.active, self.value, self._good = active, 2.0**14 if active else 1.0, 0
-
-    def accepts(self, grad_norm: Tensor) -> bool:
-        if not self.active:
-            return True
-        finite = bool(torch.isfinite(grad_norm))
-        self._good = self._good + 1 if finite else 0
-        if not finite:
-            self.value /= 2
-        elif self._good % 1000 == 0:
-            self.value *= 2
-        return finite
-
-
-class Stopwatch:
-    """Time spent in a `with` block: by events on a GPU, so that nothing waits for it."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._marks: list[Any] = []
-
-    def __enter__(self) -> "Stopwatch":
-        self._marks = [self._mark()]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._marks.append(self._mark())
-
-    def seconds(self) -> float:
-        """Of the latest block; 0 before the first."""
-        if len(self._marks) < 2:
-            return 0.0
-        start, end = self._marks
-        if not self._cuda:
-            return end - start
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def lr_factor(config: TrainConfig, steps: int):
-    """Step (from 0) -> factor on the learning rate: linear warm-up, then the schedule down to 0."""
-
-    def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / (config.warmup_steps + 1)
-        progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
-        if config.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * progress))
-        return 1 - progress if config.schedule == "linear" else 1.0
-
-    return factor
-
-
-def load_tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(
-            f"model.path: {str(directory)!r} has no usable tokenizer: {str(error).splitlines()[0]}"
-        ) from None
 
 
 def describe(built: Built, strategy: Strategy) -> str:
@@ -364,15 +210,6 @@ def describe(built: Built, strategy: Strategy) -> str:
         f"model: {total / 1e6:,.1f} M parameters, {trained / 1e6:,.2f} M trained; strategy {strategy.name}, "
         f"{world} process{'es' if world > 1 else ''} on {strategy.processes.device.type}"
     )
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device's allocator on a GPU, of the process's resident memory otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _prepare_output(config: RunConfig, processes: Processes) -> Path:

@@ -66,9 +66,7 @@ class SafetensorsFiles:
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and persistent buffers that a checkpoint of the bare model holds; tied ones stand once."""
-    adapters = {
-        p for m in model.modules() if isinstance(m, DoraLayer) for p in (m.lora_A, m.lora_B, m.magnitude)
-    }
+    adapters = {p for m in model.modules() if isinstance(m, DoraLayer) for p in (m.lora_A, m.lora_B, m.magnitude)}
     first: dict[Tensor, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor not in adapters:

@@ -15,7 +15,8 @@ from dora_dist.build import build, choose_strategy, draw_blueprint
 from dora_dist.config import load_config
 from dora_dist.norms import dora_layers
 from dora_dist.progress import RunLog
-from dora_dist.train import RunData, Trainer, load_tokenizer
+from dora_dist.rundata import RunData, load_tokenizer
+from dora_dist.train import Trainer
 
 
 def run_case(config, processes: Processes) -> dict:

@@ -37,9 +37,7 @@ def make_tokenizer(bos: bool = True, end: bool = False, trim: bool = False) -> P
     )
     template = f"{'<s> ' if bos else ''}$A{' </s>' if end else ''}"
     pair = f"{template} $B:1{' </s>:1' if end else ''}"
-    around = processors.TemplateProcessing(
-        single=template, pair=pair, special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
+    around = processors.TemplateProcessing(single=template, pair=pair, special_tokens=[("<s>", 1), ("</s>", 2)])
     trimmed = [processors.ByteLevel(trim_offsets=True)] if trim else []
     core.post_processor = processors.Sequence([*trimmed, around])
     return PreTrainedTokenizerFast(

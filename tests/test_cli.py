@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -62,11 +63,13 @@ def test_the_first_loss_is_the_mean_over_supervised_tokens(config, tmp_path):
 
     config["train"].update(steps=1, micro_batch_size=2, accumulation=12)  # one step takes all 24 rows
     assert main(["train", "--config", str(write(config, tmp_path))]) == 0
-    (line,) = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"loss"' in x]
+    (line,) = [
+        json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"loss"' in x
+    ]
     model = AutoModelForCausalLM.from_pretrained(config["model"]["path"])
     tokenizer = AutoTokenizer.from_pretrained(config["model"]["path"])
     total = count = 0
-    for row in map(json.loads, open(config["data"]["train"])):
+    for row in map(json.loads, Path(config["data"]["train"]).read_text().splitlines()):
         prompt = tokenizer(row["prompt"])["input_ids"]
         ids = torch.tensor([prompt + tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id]])
         labels = ids.clone()
@@ -122,13 +125,25 @@ MISTAKES = {
     "no model": ({"model.path": "./nowhere"}, "model.path: there is no directory './nowhere'"),
     "no data": ({"data.train": "./nowhere.jsonl"}, "data.train"),
     "no eval": ({"data.eval": "./nowhere.jsonl"}, "data.eval"),
-    "no target": ({"dora.targets": ["q_prj"]}, "dora.targets: 'q_prj' matches no module; did you mean 'q_proj'"),
+    "no target": (
+        {"dora.targets": ["q_prj"]},
+        "dora.targets: 'q_prj' matches no module; did you mean 'q_proj'",
+    ),
     "rank too large": ({"dora.rank": 16}, "dora.rank: 16 is larger than the smaller side"),
     "too few rows": ({"train.micro_batch_size": 25}, "data.train: there are 24 rows, but one step takes 25"),
-    "too long": ({"data.seq_len": 4096}, "data.seq_len: 4096 exceeds the model's max_position_embeddings, 64"),
+    "too long": (
+        {"data.seq_len": 4096},
+        "data.seq_len: 4096 exceeds the model's max_position_embeddings, 64",
+    ),
     "strategy": ({"parallel.replicas": 2, "parallel.strategy": "ddp"}, "parallel.replicas needs"),
-    "replicas": ({"parallel.replicas": 2}, "parallel.replicas: 2 replica groups do not divide the 1 processes"),
-    "stream length": ({"data.streaming": True, "train.steps": None}, "train.steps: needed with data.streaming"),
+    "replicas": (
+        {"parallel.replicas": 2},
+        "parallel.replicas: 2 replica groups do not divide the 1 processes",
+    ),
+    "stream length": (
+        {"data.streaming": True, "train.steps": None},
+        "train.steps: needed with data.streaming",
+    ),
     "no adapter": ({"dora.init_from": "./nowhere"}, "not a PEFT adapter"),
     "null section": ({"model": None}, "model.path: missing"),
 }
@@ -225,7 +240,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(config, tmp_path, capsys, tiny_l
 
 
 def test_bad_rows_are_named_or_skipped(config, tmp_path, capsys):
-    rows = open(config["data"]["train"]).read().splitlines()
+    rows = Path(config["data"]["train"]).read_text().splitlines()
     rows.insert(3, '{"prompt": "x"}')
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join(rows))
@@ -240,7 +255,9 @@ def test_the_real_command_ends_with_status_2_and_no_traceback(config, tmp_path):
     command = [sys.executable, str(TRAIN), "--config", str(write(config, tmp_path)), "dora.targets=nothing"]
     done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=120)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines() == [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.stderr.strip().splitlines() == [
+        line for line in done.stderr.splitlines() if line.startswith("error: ")
+    ]
 
 
 def test_torchrun_trains_and_tells_a_mistake_once(config, tmp_path):

@@ -59,9 +59,7 @@ def test_a_micro_batch(examples):
     for (row,), (ids, targets) in zip(rows, contents(batch), strict=True):
         example = examples[row]
         assert list(ids) == example.ids.tolist()
-        expected = [
-            int(i) if s else -100 for i, s in zip(example.ids[1:], example.supervised[1:], strict=True)
-        ]
+        expected = [int(i) if s else -100 for i, s in zip(example.ids[1:], example.supervised[1:], strict=True)]
         assert list(targets) == [*expected, -100]
 
 
@@ -98,9 +96,7 @@ def test_epochs_hold_every_row_once_in_changing_order(examples, packing):
         assert sorted(row for unit in epoch for row in unit) == list(range(len(examples)))
     assert first != second
     assert stream.rows == len(examples)
-    assert plan(examples, packing=packing, seed=4).unit_rows(0) != plan(examples, packing=packing).unit_rows(
-        0
-    )
+    assert plan(examples, packing=packing, seed=4).unit_rows(0) != plan(examples, packing=packing).unit_rows(0)
 
 
 def test_global_batches_straddle_epochs(examples):
@@ -191,9 +187,7 @@ def test_packed_positions_and_targets(examples):
         lengths = [len(examples[row].ids) for row in unit]
         assert batch["position_ids"][b, : sum(lengths)].tolist() == [p for n in lengths for p in range(n)]
         ends = np.cumsum(lengths) - 1
-        assert set(batch["targets"][b, ends].tolist()) == {
-            -100
-        }  # none predicts the next document's first token
+        assert set(batch["targets"][b, ends].tolist()) == {-100}  # none predicts the next document's first token
 
 
 TINY = {"vocab_size": 340, "bos_token_id": 1, "eos_token_id": 2}

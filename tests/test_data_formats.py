@@ -19,9 +19,7 @@ def test_supervised_tokens_are_the_completion(tmp_path, bos, end, trim):
     for i, row in enumerate(rows):
         if not row["completion"].startswith("\n"):
             assert learnt(examples, i, tokenizer) == row["completion"] + "</s>"
-        assert (
-            whole(examples, i, tokenizer) == f"{'<s>' if bos else ''}{row['prompt']}{row['completion']}</s>"
-        )
+        assert whole(examples, i, tokenizer) == f"{'<s>' if bos else ''}{row['prompt']}{row['completion']}</s>"
     assert examples.supervised_counts.tolist() == [int(e.supervised[1:].sum()) for e in examples]
     assert examples.report.supervised_tokens == examples.supervised_counts.sum()
 
@@ -150,9 +148,7 @@ def test_truncation(tmp_path):
     ]
     prompt = len(tokenizer(rows[1]["prompt"]).input_ids)
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(
-        UserError, match=rf"a.jsonl:2: the prompt's {prompt} tokens fill data.seq_len = 8, and"
-    ):
+    with pytest.raises(UserError, match=rf"a.jsonl:2: the prompt's {prompt} tokens fill data.seq_len = 8, and"):
         load(path, tokenizer, seq_len=8)
     examples = load(path, tokenizer, seq_len=8, on_bad_row="skip")
     assert examples.lengths.tolist() == [8]
@@ -176,9 +172,7 @@ def test_auto(tmp_path, row, form):
 
 def test_auto_with_unknown_keys(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}])
-    message = (
-        r"a.jsonl:1: the keys found \('question', 'answer'\) fit no format; valid would be chat .*, prompt_"
-    )
+    message = r"a.jsonl:1: the keys found \('question', 'answer'\) fit no format; valid would be chat .*, prompt_"
     with pytest.raises(UserError, match=message):
         load(path)
 
@@ -245,9 +239,7 @@ def test_bad_labels(tmp_path, row, message):
 
 def test_format_and_task_must_agree(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "label": 1}])
-    with pytest.raises(
-        UserError, match=r"data.format: chat does not fit model.task: sequence_classification"
-    ):
+    with pytest.raises(UserError, match=r"data.format: chat does not fit model.task: sequence_classification"):
         load_labels(path, format="chat")
     with pytest.raises(UserError, match=r"data.format: labels needs model.task: sequence_classification"):
         load(path, format="labels")

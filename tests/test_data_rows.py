@@ -13,9 +13,7 @@ from dora_dist.data.sources import is_hub_id
 from dora_dist.errors import UserError
 
 GOOD = {"prompt": "the capital of france is", "completion": " paris"}
-MISSING_LINE_2 = (
-    r"train.jsonl:2: the field 'completion' is missing \(found: 'prompt'\); valid would be a string"
-)
+MISSING_LINE_2 = r"train.jsonl:2: the field 'completion' is missing \(found: 'prompt'\); valid would be a string"
 
 BAD_LINES = {
     "broken": (
@@ -131,9 +129,7 @@ def test_broken_json_list_is_an_error_even_when_skipping(tmp_path, content, mess
 
 def test_utf8_errors_name_the_line(tmp_path):
     path = tmp_path / "train.jsonl"
-    path.write_bytes(
-        b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b'\n{"prompt": "\xff", "completion": "b"}\n'
-    )
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b'\n{"prompt": "\xff", "completion": "b"}\n')
     with pytest.raises(UserError, match=r"train.jsonl:2: not valid UTF-8 \(byte 0xff\)"):
         load(str(path))
     assert len(load(str(path), on_bad_row="skip")) == 1  # and the byte order mark is no part of the first row
@@ -174,13 +170,9 @@ def test_directory(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(word)
     examples = load(str(tmp_path), tokenizer)
-    assert [learnt(examples, i, tokenizer) for i in range(3)] == [
-        f"<s>{w}</s>" for w in ("dog", "fox", "paris")
-    ]
+    assert [learnt(examples, i, tokenizer) for i in range(3)] == [f"<s>{w}</s>" for w in ("dog", "fox", "paris")]
     write_jsonl(tmp_path / "e.jsonl", [GOOD])
-    with pytest.raises(
-        UserError, match=r"data.train: the files in .* are not all of one kind: .*a.md, .*e.jsonl"
-    ):
+    with pytest.raises(UserError, match=r"data.train: the files in .* are not all of one kind: .*a.md, .*e.jsonl"):
         load(str(tmp_path))
     (tmp_path / "e.bin").write_text("x")
     with pytest.raises(UserError, match=r"e.bin' is of no known kind; valid would be .json, .jsonl"):
@@ -229,17 +221,13 @@ def test_hub_failure_is_one_line(monkeypatch):
         raise ConnectionError("no\nnetwork")
 
     _fake_datasets(monkeypatch, load_dataset)
-    with pytest.raises(
-        UserError, match=r"^data.train: there is no local file 'org/name', and .*: no network$"
-    ):
+    with pytest.raises(UserError, match=r"^data.train: there is no local file 'org/name', and .*: no network$"):
         load("org/name")
 
 
 def test_datasets_is_needed_for_parquet_and_hub_only(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(
-        UserError, match=r"data.train: parquet files and hub datasets need `pip install datasets`"
-    ):
+    with pytest.raises(UserError, match=r"data.train: parquet files and hub datasets need `pip install datasets`"):
         load("org/name")
     assert len(load(write_jsonl(tmp_path / "train.jsonl", [GOOD]))) == 1
 

@@ -66,7 +66,9 @@ def test_linear_agrees_with_the_definition(axis, transposed, gradient, with_bias
         torch.autograd.grad(expected, (x, A, B, m), dy),
         strict=True,
     ):
-        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got, want, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("axis", ["out", "in"])
@@ -132,7 +134,7 @@ def test_zero_rows_have_ratio_one_and_finite_gradients(axis, exact):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_ratio_of_1_001_is_visible_in_16_bits(axis, dtype):
     """Applied to values already rounded to 16 bits, 1.001 would vanish: bf16 rounds 1.001 v back to v."""
-    x, weight, A, B, m, _ = make(axis, False, False, dtype=dtype, O=256, I=64)
+    x, weight, A, B, _, _ = make(axis, False, False, dtype=dtype, O=256, I=64)
     with torch.no_grad():
         B.zero_()
         n = squared_norms(weight, B, A, 1.0, int(axis == "in")).sqrt()
@@ -224,7 +226,9 @@ def test_embedding_is_the_linear_layer_on_one_hot_inputs(axis):
     want = reference(one_hot, weight.t(), A, B, m, None, 0.7, axis, False)
     torch.testing.assert_close(y, want)
     dy = torch.randn_like(y)
-    for got, expected in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True):
+    for got, expected in zip(
+        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True
+    ):
         torch.testing.assert_close(got, expected)
 
 

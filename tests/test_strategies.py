@@ -83,7 +83,10 @@ def run(world: int, cases: dict, scratch: Path, llama: Path, gpt2: Path, rows: P
             **GPT2, **strategy, **split(world), "model.path": str(gpt2), "dora.magnitude_axis": axis,
         }  # fmt: skip
     (scratch / "cases.json").write_text(json.dumps({"base": base_config(llama, rows, scratch), **cases}))
-    script, arguments = ROOT / "tests" / "run_cases.py", [str(scratch / "cases.json"), str(scratch / "out.pt")]
+    script, arguments = (
+        ROOT / "tests" / "run_cases.py",
+        [str(scratch / "cases.json"), str(scratch / "out.pt")],
+    )
     if world == 1:
         command = [sys.executable, str(script), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=300)

@@ -5,7 +5,7 @@ rows of W holds the same rows of B and m. Mixed precision is the layer's own bus
 16-bit W): FSDP's `param_dtype` would round the magnitudes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -31,9 +31,9 @@ class FsdpShards:
         self.group = mesh.get_group(mesh.ndim - 1)
         self.index = mesh.get_local_rank(mesh.ndim - 1)
         self.size = mesh.size(mesh.ndim - 1)
-        self.device = torch.device(
-            mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None
-        )
+        self.device = torch.device(mesh.device_type)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.is_writer = dist.get_rank() == 0
 
     def settle(self, model: nn.Module) -> None:
@@ -43,7 +43,7 @@ class FsdpShards:
         if not isinstance(parameter, DTensor):
             return [Rectangle(as_matrix(parameter.detach()))] if self.index == 0 else []
         _require_row_sharding(parameter)
-        local = as_matrix(parameter.detach().to_local())
+        local = as_matrix(_local(parameter))
         return [Rectangle(local, row=self.index * self._chunk(parameter))] if local.numel() else []
 
     def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
@@ -51,7 +51,7 @@ class FsdpShards:
             return weight.placements == factor.placements and weight.shape[0] == factor.shape[0]
         return not isinstance(weight, DTensor) and not isinstance(factor, DTensor)
 
-    def gather(self, parameters: list[Tensor]) -> list[Tensor]:
+    def gather(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         sharded = [p for p in parameters if isinstance(p, DTensor)]
         whole = iter(self._gather_sharded(sharded) if sharded else ())
         return [next(whole) if isinstance(p, DTensor) else p.detach() for p in parameters]
@@ -62,7 +62,7 @@ class FsdpShards:
     def _gather_sharded(self, parameters: list[DTensor]) -> list[Tensor]:
         """Every rank sends its rows, each parameter padded to the same number of rows on every rank, as one
         vector; the slots of one parameter, one below the other, are the whole parameter and the padding."""
-        matrices = [as_matrix(p.detach().to_local()) for p in parameters]
+        matrices = [as_matrix(_local(p)) for p in parameters]
         slots = [self._chunk(p) * m.shape[1] for p, m in zip(parameters, matrices, strict=True)]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
         own = torch.zeros(sum(slots), dtype=dtype, device=self.device)
@@ -72,8 +72,7 @@ class FsdpShards:
         _all_gather(everyone, own, group=self.group)
         columns = everyone.view(self.size, -1).split(slots, dim=1)
         return [
-            column.reshape(-1)[: p.numel()].view(p.shape)
-            for p, column in zip(parameters, columns, strict=True)
+            column.reshape(-1)[: p.numel()].view(p.shape) for p, column in zip(parameters, columns, strict=True)
         ]
 
     def _chunk(self, parameter: Tensor) -> int:
@@ -85,10 +84,13 @@ def find_shards(model: nn.Module) -> Shards | None:
     _reshard(model)
     meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
     if len(meshes) > 1:
-        raise UserError(
-            f"the parameters lie on {len(meshes)} device meshes; DoRA norms need one mesh for all"
-        )
+        raise UserError(f"the parameters lie on {len(meshes)} device meshes; DoRA norms need one mesh for all")
     return FsdpShards(meshes.pop()) if meshes else None
+
+
+def _local(parameter: DTensor) -> Tensor:
+    with torch.no_grad():
+        return parameter.to_local()
 
 
 def _reshard(model: nn.Module) -> None:
@@ -119,7 +121,7 @@ class Fsdp:
             )
         self.processes = processes
         self.cpu_offload = cpu_offload
-        self.shape = (processes.world_size // replicas,)
+        self.shape: tuple[int, ...] = (processes.world_size // replicas,)
         self.names: tuple[str, ...] = ("shard",)
         if replicas > 1:
             self.shape, self.names = (replicas, *self.shape), ("replicate", "shard")

@@ -3,6 +3,7 @@
 import datetime
 import os
 import socket
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,14 +32,16 @@ class Processes:
         if not needed or dist.is_initialized():
             return
         cuda = self.device.type == "cuda"
-        alone = "MASTER_ADDR" not in os.environ
+        alone: dict[str, Any] = {}
+        if "MASTER_ADDR" not in os.environ:  # plain python: a group of one needs no address
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         if not cuda and os.environ.get("LOCAL_WORLD_SIZE") == str(self.world_size):
             _use_loopback()
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
             timeout=datetime.timedelta(seconds=timeout_s),
             device_id=self.device if cuda else None,
-            **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+            **alone,
         )
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -53,7 +56,7 @@ class Processes:
             dist.broadcast(tensor, src=0)
         return tensor
 
-    def broadcast_object(self, value: object) -> object:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's small Python object on every rank."""
         box = [value]
         if self.world_size > 1:

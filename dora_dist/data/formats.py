@@ -114,9 +114,7 @@ def drafter(form: str, config: DataConfig, tokenizer: Any, labels: Labels | None
     if form == "labels":
         assert labels is not None
         return partial(_draft_labels, to_label=labels)
-    draft = {"prompt_completion": _draft_prompt_completion, "alpaca": _draft_alpaca, "text": _draft_text}[
-        form
-    ]
+    draft = {"prompt_completion": _draft_prompt_completion, "alpaca": _draft_alpaca, "text": _draft_text}[form]
     if config.loss_on == "all":
         return lambda row: draft(row)._replace(spans=None)
     return draft
@@ -163,9 +161,7 @@ def _draft_chat(row: Row, render: Render, everything: bool) -> Draft:
         return Draft(full, None)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
-        raise BadRow(
-            "there is no assistant turn to learn; valid would be a message with the role 'assistant'"
-        )
+        raise BadRow("there is no assistant turn to learn; valid would be a message with the role 'assistant'")
     return Draft(full, [_turn_span(row, messages, turn, full, render) for turn in turns])
 
 
@@ -185,9 +181,7 @@ def _turn_span(row: Row, messages: list[dict], turn: int, full: str, render: Ren
 
 
 def _render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool) -> str:
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
 def _messages(row: Row) -> list[dict]:

@@ -76,11 +76,7 @@ def _jsonl_rows(name: str) -> Iterator[Row]:
                 yield Row(place, {}, _not_utf8(error))
             except (ValueError, RecursionError) as error:
                 decoder.constants.clear()
-                what = (
-                    f"{error.msg} at column {error.colno}"
-                    if isinstance(error, json.JSONDecodeError)
-                    else error
-                )
+                what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 yield Row(place, {}, f"broken JSON: {what}; valid would be one JSON object in a line")
 
 

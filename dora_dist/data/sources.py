@@ -47,9 +47,7 @@ def find_source(path: str, key: str = "data.train", streaming: bool = False) -> 
     if local.is_dir():
         files = sorted(file for file in local.rglob("*") if file.is_file() and not _hidden(file, local))
         if not files:
-            raise UserError(
-                f"{key}: the directory {path!r} holds no files; valid would be {_suffixes()} files"
-            )
+            raise UserError(f"{key}: the directory {path!r} holds no files; valid would be {_suffixes()} files")
         kinds = {_kind_of(file, key): file for file in reversed(files)}
         if len(kinds) > 1:
             examples = ", ".join(sorted(str(file) for file in kinds.values()))

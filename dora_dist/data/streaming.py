@@ -63,9 +63,7 @@ class StreamPlan:
             ValueError: `step` was handed out or passed before.
         """
         if step < self._next_step:
-            raise ValueError(
-                f"a stream only goes forward: step {step} was asked for after {self._next_step - 1}"
-            )
+            raise ValueError(f"a stream only goes forward: step {step} was asked for after {self._next_step - 1}")
         for _ in range((step - self._next_step) * self._split.global_size):
             next(self._units)
         self._next_step = step + 1

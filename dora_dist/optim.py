@@ -1,0 +1,60 @@
+"""The optimizer, its schedule, and loss scaling for fp16."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dora_dist.config import TrainConfig
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, with the magnitudes' and B's own learning rates where asked for."""
+    groups: dict[str, list[nn.Parameter]] = {"magnitude": [], "B": [], "other": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            last = name.rpartition(".")[2]
+            groups["magnitude" if last == "magnitude" else "B" if last == "lora_B" else "other"].append(parameter)
+    rates = {
+        "magnitude": config.magnitude_lr or config.lr,
+        "B": config.lr * (config.lora_plus_ratio or 1.0),
+        "other": config.lr,
+    }
+    return torch.optim.AdamW(
+        [{"params": params, "lr": rates[kind]} for kind, params in groups.items() if params],
+        weight_decay=config.weight_decay,
+    )
+
+
+def lr_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
+    """Step (from 0) -> factor on the learning rate: linear warm-up, then the schedule down to 0."""
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / (config.warmup_steps + 1)
+        progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+        if config.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        return 1 - progress if config.schedule == "linear" else 1.0
+
+    return factor
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16, whose small gradients would underflow: halved when a step overflows (that
+    step is skipped), doubled after 1000 good ones. Always 1 for other dtypes."""
+
+    def __init__(self, active: bool):
+        self.active, self.value, self._good = active, 2.0**14 if active else 1.0, 0
+
+    def accepts(self, grad_norm: Tensor) -> bool:
+        if not self.active:
+            return True
+        finite = bool(torch.isfinite(grad_norm))
+        self._good = self._good + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self._good % 1000 == 0:
+            self.value *= 2
+        return finite

@@ -1,0 +1,82 @@
+"""A run's rows, as the model and the processes need them: tokenizer, global batches, evaluation."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from dora_dist.backends.process import Processes
+from dora_dist.build import Blueprint
+from dora_dist.config import RunConfig
+from dora_dist.data import BatchPlan, StreamPlan, evaluation_batches, load_examples
+from dora_dist.errors import UserError
+
+
+class RunData:
+    """A run's tokenizer, its global batches and its evaluation rows."""
+
+    def __init__(self, blueprint: Blueprint, tokenizer: Any, processes: Processes):
+        config = blueprint.config
+        model_config: Any = blueprint.model.config
+        self.tokenizer = tokenizer
+        self.causal = config.model.task == "causal_lm"
+        self.pad_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+        )
+        model_config.pad_token_id = self.pad_id  # classifiers on decoders find a row's last token by it
+        self._limit_length(config, model_config)
+        about: dict[str, Any] = {
+            "task": config.model.task,
+            "label2id": None if self.causal else model_config.label2id,
+            "num_labels": None if self.causal else model_config.num_labels,
+            "vocab_size": model_config.get_text_config().vocab_size,
+        }
+        split: dict[str, Any] = {
+            "micro_batch_size": config.train.micro_batch_size,
+            "rank": processes.rank,
+            "world_size": processes.world_size,
+            "pad_id": self.pad_id,
+        }
+        train_split = {**split, "accumulation": config.train.accumulation, "seed": config.train.seed}
+        self.plan: BatchPlan | StreamPlan
+        if config.data.streaming:
+            if config.train.steps is None:
+                raise UserError("train.steps: needed with data.streaming, because a stream's length is unknown")
+            self.plan = StreamPlan(config.data.train, config.data, tokenizer, **about, **train_split)
+            self.steps = config.train.steps
+            self._report = "streaming"
+        else:
+            examples = load_examples(config.data.train, config.data, tokenizer, **about)
+            self.plan = BatchPlan(
+                examples,
+                **train_split,
+                seq_len=config.data.seq_len,
+                packing=config.data.packing,
+                causal=self.causal,
+            )
+            self.steps = config.train.steps or math.ceil(config.train.epochs * self.plan.steps_per_epoch)
+            self._report = str(examples.report)
+        self.evaluation = None
+        if config.data.eval is not None:
+            rows = load_examples(config.data.eval, config.data, tokenizer, **about, key="data.eval")
+            self.evaluation = evaluation_batches(rows, **split, seq_len=config.data.seq_len, causal=self.causal)
+
+    def describe(self) -> str:
+        return f"data: {self._report}"
+
+    def _limit_length(self, config: RunConfig, model_config: Any) -> None:
+        limit = getattr(model_config, "max_position_embeddings", None)
+        if limit is not None and config.data.seq_len > limit:
+            raise UserError(
+                f"data.seq_len: {config.data.seq_len} exceeds the model's max_position_embeddings, {limit}"
+            )
+
+
+def load_tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(
+            f"model.path: {str(directory)!r} has no usable tokenizer: {str(error).splitlines()[0]}"
+        ) from None

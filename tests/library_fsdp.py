@@ -1,0 +1,95 @@
+"""Run under torchrun: dora_dist as a library, under someone else's fully_shard.
+
+usage: library_fsdp.py MODEL_DIR OUT_DIR
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+from dora_dist import (
+    DoraConfig,
+    UserError,
+    attach_norm_refresh,
+    inject_dora,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
+from dora_dist.backends.process import Processes
+
+IDS = torch.tensor([[5, 9, 11, 20, 3, 44]])
+
+
+def model_from(directory: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(directory, use_cache=False)
+    targets = ["q_proj", "up_proj", "down_proj", "embed_tokens"]
+    return inject_dora(
+        model, DoraConfig(rank=3, targets=targets, magnitude_only=["o_proj"], modules_to_save=["lm_head"])
+    )
+
+
+def shard(model: torch.nn.Module) -> torch.nn.Module:
+    for block in model.model.layers:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def train(model: torch.nn.Module, attach: bool) -> list[float]:
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.02)
+    if attach:
+        attach_norm_refresh(model, optimizer)
+    losses = []
+    for _ in range(4):
+        with torch.no_grad():
+            model(input_ids=IDS)  # leaves the root gathered: the refresh must cope
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def main(directory: str, out: str) -> None:
+    processes = Processes()
+    processes.start(60)
+    plain = model_from(directory)
+    want = train(plain, attach=False)
+    assert want[-1] < want[0] - 0.5, want
+    for attach in (False, True):
+        sharded = shard(model_from(directory))
+        got = train(sharded, attach)
+        assert torch.allclose(torch.tensor(got), torch.tensor(want), rtol=1e-5), (attach, got, want)
+
+    save_adapter(sharded, Path(out) / "sharded")
+    if processes.is_main:
+        save_adapter(plain, Path(out) / "plain")
+    processes.barrier()
+    fresh = shard(model_from(directory))
+    attach_norm_refresh(fresh, None)
+    load_adapter(fresh, Path(out) / "sharded")
+    assert torch.allclose(fresh(input_ids=IDS).logits, sharded(input_ids=IDS).logits, atol=1e-6)
+
+    for refused, kind, word in (
+        (lambda: merge_adapter(fresh), UserError, "sharded"),
+        (lambda: fresh.model.layers[0].self_attn.q_proj(torch.zeros(1, 12)), RuntimeError, "sharded"),
+        (
+            lambda: inject_dora(shard(AutoModelForCausalLM.from_pretrained(directory)), DoraConfig()),
+            UserError,
+            "sharded",
+        ),
+    ):
+        fresh.model.layers[0].reshard()
+        with pytest.raises(kind, match=word):
+            refused()
+    processes.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

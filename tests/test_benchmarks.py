@@ -1,0 +1,51 @@
+"""The benchmarks run, compare the same computation and write what they promise; their numbers are not judged."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, child_environment
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=child_environment(), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_step_time_writes_its_record_beside_others(tmp_path):
+    pytest.importorskip("peft")
+    out = tmp_path / "cpu.json"
+    out.write_text('{"other": {"case": 1}}')
+    size = "--hidden 64 --layers 1 --tokens 8 --batch 2 --rank 4 --rounds 3".split()
+    printed = run("step_time.py", *size, "--device", "cpu", "--out", str(out)).stdout
+    results = json.loads(out.read_text())
+    assert results["other"] == {"case": 1}
+    ((case, record),) = results["step_time"].items()
+    assert case in printed
+    contenders = {"ours dora", "ours lora", "peft dora", "peft lora"}
+    assert {"device", "date", "versions", "settings", "rounds", "seconds", "ratios", "first_loss"} <= set(record)
+    assert set(record["seconds"]) == set(record["first_loss"]) == contenders
+    assert record["rounds"] == 3
+    assert record["settings"]["rank"] == 4
+    assert "ours dora / peft lora" in record["ratios"]
+    for ratio in record["ratios"].values():
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+        assert ratio["of_medians"] > 0
+
+
+def test_norm_time_writes_its_record(tmp_path):
+    out = tmp_path / "cpu.json"
+    run("norm_time.py", "--shapes", "24x16", "--rank", "4", "--rounds", "2", "--device", "cpu", "--out", str(out))
+    ((case, record),) = json.loads(out.read_text())["norm_time"].items()
+    assert case == "24x16 rank 4 float32"
+    assert record["norms"]["ours"]["seconds"]["median"] > 0
+
+
+def test_gpu_says_in_a_line_that_there_is_no_gpu(tmp_path):
+    out = tmp_path / "gpu.json"
+    printed = run("gpu.py", "--out", str(out)).stdout
+    assert printed == "gpu: no CUDA device here; nothing was tested or measured\n"
+    assert not out.exists()

@@ -1,0 +1,31 @@
+"""Pages that state what the code says are checked against it."""
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from dora_dist.config import RunConfig, load_config, parse_yaml
+
+
+def test_the_configuration_page_is_the_configuration(tmp_path):
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    block = re.search(r"```yaml\n(.*?)```", page, re.DOTALL).group(1)
+    shown = parse_yaml(block)
+    minimal = {"model": {"path": shown["model"]["path"]}, "data": {"train": shown["data"]["train"]}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(minimal))
+    assert shown == dataclasses.asdict(load_config(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_committed_configuration_is_valid(path):
+    assert isinstance(load_config(path), RunConfig)
+    assert len(path.read_text().splitlines()) <= 60
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} -> {target}"
