@@ -47,9 +47,9 @@ def squared_norms(
 ) -> Tensor:
     """Squared norms of V = M + s L U, accumulated in fp32 by tiles of rows: [N] for `dim` 0, [K] for `dim` 1.
 
-    V is never held whole: the scratch is one tile of at most 1 MiB (16 MiB on a GPU), or one row. `device` is where to compute
-    when M lies elsewhere (offloaded weights). Direct sums, not the factored |W|^2 + 2<W, BA> + |BA|^2, which
-    cancels (docs/math.md).
+    V is never held whole: the scratch is one tile of at most 1 MiB (16 MiB on a GPU), or one row. `device` is
+    where to compute when M lies elsewhere (offloaded weights). Direct sums, not the factored form, which cancels
+    (docs/math.md).
     """
     device = device or M_NK.device
     dtype = wide_dtype(M_NK.dtype)
@@ -111,7 +111,9 @@ def norm_with_gradient(norm: Tensor, M_NK: Tensor, L_NR: Tensor, U_RK: Tensor, s
 
 
 @torch.no_grad()
-def merge_(M_NK: Tensor, L_NR: Tensor | None, U_RK: Tensor | None, scaling: float, ratio: Tensor | None, dim: int):
+def merge_(
+    M_NK: Tensor, L_NR: Tensor | None, U_RK: Tensor | None, scaling: float, ratio: Tensor | None, dim: int
+) -> None:
     """Overwrite M with (m/n) * (M + s L U) by tiles, computed in fp32 and rounded once."""
     dtype = wide_dtype(M_NK.dtype)
     for rows in _row_tiles(M_NK, dtype, M_NK.device):
@@ -140,21 +142,22 @@ def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _mm_wide_left(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32 for an fp32 a and a 16-bit b that must not be widened whole: a is split into two parts that
-    are exact in 16 bits."""
+    """a @ b in fp32 for an fp32 a and a 16-bit b that must not be widened whole: a goes in as two 16-bit parts,
+    its rounding and the rest, which together keep twice the digits."""
     if b.dtype == a.dtype:
         return a @ b
     high = a.to(b.dtype)
     return _wide_mm(high, b).add_(_wide_mm((a - high).to(b.dtype), b))
 
 
-def _low_rank(x_TI: Tensor, A_RI: Tensor, keep_TI: Tensor | None, keep_scale: float) -> tuple[Tensor, Tensor]:
-    """The (dropped-out) input of the low-rank path and its product with A, in the input's dtype."""
-    x_kept_TI = x_TI if keep_TI is None else x_TI * keep_TI * keep_scale
-    return x_kept_TI, x_kept_TI @ A_RI.t().to(x_TI.dtype)
+def _dropped(x_TI: Tensor, keep_TI: Tensor | None, keep_scale: float) -> Tensor:
+    """The low-rank path's input after dropout."""
+    return x_TI if keep_TI is None else x_TI * keep_TI * keep_scale
 
 
-def _low_rank_grads(dh_TO, x_kept_TI, z_TR, A_RI, B_OR, scaling):
+def _low_rank_grads(
+    dh_TO: Tensor, x_kept_TI: Tensor, z_TR: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """From dh, the gradient at the low-rank product's output: dA, dB in fp32, and dz_TR."""
     dz_TR = (dh_TO @ B_OR.to(dh_TO.dtype)).mul_(scaling)
     dA_RI = _wide_mm(dz_TR.t(), x_kept_TI).to(A_RI.dtype)
@@ -163,18 +166,22 @@ def _low_rank_grads(dh_TO, x_kept_TI, z_TR, A_RI, B_OR, scaling):
     return dA_RI, dB_OR, dz_TR
 
 
-def _add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, keep_scale):
-    A_RI = A_RI.to(dz_TR.dtype)
+def _add_low_rank_dx(
+    dx_TI: Tensor, dz_TR: Tensor, A_RI: Tensor, keep_TI: Tensor | None, keep_scale: float
+) -> None:
     if keep_TI is None:
-        return torch.addmm(dx_TI, dz_TR.to(dx_TI.dtype), A_RI.to(dx_TI.dtype), out=dx_TI)
-    return dx_TI.add_((dz_TR @ A_RI) * keep_TI * keep_scale)
+        dx_TI.addmm_(dz_TR.to(dx_TI.dtype), A_RI.to(dx_TI.dtype))
+    else:
+        dx_TI.add_(_dropped(dz_TR @ A_RI.to(dz_TR.dtype), keep_TI, keep_scale))
 
 
-def _magnitude_grads(ctx, total: Tensor, magnitude: Tensor, norm: Tensor) -> tuple[Tensor, Tensor | None]:
+def _magnitude_grads(
+    total: Tensor, magnitude: Tensor, norm: Tensor, needs_dn: bool
+) -> tuple[Tensor, Tensor | None]:
     """dm and, where it is needed, dn from sum(dY * V x). Divides by n, never by m: right where m is zero; 0 where
     V's row is."""
     dm = (total / norm).masked_fill(norm == 0, 0.0)
-    return dm, -norm_ratio(magnitude, norm) * dm if ctx.needs_input_grad[5] else None
+    return dm, -norm_ratio(magnitude, norm) * dm if needs_dn else None
 
 
 class _LoraLinear(Function):
@@ -184,7 +191,7 @@ class _LoraLinear(Function):
     def forward(ctx, x_TI, weight, A_RI, B_OR, bias, keep_TI, keep_scale, scaling, transposed):
         W_IO = weight if transposed else weight.t()
         y_TO = x_TI @ W_IO if bias is None else torch.addmm(bias, x_TI, W_IO)
-        _, z_TR = _low_rank(x_TI, A_RI, keep_TI, keep_scale)
+        z_TR = _dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
         y_TO.addmm_(z_TR, B_OR.t().to(y_TO.dtype), alpha=scaling)
         ctx.save_for_backward(x_TI, weight, A_RI, B_OR, z_TR, keep_TI)
         ctx.keep_scale, ctx.scaling, ctx.transposed = keep_scale, scaling, transposed
@@ -194,7 +201,7 @@ class _LoraLinear(Function):
     @once_differentiable
     def backward(ctx, dy_TO):
         x_TI, weight, A_RI, B_OR, z_TR, keep_TI = ctx.saved_tensors
-        x_kept_TI = x_TI if keep_TI is None else x_TI * keep_TI * ctx.keep_scale
+        x_kept_TI = _dropped(x_TI, keep_TI, ctx.keep_scale)
         dA_RI, dB_OR, dz_TR = _low_rank_grads(dy_TO, x_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
         dx_TI = None
         if ctx.needs_input_grad[0]:
@@ -216,7 +223,7 @@ class _DoraOut(Function):
         h_TO = _wide_mm(x_TI, weight if transposed else weight.t())
         z_TR = None
         if A_RI is not None:
-            _, z_TR = _low_rank(x_TI, A_RI, keep_TI, keep_scale)
+            z_TR = _dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
             h_TO.addmm_(z_TR.to(h_TO.dtype), B_OR.t().to(h_TO.dtype), alpha=scaling)
         g_O = norm_ratio(m_O, n_O)
         y_TO = torch.empty_like(h_TO, dtype=x_TI.dtype)  # rounded as it is written: no wide y
@@ -238,14 +245,14 @@ class _DoraOut(Function):
         dA_RI = dB_OR = dm_O = dn_O = dx_TI = dz_TR = None
         if h_TO is not None:
             total_O = torch.sum(dy_TO.to(n_O.dtype) * h_TO, dim=0)
-            dm_O, dn_O = _magnitude_grads(ctx, total_O, m_O, n_O)
+            dm_O, dn_O = _magnitude_grads(total_O, m_O, n_O, ctx.needs_input_grad[5])
         dh_TO = torch.mul(dy_TO, norm_ratio(m_O, n_O), out=torch.empty_like(dy_TO))
         if A_RI is not None:
-            x_kept_TI = x_TI if keep_TI is None else x_TI * keep_TI * ctx.keep_scale
+            x_kept_TI = _dropped(x_TI, keep_TI, ctx.keep_scale)
             dA_RI, dB_OR, dz_TR = _low_rank_grads(dh_TO, x_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
         if ctx.needs_input_grad[0]:
             dx_TI = dh_TO @ (weight.t() if ctx.transposed else weight)
-            if A_RI is not None:
+            if dz_TR is not None:
                 _add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[6] else None
         return dx_TI, None, dA_RI, dB_OR, dm_O, dn_O, dbias, None, None, None, None
@@ -263,7 +270,7 @@ class _DoraIn(Function):
         y_TO = _mm_wide_left(gx_TI, weight if transposed else weight.t())
         z_TR = None
         if A_RI is not None:
-            _, z_TR = _low_rank(gx_TI.to(x_TI.dtype), A_RI, keep_TI, keep_scale)
+            z_TR = _dropped(gx_TI.to(x_TI.dtype), keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
             y_TO.addmm_(z_TR.to(y_TO.dtype), B_OR.t().to(y_TO.dtype), alpha=scaling)
         if bias is not None:
             y_TO += bias
@@ -280,10 +287,10 @@ class _DoraIn(Function):
         dgx_TI = _wide_mm(dy_TO, weight.t() if ctx.transposed else weight)
         if A_RI is not None:
             gx_TI = (x_TI * g_I).to(x_TI.dtype)
-            gx_kept_TI = gx_TI if keep_TI is None else gx_TI * keep_TI * ctx.keep_scale
+            gx_kept_TI = _dropped(gx_TI, keep_TI, ctx.keep_scale)
             dA_RI, dB_OR, dz_TR = _low_rank_grads(dy_TO, gx_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
             _add_low_rank_dx(dgx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
-        dm_I, dn_I = _magnitude_grads(ctx, torch.sum(dgx_TI * x_TI, dim=0), m_I, n_I)
+        dm_I, dn_I = _magnitude_grads(torch.sum(dgx_TI * x_TI, dim=0), m_I, n_I, ctx.needs_input_grad[5])
         dx_TI = (dgx_TI * g_I).to(x_TI.dtype) if ctx.needs_input_grad[0] else None
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[6] else None
         return dx_TI, None, dA_RI, dB_OR, dm_I, dn_I, dbias, None, None, None, None

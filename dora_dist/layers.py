@@ -79,11 +79,16 @@ class DoraLayer(nn.Module):
         """The dimension of the stored weight that the magnitude runs along."""
         return int(self.transposed == (self.spec.axis == "out"))
 
-    def stored_factors(self, A: Tensor | None, B: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def stored_factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """(L, U) with V = weight + s L U in the weight's stored orientation."""
-        if A is None or B is None:
-            return None, None
         return (A.t(), B.t()) if self.transposed else (B, A)
+
+    @property
+    def factors(self) -> tuple[Tensor | None, Tensor | None]:
+        """This layer's own (L, U), or Nones where the magnitude alone is trained."""
+        if self.lora_A is None or self.lora_B is None:
+            return None, None
+        return self.stored_factors(self.lora_A, self.lora_B)
 
     def initial_factors(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Fresh (A, B), whole, on the generator's device (CPU), B A = 0."""
@@ -110,8 +115,7 @@ class DoraLayer(nn.Module):
     def current_norm(self) -> Tensor:
         """The norm of V, computed here from whole weights."""
         self._require_whole()
-        factors = self.stored_factors(self.lora_A, self.lora_B)
-        return squared_norms(self.weight, *factors, self.spec.scaling, self.magnitude_dim).sqrt_()
+        return squared_norms(self.weight, *self.factors, self.spec.scaling, self.magnitude_dim).sqrt_()
 
     def renew_norm(self, norm: Tensor) -> None:
         assert self.norm is not None
@@ -127,9 +131,8 @@ class DoraLayer(nn.Module):
             return None
         norm = self.norm if self.norm_is_cached and not self._norm_is_stale else self.current_norm()
         assert norm is not None
-        if self.spec.norm_gradient == "exact" and self.lora_A is not None and torch.is_grad_enabled():
-            L, U = self.stored_factors(self.lora_A, self.lora_B)
-            assert L is not None and U is not None
+        L, U = self.factors
+        if self.spec.norm_gradient == "exact" and L is not None and U is not None and torch.is_grad_enabled():
             norm = norm_with_gradient(norm, self.weight, L, U, self.spec.scaling, self.magnitude_dim)
         return norm
 
@@ -146,8 +149,7 @@ class DoraLayer(nn.Module):
         self._require_whole()
         merged = self.weight.detach().clone()
         ratio = norm_ratio(self.magnitude, self.current_norm()) if self.magnitude is not None else None
-        factors = self.stored_factors(self.lora_A, self.lora_B)
-        merge_(merged, *factors, self.spec.scaling, ratio, self.magnitude_dim)
+        merge_(merged, *self.factors, self.spec.scaling, ratio, self.magnitude_dim)
         return merged
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoraLayer":
