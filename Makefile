@@ -54,8 +54,9 @@ format: $(STAMP) ## format the code and mend what ruff can
 gpu: ## run the GPU tests and benchmarks with a Python that has torch; installs nothing
 	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
-bench: $(STAMP) ## run the benchmarks that need no GPU
+bench: $(STAMP) ## run the benchmarks that need no GPU, and renew README's table
 	@for script in $(BENCHMARKS); do echo "$$script"; .venv/bin/python "$$script" $(ARGS) || exit; done
+	.venv/bin/python benchmarks/_tables.py
 
 clean: ## remove .venv, caches and build outputs; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

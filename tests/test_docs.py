@@ -29,3 +29,12 @@ def test_every_committed_configuration_is_valid(path):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+def test_the_readmes_figures_are_those_of_the_result_files(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import _tables
+
+    page = (ROOT / "README.md").read_text()
+    assert _tables.BEGIN in page
+    assert _tables.updated(page) == page
