@@ -25,7 +25,8 @@ def table() -> str:
         for case, record in json.loads(path.read_text()).get("step_time", {}).items():
             versions = record["versions"]
             devices.add(record["device"])
-            about = f"{record['device']}, {case} (torch {versions['torch']}, PEFT {versions['peft']}, {record['date']})"
+            when = f"torch {versions['torch']}, PEFT {versions['peft']}, {record['date']}"
+            about = f"{record['device']}, {case} ({when})"
             ratios = [record["ratios"].get(key) for key in COLUMNS.values()]
             lines.append(
                 f"| {about} | " + " | ".join(f"{r['median']:.2f}" if r else "not measured" for r in ratios) + " |"

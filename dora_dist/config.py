@@ -54,10 +54,12 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class DoraConfig(Section):
-    """What is adapted and how (arXiv 2402.09353). `targets`, `magnitude_only` and `modules_to_save` hold module
-    names, dotted suffixes of them, or globs; `targets="all-linear"` takes every linear layer but the output head.
-    `alpha / rank` (rslora: `alpha / sqrt(rank)`) scales the low-rank product. The patterns map such names to an
-    own rank or alpha."""
+    """What is adapted and how (arXiv 2402.09353).
+
+    `targets`, `magnitude_only` and `modules_to_save` hold module names, dotted suffixes of them, globs, or `^` and
+    a whole name; `targets="all-linear"` takes every linear layer but the output head. `alpha / rank` (rslora:
+    `alpha / sqrt(rank)`) scales the low-rank product. The patterns map such names to an own rank or alpha.
+    """
 
     section: ClassVar[str] = "dora"
     method: Literal["dora", "lora"] = "dora"

@@ -81,6 +81,8 @@ def is_sharded(model: nn.Module) -> bool:
 def injection_of(model: nn.Module) -> Injection:
     injection = getattr(model, "dora", None)
     if not isinstance(injection, Injection):
+        if isinstance(getattr(getattr(model, "module", None), "dora", None), Injection):
+            raise UserError("this is a wrapper around the injected model: pass its .module")
         raise UserError("the model has no DoRA layers: call inject_dora(model, DoraConfig(...)) first")
     return injection
 
