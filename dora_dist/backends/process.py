@@ -68,7 +68,9 @@ class Processes:
             dist.barrier()
 
     def stop(self) -> None:
+        """Leave the group together: a rank that closes its connections while others still use them can abort."""
         if dist.is_initialized():
+            self.barrier()
             dist.destroy_process_group()
 
 
