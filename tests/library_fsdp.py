@@ -21,6 +21,7 @@ from dora_dist import (
     save_adapter,
 )
 from dora_dist.backends.process import Processes
+from dora_dist.cli import leave
 
 IDS = torch.tensor([[5, 9, 11, 20, 3, 44]])
 
@@ -93,3 +94,4 @@ def main(directory: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

@@ -14,6 +14,7 @@ import torch
 from dora_dist.backends.fsdp import Fsdp
 from dora_dist.backends.process import Processes
 from dora_dist.build import build, draw_blueprint
+from dora_dist.cli import leave
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, RunConfig, TrainConfig
 from dora_dist.weights import base_tensors
 
@@ -93,3 +94,4 @@ def main(model_dir: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

@@ -12,6 +12,7 @@ import yaml
 
 from dora_dist.backends.process import Processes
 from dora_dist.build import build, choose_strategy, draw_blueprint
+from dora_dist.cli import leave
 from dora_dist.config import load_config
 from dora_dist.norms import dora_layers
 from dora_dist.progress import RunLog
@@ -67,3 +68,4 @@ def main(cases_file: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)
