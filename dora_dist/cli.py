@@ -3,11 +3,14 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
 from dora_dist.config import load_config
 from dora_dist.errors import UserError
+
+_SECONDS_FOR_RANK_0 = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,8 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others have the same to say
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # Rank 0 has the same to say, and when it ends the launcher ends all. Who ended first would silence it;
+            # who is still here after that had a mistake of its own.
+            time.sleep(_SECONDS_FOR_RANK_0)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130
