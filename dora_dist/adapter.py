@@ -93,6 +93,14 @@ def load_adapter(model: nn.Module, directory: str | Path, shards: Shards | None 
     return model
 
 
+def check_adapter_files(directory: str | Path, key: str) -> None:
+    """Raise a UserError that names the setting `key` unless `directory` holds a readable adapter."""
+    try:
+        _read(Path(directory))
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
 @torch.no_grad()
 def merge_adapter(model: nn.Module) -> nn.Module:
     """Replace every DoRA layer by the plain layer with the merged weight, in place, and return the model.

@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_dist.adapter import load_adapter
+from dora_dist.adapter import check_adapter_files, load_adapter
 from dora_dist.backends.fsdp import Fsdp
 from dora_dist.backends.process import Processes
 from dora_dist.backends.replicated import Ddp, Single
 from dora_dist.config import ModelConfig, ParallelConfig, RunConfig
 from dora_dist.errors import UserError
 from dora_dist.inject import inject_dora
-from dora_dist.layers import DoraLayer
-from dora_dist.norms import initialize_adapters, refresh_norms
+from dora_dist.norms import attach_norm_refresh, initialize_adapters
 from dora_dist.optim import make_optimizer
 from dora_dist.shards import Shards
 from dora_dist.weights import (
@@ -91,6 +90,9 @@ def resolve_model(path: str) -> Path:
 def draw_blueprint(config: RunConfig, directory: Path) -> Blueprint:
     """The injected meta model of a run. Reads config.json and the headers of the weight files, no weight."""
     model = _meta_model(config.model, directory)
+    _check_model(config, model)
+    if config.dora.init_from is not None:
+        check_adapter_files(config.dora.init_from, "dora.init_from")
     if config.train.activation_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(f"train.activation_checkpointing: {type(model).__name__} does not support it")
     files = None if config.model.init == "random" else SafetensorsFiles(directory)
@@ -131,10 +133,7 @@ def build(blueprint: Blueprint, strategy: Strategy) -> Built:
     initialize_adapters(model, config.train.seed, shards)
     if config.dora.init_from is not None:
         load_adapter(model, config.dora.init_from, shards)
-    for layer in model.modules():
-        if isinstance(layer, DoraLayer):
-            layer.norm_is_cached = True  # the training loop refreshes after each step
-    refresh_norms(model, shards)
+    attach_norm_refresh(model, None, shards)  # the training loop refreshes, and times it
     return Built(model, strategy.wrap(model), shards, make_optimizer(model, config.train))
 
 
@@ -185,8 +184,12 @@ def _load_with_transformers(config: ModelConfig, directory: Path, head: tuple[st
 
 
 def _meta_model(config: ModelConfig, directory: Path) -> nn.Module:
-    with _parameters_on_meta():
-        model = _auto_class(config).from_config(**_model_arguments(config, directory))
+    arguments = _model_arguments(config, directory)
+    try:
+        with _parameters_on_meta():
+            model = _auto_class(config).from_config(**arguments)
+    except Exception as error:  # whatever a model's code makes of a wrong config.json
+        raise _bad_config(directory, error) from None
     model.config.use_cache = False
     return model
 
@@ -198,14 +201,33 @@ def _model_arguments(config: ModelConfig, directory: Path) -> dict[str, Any]:
     extra = {"num_labels": config.num_labels} if config.num_labels is not None else {}
     try:
         hf_config = AutoConfig.from_pretrained(directory, **extra)
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path: {str(directory / 'config.json')!r} cannot be used: {reason}") from None
+    except Exception as error:  # transformers' own validation raises many kinds
+        raise _bad_config(directory, error) from None
     return {
         "config": hf_config,
         "dtype": getattr(torch, config.dtype),
         "attn_implementation": config.attention,
     }
+
+
+def _bad_config(directory: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"model.path: {str(directory / 'config.json')!r} cannot be used: {reason}")
+
+
+def _check_model(config: RunConfig, model: nn.Module) -> None:
+    hf_config: Any = model.config
+    if config.model.task == "sequence_classification":
+        if hf_config.num_labels < 2:
+            raise UserError(f"model.num_labels: {hf_config.num_labels}; a classifier needs at least 2")
+    elif any("MaskedLM" in name for name in getattr(hf_config, "architectures", None) or ()):
+        raise UserError(
+            f"model.task: causal_lm does not fit {hf_config.architectures[0]}, which sees the tokens it predicts; "
+            "sequence_classification does"
+        )
+    windows = [getattr(hf_config, "sliding_window", None), *(getattr(hf_config, "layer_types", None) or ())]
+    if config.data.packing and any(w for w in windows if w != "full_attention"):
+        raise UserError(f"data.packing: {type(model).__name__} has windowed attention, which packing would undo")
 
 
 def _auto_class(config: ModelConfig) -> Any:

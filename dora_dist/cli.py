@@ -20,7 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--config", required=True, metavar="C.yaml")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="laid over the YAML")
     train.set_defaults(run=_train)
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") or "=" not in word for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.overrides += rest  # those after an option
     try:
         options.run(options)
     except UserError as error:

@@ -46,7 +46,7 @@ class ModelConfig(Section):
     section: ClassVar[str] = "model"
     path: str  # a directory in Hugging Face layout, or a hub id
     task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
-    num_labels: int | None = setting(None, low=1)  # sequence_classification; None: what config.json says
+    num_labels: int | None = setting(None, low=2)  # sequence_classification; None: what config.json says
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"  # of the frozen base and of compute
     init: Literal["pretrained", "random"] = "pretrained"  # random: weights from config.json alone
     attention: Literal["sdpa", "eager"] = "sdpa"
@@ -162,6 +162,15 @@ class RunConfig(Section):
     log: LogConfig = field(default_factory=LogConfig)
     output_dir: str = "runs/my-run"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train.eval_every is not None and self.data.eval is None:
+            raise UserError("train.eval_every needs data.eval")
+        if self.train.magnitude_lr is not None and self.dora.method == "lora":
+            raise UserError("train.magnitude_lr needs dora.method: dora (lora has no magnitude)")
+        if self.model.num_labels is not None and self.model.task == "causal_lm":
+            raise UserError("model.num_labels needs model.task: sequence_classification")
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
@@ -192,6 +201,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(
@@ -245,7 +256,9 @@ def _build(prefix: str, cls: Any, tree: Any) -> Any:
         if name not in fields:
             raise UserError(f"{key}: unknown key; {nearest(name, fields)}")
         hint = hints[name]
-        values[name] = _build(key, hint, value or {}) if dataclasses.is_dataclass(hint) else value
+        values[name] = (
+            _build(key, hint, {} if value is None else value) if dataclasses.is_dataclass(hint) else value
+        )
     for name, spec in fields.items():
         required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
         if required and name not in values:

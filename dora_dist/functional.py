@@ -336,7 +336,7 @@ def adapted_linear(
         y_TO = function.apply(
             x_TI, weight, A_RI, B_OR, magnitude, norm, bias, keep_TI, keep_scale, scaling, transposed
         )
-    return y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
+    return y_TO if x.dim() == 2 else y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
 
 def adapted_embedding(

@@ -111,7 +111,7 @@ def _choose(model: nn.Module, config: DoraConfig) -> tuple[dict[str, nn.Module],
     saved = [name for name in modules if matches(name, config.modules_to_save)]
     _require_all_match("dora.modules_to_save", config.modules_to_save, modules)
     candidates = [name for name, m in modules.items() if _is_target_kind(m)]
-    free = [name for name in candidates if not _inside(name, saved)]
+    free = [name for name in candidates if not inside(name, saved)]
     magnitude_only = _selected("dora.magnitude_only", config.magnitude_only, modules, free)
     names = [t for t in config.target_list() if t != "all-linear"]
     chosen = _selected("dora.targets", names, modules, free) | magnitude_only
@@ -128,7 +128,7 @@ def _choose(model: nn.Module, config: DoraConfig) -> tuple[dict[str, nn.Module],
                 f"dora.targets: {name!r} is a {type(module).__name__}; targets are Linear, Conv1D and "
                 f"Embedding modules{', such as ' + repr(inner[0]) if inner else ''}"
             )
-        if _inside(name, saved):
+        if inside(name, saved):
             raise UserError(f"dora.targets: {name!r} is trained in full by dora.modules_to_save already")
     return targets, magnitude_only, saved
 
@@ -167,7 +167,7 @@ def _check_ties(model: nn.Module, saved: list[str]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter, []).append(name)
     for names in owners.values():
-        free = [n for n in names if not _inside(n, saved)]
+        free = [n for n in names if not inside(n, saved)]
         if free and len(free) < len(names):
             held = next(n for n in names if n not in free)
             raise UserError(
@@ -279,7 +279,7 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
     return heads
 
 
-def _inside(name: str, parents: Iterable[str]) -> bool:
+def inside(name: str, parents: Iterable[str]) -> bool:
     return any(name == parent or name.startswith(parent + ".") for parent in parents)
 
 

@@ -131,6 +131,11 @@ class DoraLayer(nn.Module):
             return None
         norm = self.norm if self.norm_is_cached and not self._norm_is_stale else self.current_norm()
         assert norm is not None
+        if self.magnitude.dtype != norm.dtype:
+            raise RuntimeError(
+                f"the magnitude came into the forward as {self.magnitude.dtype}, which rounds it (FSDP2's "
+                "MixedPrecisionPolicy(param_dtype=...) does); leave param_dtype unset: the layer mixes precisions"
+            )
         L, U = self.factors
         if self.spec.norm_gradient == "exact" and L is not None and U is not None and torch.is_grad_enabled():
             norm = norm_with_gradient(norm, self.weight, L, U, self.spec.scaling, self.magnitude_dim)

@@ -99,7 +99,7 @@ def _factors_needed_whole(layer: DoraLayer, shards: Shards) -> Iterator[nn.Param
 
 def _add_own_part(layer: DoraLayer, part: Tensor, whole: dict[Tensor, Tensor], shards: Shards) -> None:
     """Add the squared norms of this rank's rectangles of one layer to `part`."""
-    for own in shards.rectangles(layer.weight):
+    for own in shards.rectangles(layer.weight) if shards.counts(layer.weight) else ():
         L_NR = U_RK = None
         if layer.lora_A is not None and layer.lora_B is not None:
             if layer.lora_B in whole:

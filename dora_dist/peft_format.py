@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dora_dist.config import DoraConfig
 from dora_dist.errors import UserError
-from dora_dist.inject import injection_of, rank_and_alpha
+from dora_dist.inject import injection_of, inside, rank_and_alpha
 from dora_dist.layers import DoraEmbedding, DoraLayer
 from dora_dist.norms import dora_layers
 
@@ -67,7 +67,7 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """What PEFT wants besides: frozen modules that it takes for `modules_to_save` by their last letters."""
     saved = injection_of(model).saved
     for name in _module_names(model):
-        taken = name.endswith(tuple(saved)) and not _inside(name, saved)
+        taken = name.endswith(tuple(saved)) and not inside(name, saved)
         if taken and not dora_layers(model.get_submodule(name)):
             yield from _own_tensors(model, name)
 
@@ -164,7 +164,7 @@ def _task_type(model: nn.Module, saved: Iterable[str]) -> str | None:
     model = getattr(model, "_orig_mod", model)
     task = next((t for suffix, t in _TASK_TYPES.items() if type(model).__name__.endswith(suffix)), None)
     heads = (name for name in _module_names(model) if name.endswith(_SEQ_CLS_HEADS))
-    return None if task == "SEQ_CLS" and not all(_inside(name, saved) for name in heads) else task
+    return None if task == "SEQ_CLS" and not all(inside(name, saved) for name in heads) else task
 
 
 def _target_modules(adapted: Iterable[str], others: list[str]) -> list[str] | str:
@@ -207,7 +207,3 @@ def _has_zero_factors(name: str, tensors: dict[str, Tensor]) -> bool:
 
 def _exactly(name: str) -> str:
     return "^" + re.escape(name)
-
-
-def _inside(name: str, parents: Iterable[str]) -> bool:
-    return any(name == parent or name.startswith(parent + ".") for parent in parents)

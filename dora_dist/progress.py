@@ -36,7 +36,10 @@ class RunLog(AbstractContextManager):
         if not is_main:
             return
         self._total = total_steps
-        self._metrics = (output_dir / "metrics.jsonl").open("w", encoding="utf-8")
+        try:
+            self._metrics = (output_dir / "metrics.jsonl").open("w", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"output_dir: {str(error.filename)!r} cannot be written: {error.strerror}") from None
         if config.tensorboard:
             self._writers.append(_TensorBoard(output_dir))
         if config.wandb:

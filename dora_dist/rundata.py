@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dora_dist.backends.process import Processes
 from dora_dist.build import Blueprint
 from dora_dist.config import RunConfig
@@ -23,7 +25,7 @@ class RunData:
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
         )
         model_config.pad_token_id = self.pad_id  # classifiers on decoders find a row's last token by it
-        self._limit_length(config, model_config)
+        self._check_lengths(config, blueprint.model)
         about: dict[str, Any] = {
             "task": config.model.task,
             "label2id": None if self.causal else model_config.label2id,
@@ -63,12 +65,22 @@ class RunData:
     def describe(self) -> str:
         return f"data: {self._report}"
 
-    def _limit_length(self, config: RunConfig, model_config: Any) -> None:
+    def _check_lengths(self, config: RunConfig, model: nn.Module) -> None:
+        model_config: Any = model.config
         limit = getattr(model_config, "max_position_embeddings", None)
-        if limit is not None and config.data.seq_len > limit:
-            raise UserError(
-                f"data.seq_len: {config.data.seq_len} exceeds the model's max_position_embeddings, {limit}"
-            )
+        if limit is None:
+            return
+        for name, module in model.named_modules():  # RoBERTa's positions begin behind the padding's
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                limit -= module.padding_idx + 1
+        if config.data.seq_len > limit:
+            raise UserError(f"data.seq_len: {config.data.seq_len} exceeds the model's {limit} positions")
+        for prompt in config.log.sample_prompts if self.causal else ():
+            length = len(self.tokenizer(prompt)["input_ids"]) + config.log.sample_tokens
+            if length > limit:
+                raise UserError(
+                    f"log.sample_prompts: {prompt!r} and its completion need {length} of {limit} positions"
+                )
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -76,7 +88,6 @@ def load_tokenizer(directory: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(directory)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(
-            f"model.path: {str(directory)!r} has no usable tokenizer: {str(error).splitlines()[0]}"
-        ) from None
+    except Exception as error:  # tokenizers raises bare ones
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"model.path: {str(directory)!r} has no usable tokenizer: {reason}") from None

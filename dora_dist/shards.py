@@ -43,7 +43,10 @@ class Shards(Protocol):
         """Bring every parameter into its sharded state."""
 
     def rectangles(self, parameter: Tensor) -> list[Rectangle]:
-        """This rank's own part; over all ranks that share one copy of the model, each element stands once."""
+        """What this rank holds of a parameter or buffer; may be nothing."""
+
+    def counts(self, parameter: Tensor) -> bool:
+        """Whether what this rank holds counts in a sum over the ranks: a whole copy does on one of them only."""
 
     def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
         """Whether each rank's rows of `factor` are its rows of `weight`; the same answer on every rank."""
@@ -66,6 +69,9 @@ class Whole:
 
     def rectangles(self, parameter: Tensor) -> list[Rectangle]:
         return [Rectangle(as_matrix(parameter.detach()))]
+
+    def counts(self, parameter: Tensor) -> bool:
+        return True
 
     def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
         return True

@@ -34,9 +34,14 @@ def run_training(config: RunConfig) -> None:
         UserError: a mistake of the user's, on every rank alike.
     """
     processes = Processes()
+    _run(config, processes)
+    processes.stop()  # once the model is gone: DDP's last breath would wait for a group that waits for it
+
+
+def _run(config: RunConfig, processes: Processes) -> None:
     directory = resolve_model(config.model.path)
-    tokenizer = load_tokenizer(directory)
     blueprint = draw_blueprint(config, directory)
+    tokenizer = load_tokenizer(directory)
     strategy = choose_strategy(config.parallel, blueprint.model, processes)
     data = RunData(blueprint, tokenizer, processes)
     output_dir = _prepare_output(config, processes)
@@ -49,7 +54,6 @@ def run_training(config: RunConfig) -> None:
         Trainer(config, built, strategy, data, log).run()
         save_adapter(built.model, output_dir / "adapter", config.model.path, built.shards)
         log.say(f"adapter: {output_dir / 'adapter'}")
-    processes.stop()
 
 
 class Trainer:
@@ -69,20 +73,22 @@ class Trainer:
         before = self.evaluate(0)
         samples = self.sample()
         tokens = 0
+        self._start_clock(0, 0)
         for step in range(1, self.data.steps + 1):
-            start = time.perf_counter()
             batch = self.data.plan.global_batch(step - 1)
             lr = self.built.optimizer.param_groups[-1]["lr"]
             loss, grad_norm = self.train_step(batch)
             tokens += batch.tokens
             if step % self.config.log.every == 0 or step in (1, self.data.steps):
-                self._report(step, start, batch, loss, grad_norm, {"lr": lr, "tokens": tokens})
+                self._report(step, tokens, lr, loss, grad_norm)
+                self._start_clock(step, tokens)
             if (
                 self.config.train.eval_every
                 and step % self.config.train.eval_every == 0
                 and step < self.data.steps
             ):
                 self.evaluate(step)
+                self._start_clock(step, tokens)
         after = self.evaluate(self.data.steps)
         self._summary(before, after, samples, self.sample())
 
@@ -134,6 +140,7 @@ class Trainer:
                 max_new_tokens=self.config.log.sample_tokens,
                 do_sample=False,
                 use_cache=True,
+                synced_gpus=self.processes.world_size > 1,
                 pad_token_id=self.data.pad_id,
                 eos_token_id=tokenizer.eos_token_id,
             )
@@ -156,8 +163,10 @@ class Trainer:
     def _clip(self) -> Tensor:
         """Undo the loss scale and clip to max_grad_norm, on each rank's own part. Returns the global norm."""
         shards, limit, scale = self.built.shards, self.config.train.max_grad_norm, self.loss_scale.value
-        own = [part.values for p in self.trained if p.grad is not None for part in shards.rectangles(p.grad)]
-        squares = torch.nn.utils.get_total_norm(own).square().reshape(1).to(self.device)
+        grads = [p.grad for p in self.trained if p.grad is not None]
+        own = [part.values for g in grads for part in shards.rectangles(g)]
+        counted = [part.values for g in grads if shards.counts(g) for part in shards.rectangles(g)]
+        squares = torch.nn.utils.get_total_norm(counted).square().reshape(1).to(self.device)
         shards.sum_(squares)
         grad_norm = squares.sqrt().squeeze(0) / scale
         factor = torch.ones_like(grad_norm) / scale
@@ -168,26 +177,25 @@ class Trainer:
             part.mul_(factor)
         return grad_norm
 
-    def _report(
-        self,
-        step: int,
-        start: float,
-        batch: GlobalBatch,
-        loss: Tensor,
-        grad_norm: Tensor,
-        known: dict[str, float],
-    ) -> None:
-        self.processes.sum_(loss)
-        norm = grad_norm.item()  # waits for the device, so that the clock below tells the step's time
+    def _start_clock(self, step: int, tokens: int) -> None:
+        self._clock = (time.perf_counter(), step, tokens)
+
+    def _report(self, step: int, tokens: int, lr: float, loss: Tensor, grad_norm: Tensor) -> None:
+        """Log a step; its times are means over the steps since the clock was started."""
+        mean_loss, norm = self.processes.sum_(loss).item(), grad_norm.item()  # waits for the device
+        start, steps_before, tokens_before = self._clock
         seconds = time.perf_counter() - start
+        if not math.isfinite(mean_loss):
+            raise RuntimeError(f"step {step}: the loss is {mean_loss}; no adapter was written")
         self.log.training(
             step,
             {
-                "loss": loss.item(),
+                "loss": mean_loss,
                 "grad_norm": norm if math.isfinite(norm) else None,
-                **known,
-                "tokens_per_second": batch.tokens / seconds,
-                "step_seconds": seconds,
+                "lr": lr,
+                "tokens": tokens,
+                "tokens_per_second": (tokens - tokens_before) / seconds,
+                "step_seconds": seconds / (step - steps_before),
                 "norm_seconds": self.norm_clock.seconds(),
                 "peak_memory_bytes": peak_memory(self.device),
             },

@@ -6,6 +6,7 @@ usage: count_collectives.py WORLD_SIZE REPLICAS      prints {"METHOD/LAYERS": {"
 import json
 import os
 import sys
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, refresh_norms
+from dora_dist.backends import fsdp
 from dora_dist.backends.fsdp import Fsdp
 from dora_dist.backends.process import Processes
 
@@ -46,9 +48,34 @@ def count(layers: int, method: str, strategy: Fsdp) -> dict[str, dict[str, int]]
     attach_norm_refresh(model, None)
     with CommDebugMode() as step:
         model(torch.zeros(2, 16)).backward()
-    with CommDebugMode() as refresh:
+    received = []
+    with CommDebugMode() as refresh, watch_bytes(received):
         refresh_norms(model)
-    return {"step": named(step), "refresh": named(refresh)}
+    small = sum(p.numel() for n, p in model.named_parameters() if n.endswith("lora_A"))
+    norms = sum(p.numel() for n, p in model.named_parameters() if n.endswith("magnitude"))
+    return {
+        "step": named(step),
+        "refresh": named(refresh),
+        "bytes": {"received": sum(received), "floor": 4 * (small + norms)},
+    }
+
+
+@contextmanager
+def watch_bytes(received: list[int]):
+    """Note the bytes of each collective's output."""
+    real = dist.all_reduce, fsdp._all_gather
+
+    def all_reduce(tensor, **options):
+        received.append(tensor.nbytes)
+        return real[0](tensor, **options)
+
+    def all_gather(output, own, **options):
+        received.append(output.nbytes)
+        return real[1](output, own, **options)
+
+    dist.all_reduce, fsdp._all_gather = all_reduce, all_gather
+    yield
+    dist.all_reduce, fsdp._all_gather = real
 
 
 def named(mode: CommDebugMode) -> dict[str, int]:

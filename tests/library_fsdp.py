@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 
 from dora_dist import (
@@ -22,6 +22,8 @@ from dora_dist import (
 )
 from dora_dist.backends.process import Processes
 from dora_dist.cli import leave
+from dora_dist.norms import find_shards
+from dora_dist.shards import write_whole
 
 IDS = torch.tensor([[5, 9, 11, 20, 3, 44]])
 
@@ -77,7 +79,21 @@ def main(directory: str, out: str) -> None:
     load_adapter(fresh, Path(out) / "sharded")
     assert torch.allclose(fresh(input_ids=IDS).logits, sharded(input_ids=IDS).logits, atol=1e-6)
 
+    partly = model_from(directory)
+    partly.register_buffer("table", torch.zeros(3))
+    for block in partly.model.layers:
+        fully_shard(block)
+    load_adapter(partly, Path(out) / "plain")  # what lies outside the sharding is written on every rank
+    assert torch.allclose(partly(input_ids=IDS).logits, plain(input_ids=IDS).logits, atol=1e-5)
+    write_whole(partly.table, torch.arange(3.0), find_shards(partly))
+    assert partly.table.tolist() == [0, 1, 2]
+
+    rounding = model_from(directory)
+    for block in rounding.model.layers:
+        fully_shard(block, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+
     for refused, kind, word in (
+        (lambda: rounding(input_ids=IDS), RuntimeError, "param_dtype"),
         (lambda: merge_adapter(fresh), UserError, "sharded"),
         (lambda: fresh.model.layers[0].self_attn.q_proj(torch.zeros(1, 12)), RuntimeError, "sharded"),
         (

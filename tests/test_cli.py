@@ -133,7 +133,7 @@ MISTAKES = {
     "too few rows": ({"train.micro_batch_size": 25}, "data.train: there are 24 rows, but one step takes 25"),
     "too long": (
         {"data.seq_len": 4096},
-        "data.seq_len: 4096 exceeds the model's max_position_embeddings, 64",
+        "data.seq_len: 4096 exceeds the model's 64 positions",
     ),
     "strategy": ({"parallel.replicas": 2, "parallel.strategy": "ddp"}, "parallel.replicas needs"),
     "replicas": (
@@ -144,7 +144,13 @@ MISTAKES = {
         {"data.streaming": True, "train.steps": None},
         "train.steps: needed with data.streaming",
     ),
-    "no adapter": ({"dora.init_from": "./nowhere"}, "not a PEFT adapter"),
+    "no adapter": ({"dora.init_from": "./nowhere"}, "dora.init_from: nowhere: not a PEFT adapter"),
+    "empty section": ({"train": []}, "train: expected a section of keys, found the list []"),
+    "one label": ({"model.num_labels": 1, "model.task": "sequence_classification"}, "model.num_labels: 1"),
+    "labels without a classifier": ({"model.num_labels": 2}, "model.num_labels needs model.task"),
+    "nothing to evaluate": ({"data.eval": None, "train.eval_every": 2}, "train.eval_every needs data.eval"),
+    "lora has no magnitude": ({"dora.method": "lora", "train.magnitude_lr": 0.1}, "train.magnitude_lr needs"),
+    "long sample": ({"log.sample_tokens": 90}, "log.sample_prompts: 'alpha 0:' and its completion need 98 of 64"),
     "null section": ({"model": None}, "model.path: missing"),
 }
 
@@ -158,8 +164,7 @@ def test_a_mistake_is_one_line_and_status_2(config, tmp_path, capsys, monkeypatc
         for parent in parents:
             section = section.setdefault(parent, {})
         section[last] = value
-    if "adapter" not in mistake:  # found before any weight is read
-        monkeypatch.setattr(SafetensorsFiles, "read", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(SafetensorsFiles, "read", lambda *_: pytest.fail("a weight was read"))
     assert main(["train", "--config", str(write(config, tmp_path))]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "\n" not in error
@@ -189,6 +194,36 @@ def test_missing_config_and_bad_overrides(config, tmp_path, capsys):
     assert "key.sub=value" in capsys.readouterr().err
 
 
+def test_overrides_may_stand_on_both_sides_of_an_option(config, tmp_path):
+    path = str(write(config, tmp_path))
+    assert main(["train", "train.steps=2", "--config", path, f"output_dir={tmp_path / 'both'}"]) == 0
+    assert (tmp_path / "both" / "adapter").is_dir()
+    with pytest.raises(SystemExit):
+        main(["train", "--config", path, "--steps", "2"])
+
+
+def test_yaml_merge_keys(tmp_path):
+    from dora_dist.config import parse_yaml
+
+    assert parse_yaml("a: &x {b: 1}\nc: {<<: *x, d: 2}") == {"a": {"b": 1}, "c": {"b": 1, "d": 2}}
+
+
+def test_windowed_attention_refuses_packing(config, tmp_path, capsys):
+    from conftest import save_model
+    from transformers import MistralConfig, MistralForCausalLM
+
+    small = MistralConfig(
+        vocab_size=96, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=4, max_position_embeddings=64,
+    )  # fmt: skip
+    model = tmp_path / "mistral"
+    model.mkdir()
+    config["model"]["path"] = str(save_model(MistralForCausalLM(small), model))
+    assert main(["train", "--config", str(write(config, tmp_path)), "data.packing=true"]) == 2
+    assert "windowed attention" in capsys.readouterr().err
+    assert main(["train", "--config", str(write(config, tmp_path)), "train.steps=1"]) == 0
+
+
 def test_numbers_as_people_write_them(config, tmp_path):
     from dora_dist.config import load_config
 
@@ -211,6 +246,12 @@ def test_damaged_models_are_named(config, tmp_path, capsys, tiny_llama):
 
     assert "config.json" in run_on(lambda m: (m / "config.json").unlink())
     assert "config.json" in run_on(lambda m: (m / "config.json").write_text("{"))
+
+    def spoil(model):
+        text = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**text, "hidden_size": "abc"}))
+
+    assert "cannot be used" in run_on(spoil)
     assert "safetensors" in run_on(lambda m: (m / "model.safetensors").unlink())
     assert "not a readable safetensors file" in run_on(lambda m: (m / "model.safetensors").write_bytes(b"x" * 99))
     assert "tokenizer" in run_on(lambda m: (m / "tokenizer.json").unlink())
@@ -265,6 +306,9 @@ def test_torchrun_trains_and_tells_a_mistake_once(config, tmp_path):
     done = torchrun(2, TRAIN, "--config", path, "parallel.strategy=fsdp")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "strategy fsdp, 2 processes" in done.stdout
+    done = torchrun(2, TRAIN, "--config", path, "parallel.strategy=ddp")  # once hung when the group was left
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "strategy ddp, 2 processes" in done.stdout
     done = torchrun(2, TRAIN, "--config", path, "dora.targets=nothing")
     assert done.returncode != 0
     assert done.stderr.count("error: dora.targets: 'nothing' matches no module") == 1

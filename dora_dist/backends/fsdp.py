@@ -25,7 +25,7 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  #
 
 class FsdpShards:
     """The shard protocol over DTensors sharded by rows on the last dimension of `mesh` (the one before it, if
-    any, holds replicas). A parameter that FSDP does not manage counts as the first rank's."""
+    any, holds replicas). What FSDP does not manage (buffers, modules left outside) is whole on every rank."""
 
     def __init__(self, mesh: DeviceMesh):
         self.group = mesh.get_group(mesh.ndim - 1)
@@ -41,10 +41,13 @@ class FsdpShards:
 
     def rectangles(self, parameter: Tensor) -> list[Rectangle]:
         if not isinstance(parameter, DTensor):
-            return [Rectangle(as_matrix(parameter.detach()))] if self.index == 0 else []
+            return [Rectangle(as_matrix(parameter.detach()))]
         _require_row_sharding(parameter)
         local = as_matrix(_local(parameter))
         return [Rectangle(local, row=self.index * self._chunk(parameter))] if local.numel() else []
+
+    def counts(self, parameter: Tensor) -> bool:
+        return isinstance(parameter, DTensor) or self.index == 0
 
     def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
         if isinstance(weight, DTensor) and isinstance(factor, DTensor):
@@ -60,11 +63,23 @@ class FsdpShards:
         dist.all_reduce(flat, group=self.group)
 
     def _gather_sharded(self, parameters: list[DTensor]) -> list[Tensor]:
-        """Every rank sends its rows, each parameter padded to the same number of rows on every rank, as one
-        vector; the slots of one parameter, one below the other, are the whole parameter and the padding."""
+        """One collective for all parameters.
+
+        Where ranks are few, an all-gather of every rank's rows, each parameter padded to the same number of rows
+        on every rank. Where they are more than the rows of many parameters (A has `rank` rows), padding would
+        grow with the number of ranks; then each rank's rows go into one exact vector of zeros, and all are summed.
+        """
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
         matrices = [as_matrix(_local(p)) for p in parameters]
         slots = [self._chunk(p) * m.shape[1] for p, m in zip(parameters, matrices, strict=True)]
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        sizes = [p.numel() for p in parameters]
+        if self.size * sum(slots) > 2 * sum(sizes):  # a ring's all-reduce moves twice the bytes of its all-gather
+            whole = torch.zeros(sum(sizes), dtype=dtype, device=self.device)
+            for parameter, matrix, part in zip(parameters, matrices, whole.split(sizes), strict=True):
+                start = self.index * self._chunk(parameter) * matrix.shape[1]
+                part[start : start + matrix.numel()].copy_(matrix.reshape(-1))
+            dist.all_reduce(whole, group=self.group)
+            return [part.view(p.shape).to(p.dtype) for p, part in zip(parameters, whole.split(sizes), strict=True)]
         own = torch.zeros(sum(slots), dtype=dtype, device=self.device)
         for slot, matrix in zip(own.split(slots), matrices, strict=True):
             slot[: matrix.numel()].copy_(matrix.reshape(-1))
@@ -72,7 +87,8 @@ class FsdpShards:
         _all_gather(everyone, own, group=self.group)
         columns = everyone.view(self.size, -1).split(slots, dim=1)
         return [
-            column.reshape(-1)[: p.numel()].view(p.shape) for p, column in zip(parameters, columns, strict=True)
+            column.reshape(-1)[: p.numel()].view(p.shape).to(p.dtype)
+            for p, column in zip(parameters, columns, strict=True)
         ]
 
     def _chunk(self, parameter: Tensor) -> int:

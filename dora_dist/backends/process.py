@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dora_dist.errors import UserError
+
 
 class Processes:
     """This process among its peers, read from the launcher's environment (torchrun, or plain python: one)."""
@@ -18,7 +20,12 @@ class Processes:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", self.local_rank % torch.cuda.device_count())
+            if self.local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"local rank {self.local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+                    "launch no more processes than GPUs"
+                )
+            self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")

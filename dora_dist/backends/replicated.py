@@ -1,5 +1,6 @@
 """Strategies whose ranks hold the whole model: `single` (one process) and `ddp` (data parallel)."""
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -44,7 +45,9 @@ class Ddp(Single):
     needs_group = True
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():  # torch 2.13 names no replacement that leaves buffers alone at first
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def accumulating(self, module: nn.Module) -> AbstractContextManager:
         assert isinstance(module, DistributedDataParallel)
