@@ -1,7 +1,7 @@
 """Norms of all layers, each rank from its own shard: one gather of the small factors, one sum, once per step.
 
-Cost per rank: 1/N of one pass over the adapted weights, one all-gather of the factors that a rank does not have
-in full (A; for transposed weights B too) and one all-reduce of one fp32 vector with every layer's norms.
+Cost per rank: 1/N of one pass over the adapted weights, one gather of the factors that a rank does not have in
+full (A; for transposed weights B too) and one all-reduce of one fp32 vector with every layer's norms.
 """
 
 from collections.abc import Iterator
