@@ -60,9 +60,9 @@ def test_the_package_has_the_version_of_pyproject():
 
 
 def test_the_console_script_exists():
-    from dora_dist.cli import main
+    from dora_dist.cli import entry
 
-    assert project()["scripts"] == {"dora-dist": f"{main.__module__}:{main.__name__}"}
+    assert project()["scripts"] == {"dora-dist": f"{entry.__module__}:{entry.__name__}"}
 
 
 def test_ci_runs_the_makefile_s_tests():
