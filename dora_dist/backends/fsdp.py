@@ -42,7 +42,6 @@ class FsdpShards:
     def rectangles(self, parameter: Tensor) -> list[Rectangle]:
         if not isinstance(parameter, DTensor):
             return [Rectangle(as_matrix(parameter.detach()))]
-        _require_row_sharding(parameter)
         local = as_matrix(_local(parameter))
         return [Rectangle(local, row=self.index * self._chunk(parameter))] if local.numel() else []
 
@@ -105,6 +104,8 @@ def find_shards(model: nn.Module) -> Shards | None:
 
 
 def _local(parameter: DTensor) -> Tensor:
+    """This rank's rows, for reading and writing."""
+    _require_row_sharding(parameter)
     with torch.no_grad():
         return parameter.to_local()
 
