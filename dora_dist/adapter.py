@@ -171,11 +171,12 @@ def _gathered(named: Iterator[tuple[str, nn.Parameter]], shards: Shards) -> Iter
     batch: dict[str, Tensor] = {}
     held = 0
     for key, parameter in named:
-        if batch and held + parameter.numel() * 4 > _GATHER_BYTES:
+        size = shards.shape(parameter).numel() * 4
+        if batch and held + size > _GATHER_BYTES:
             yield from zip(batch, shards.gather(list(batch.values())), strict=True)
             batch, held = {}, 0
         batch[key] = parameter
-        held += parameter.numel() * 4
+        held += size
     yield from zip(batch, shards.gather(list(batch.values())), strict=True)
 
 
@@ -230,8 +231,9 @@ def _check(
         if key not in tensors:
             raise UserError(f"{path}: {key!r} is missing; {nearest(key, tensors)}")
         values = tensors[key]
-        if values.shape != parameter.shape:
-            raise UserError(f"{path}: {key!r} is {list(values.shape)}, the model needs {list(parameter.shape)}")
+        needed = shards.shape(parameter)
+        if values.shape != needed:
+            raise UserError(f"{path}: {key!r} is {list(values.shape)}, the model needs {list(needed)}")
         if not values.is_floating_point() or not torch.isfinite(values).all():
             raise UserError(f"{path}: {key!r} holds NaN, infinite or whole values")
         other = seen.setdefault(parameter, key)
@@ -263,7 +265,7 @@ def _check_settings(path: Path, config: dict[str, Any], model: nn.Module) -> Non
 
 
 def _equal(parameter: Tensor, values: Tensor, shards: Shards) -> bool:
-    if parameter.shape != values.shape:
+    if shards.shape(parameter) != values.shape:
         return False
     matrix = as_matrix(values)
     parts = ((own.values, matrix[own.rows, own.cols]) for own in shards.rectangles(parameter))

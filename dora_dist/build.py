@@ -7,7 +7,7 @@ tensor it is reading. Buffers (rotary frequencies) are real from the start: they
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,11 +21,14 @@ from dora_dist.adapter import check_adapter_files, load_adapter
 from dora_dist.backends.fsdp import Fsdp
 from dora_dist.backends.process import Processes
 from dora_dist.backends.replicated import Ddp, Single
-from dora_dist.config import ModelConfig, ParallelConfig, RunConfig
+from dora_dist.backends.zero import Zero
+from dora_dist.config import ModelConfig, RunConfig
+from dora_dist.deepspeed_config import deepspeed_config
+from dora_dist.engine import Engine
 from dora_dist.errors import UserError
 from dora_dist.inject import inject_dora
 from dora_dist.norms import attach_norm_refresh, initialize_adapters
-from dora_dist.optim import make_optimizer
+from dora_dist.optim import LossScale, make_optimizer
 from dora_dist.shards import Shards
 from dora_dist.weights import (
     SafetensorsFiles,
@@ -37,7 +40,7 @@ from dora_dist.weights import (
     missing_from,
 )
 
-Strategy = Single | Ddp | Fsdp
+Strategy = Single | Ddp | Fsdp | Zero
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Built:
     """A model ready to train."""
 
     model: nn.Module  # the injected, sharded model
-    module: nn.Module  # what to call for a training forward (the model, or DDP around it)
+    engine: Engine
     shards: Shards
     optimizer: torch.optim.Optimizer
 
@@ -104,13 +107,14 @@ def draw_blueprint(config: RunConfig, directory: Path) -> Blueprint:
     return Blueprint(config, model, files, head)
 
 
-def choose_strategy(parallel: ParallelConfig, model: nn.Module, processes: Processes) -> Strategy:
+def choose_strategy(config: RunConfig, model: nn.Module, processes: Processes) -> Strategy:
     """What `parallel.strategy` says; `auto`: one process alone, else ddp where the weights take at most half of
     a device's memory, else fsdp."""
-    name, world = parallel.strategy, processes.world_size
+    parallel, world = config.parallel, processes.world_size
+    name: str = parallel.strategy
     if name == "single" and world > 1:
         raise UserError(
-            f"parallel.strategy: single runs in one process, but {world} were launched; use ddp or fsdp"
+            f"parallel.strategy: single runs in one process, but {world} were launched; use ddp, fsdp or zero3"
         )
     sharded = parallel.cpu_offload or parallel.replicas > 1
     if name == "auto":
@@ -118,6 +122,9 @@ def choose_strategy(parallel: ParallelConfig, model: nn.Module, processes: Proce
         name = "fsdp" if sharded or (world > 1 and not fits) else "ddp" if world > 1 else "single"
     if name == "fsdp":
         return Fsdp(processes, parallel.replicas, parallel.cpu_offload)
+    if name.startswith("zero"):
+        on_gpu = processes.device.type == "cuda"
+        return Zero(processes, deepspeed_config(config, world, on_gpu), parallel.timeout_s)
     return Ddp(processes) if name == "ddp" else Single(processes)
 
 
@@ -127,27 +134,29 @@ def build(blueprint: Blueprint, strategy: Strategy) -> Built:
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     strategy.shard(model)
-    materialize(model, strategy.parameter_device(), strategy.processes.device)
+    materialize(model, strategy.parameter, strategy.processes.device)
     shards = strategy.shards(model)
     _load(blueprint, shards, strategy.processes)
     initialize_adapters(model, config.train.seed, shards)
     if config.dora.init_from is not None:
         load_adapter(model, config.dora.init_from, shards)
     attach_norm_refresh(model, None, shards)  # the training loop refreshes, and times it
-    return Built(model, strategy.wrap(model), shards, make_optimizer(model, config.train))
+    optimizer = make_optimizer(model, config.train)
+    loss_scale = LossScale(active=config.model.dtype == "float16")
+    return Built(model, strategy.engine(model, optimizer, config.train, loss_scale), shards, optimizer)
 
 
 @torch.no_grad()
-def materialize(model: nn.Module, parameter_device: torch.device, buffer_device: torch.device) -> None:
-    """Replace meta parameters by uninitialised ones (sharded ones: of this rank's part), keeping ties, and move
-    buffers."""
+def materialize(
+    model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter], buffer_device: torch.device
+) -> None:
+    """Replace meta parameters by what `make` makes of them, keeping ties, and move buffers."""
     real: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 if parameter not in real:
-                    empty = torch.empty_like(parameter, device=parameter_device)
-                    real[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                    real[parameter] = make(parameter)
                 module._parameters[name] = real[parameter]
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -266,4 +275,4 @@ def _device_memory(processes: Processes) -> float:
     if processes.device.type == "cuda":
         return torch.cuda.get_device_properties(processes.device).total_memory
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return host / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return host / processes.local_world_size

@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     train = verbs.add_parser("train", help="fine-tune a model as a YAML says (under torchrun or alone)")
     train.add_argument("--config", required=True, metavar="C.yaml")
+    train.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the deepspeed launcher, as is LOCAL_RANK
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="laid over the YAML")
     train.set_defaults(run=_train)
     options, rest = parser.parse_known_args(arguments)

@@ -128,16 +128,26 @@ class TrainConfig(Section):
 @dataclass(frozen=True)
 class ParallelConfig(Section):
     section: ClassVar[str] = "parallel"
-    strategy: Literal["auto", "single", "ddp", "fsdp"] = "auto"
+    strategy: Literal["auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
     replicas: int = setting(1, low=1)  # > 1: hybrid sharding, one full copy per replica group
     cpu_offload: bool = False
     timeout_s: int = setting(300, low=1)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed keys, laid over what we make
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, wanted in (("replicas", self.replicas > 1), ("cpu_offload", self.cpu_offload)):
-            if wanted and self.strategy not in ("auto", "fsdp"):
-                raise UserError(f"parallel.{key} needs parallel.strategy: fsdp, not {self.strategy}")
+        zero = self.strategy.startswith("zero")
+        if self.replicas > 1 and self.strategy not in ("auto", "fsdp"):
+            hint = "; ZeRO-3 has parallel.deepspeed.zero_optimization.zero_hpz_partition_size" if zero else ""
+            raise UserError(f"parallel.replicas needs parallel.strategy: fsdp, not {self.strategy}{hint}")
+        if self.cpu_offload and not zero and self.strategy not in ("auto", "fsdp"):
+            raise UserError(
+                f"parallel.cpu_offload needs parallel.strategy: fsdp, zero1, zero2 or zero3, not {self.strategy}"
+            )
+        if self.deepspeed and not zero:
+            raise UserError(
+                f"parallel.deepspeed needs parallel.strategy: zero1, zero2 or zero3, not {self.strategy}"
+            )
 
 
 @dataclass(frozen=True)
@@ -280,6 +290,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in args
     if origin in (Union, types.UnionType):
         return any(_fits(value, arg) for arg in args)
+    if hint is Any:
+        return True
     if origin is list:
         return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
     if origin is dict:
@@ -321,7 +333,7 @@ def _name_type(hint: Any) -> str:
 _SINGULAR = {
     int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null",
 }  # fmt: skip
-_PLURAL = {int: "whole numbers", float: "numbers", str: "strings"}
+_PLURAL = {int: "whole numbers", float: "numbers", str: "strings", Any: "values"}
 
 
 def _describe(value: Any) -> str:

@@ -46,7 +46,9 @@ def inject_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
     if any(isinstance(m, DoraLayer) for m in model.modules()):
         raise UserError("the model already has DoRA layers; inject_dora works once per model")
     if is_sharded(model):
-        raise UserError("the model is sharded already: call inject_dora first, then fully_shard")
+        raise UserError(
+            "the model is sharded already: call inject_dora first, then fully_shard or deepspeed.initialize"
+        )
     targets, magnitude_only, saved = _choose(model, config)
     specs = {name: _spec(name, module, name in magnitude_only, config) for name, module in targets.items()}
     _check_patterns(targets, config)
@@ -75,7 +77,8 @@ def forget_injection(model: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return any(hasattr(p, "placements") for p in model.parameters())
+    """By FSDP2 (DTensors) or ZeRO-3."""
+    return any(hasattr(p, "placements") or hasattr(p, "ds_tensor") for p in model.parameters())
 
 
 def injection_of(model: nn.Module) -> Injection:

@@ -134,7 +134,8 @@ class DoraLayer(nn.Module):
         if self.magnitude.dtype != norm.dtype:
             raise RuntimeError(
                 f"the magnitude came into the forward as {self.magnitude.dtype}, which rounds it (FSDP2's "
-                "MixedPrecisionPolicy(param_dtype=...) does); leave param_dtype unset: the layer mixes precisions"
+                "MixedPrecisionPolicy(param_dtype=...) does, and DeepSpeed's sections bf16 and fp16); leave them "
+                "unset: the layer mixes precisions"
             )
         L, U = self.factors
         if self.spec.norm_gradient == "exact" and L is not None and U is not None and torch.is_grad_enabled():

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from dora_dist.backends import fsdp
+from dora_dist.backends import fsdp, zero
+from dora_dist.errors import UserError
 from dora_dist.functional import squared_norms
 from dora_dist.layers import DoraLayer
 from dora_dist.shards import Shards, Whole, named_generator, write_whole
@@ -22,7 +23,7 @@ def dora_layers(model: nn.Module) -> dict[str, DoraLayer]:
 
 def find_shards(model: nn.Module) -> Shards:
     """The protocol's implementation for however `model` is sharded right now."""
-    return fsdp.find_shards(model) or Whole()
+    return fsdp.find_shards(model) or zero.find_shards(model) or Whole()
 
 
 @torch.no_grad()
@@ -51,18 +52,26 @@ def refresh_norms(model: nn.Module, shards: Shards | None = None) -> None:
 
 
 def attach_norm_refresh(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, shards: Shards | None = None
+    model: nn.Module, optimizer: torch.optim.Optimizer | nn.Module | None, shards: Shards | None = None
 ) -> None:
     """Cache the norms of `model` and renew them after each `optimizer.step()` (None: for inference, never).
 
-    Exact, because a norm changes only when A or B does. Loading a state dict into a layer falls back to computing
-    in the forward until the next refresh. After writing to parameters by hand call `refresh_norms(model)`.
+    Under DeepSpeed pass the engine in the optimizer's place. Exact, because a norm changes only when A or B does.
+    Loading a state dict into a layer falls back to computing in the forward until the next refresh. After writing
+    to parameters by hand call `refresh_norms(model)`.
+
+    Raises:
+        UserError: the model belongs to a DeepSpeed engine, but `optimizer` is not that engine.
     """
+    if isinstance(optimizer, torch.optim.Optimizer) and zero.is_managed(model):
+        raise UserError("attach_norm_refresh: DeepSpeed trains this model; pass the engine, not the optimizer")
     for layer in dora_layers(model).values():
         layer.norm_is_cached = True
     refresh_norms(model, shards)
-    if optimizer is not None:
+    if isinstance(optimizer, torch.optim.Optimizer):
         optimizer.register_step_post_hook(lambda *_: refresh_norms(model, shards))
+    elif optimizer is not None:
+        zero.after_each_step(optimizer, lambda: refresh_norms(model, shards))
 
 
 @torch.no_grad()

@@ -42,8 +42,14 @@ class Shards(Protocol):
     def settle(self, model: nn.Module) -> None:
         """Bring every parameter into its sharded state."""
 
+    def shape(self, parameter: Tensor) -> torch.Size:
+        """The whole tensor's shape."""
+
     def rectangles(self, parameter: Tensor) -> list[Rectangle]:
         """What this rank holds of a parameter or buffer; may be nothing."""
+
+    def written(self, parameter: Tensor) -> None:
+        """Called once the rectangles of `parameter` were written to: what was made from them is old now."""
 
     def counts(self, parameter: Tensor) -> bool:
         """Whether what this rank holds counts in a sum over the ranks: a whole copy does on one of them only."""
@@ -67,8 +73,14 @@ class Whole:
     def settle(self, model: nn.Module) -> None:
         pass
 
+    def shape(self, parameter: Tensor) -> torch.Size:
+        return parameter.shape
+
     def rectangles(self, parameter: Tensor) -> list[Rectangle]:
         return [Rectangle(as_matrix(parameter.detach()))]
+
+    def written(self, parameter: Tensor) -> None:
+        pass
 
     def counts(self, parameter: Tensor) -> bool:
         return True
@@ -92,12 +104,30 @@ def as_matrix(tensor: Tensor) -> Tensor:
     return tensor.view(tensor.shape[0], math.prod(tensor.shape[1:]))
 
 
+def flat_rectangles(values: Tensor, start: int, shape: Sequence[int]) -> list[Rectangle]:
+    """The elements `start`.. of a flattened tensor of `shape` as rectangles of it: the end of a row, whole rows,
+    the beginning of a row, whichever there are. Views of `values` [n]."""
+    columns = math.prod(shape[1:])
+    rectangles = []
+    stop = start + values.numel()
+    position = start
+    while position < stop:
+        row, column = divmod(position, columns)
+        rows = (stop - position) // columns if column == 0 else 0
+        taken = rows * columns or min(columns - column, stop - position)
+        part = values[position - start : position - start + taken]
+        rectangles.append(Rectangle(part.view(max(1, rows), -1), row, column))
+        position += taken
+    return rectangles
+
+
 @torch.no_grad()
 def write_whole(parameter: Tensor, values: Tensor, shards: Shards) -> None:
     """Write a whole tensor into this rank's part of a parameter."""
     matrix = as_matrix(values)
     for own in shards.rectangles(parameter):
         own.values.copy_(matrix[own.rows, own.cols])
+    shards.written(parameter)
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:

@@ -7,7 +7,7 @@ rank knows from the data alone; so the same global batch gives the same loss and
 import dataclasses
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from dora_dist.config import RunConfig
 from dora_dist.data import GlobalBatch, additive_mask
 from dora_dist.errors import UserError
 from dora_dist.norms import refresh_norms
-from dora_dist.optim import LossScale, lr_factor
+from dora_dist.optim import lr_factor
 from dora_dist.progress import RunLog, Stopwatch, peak_memory
 from dora_dist.rundata import RunData, load_tokenizer
 
@@ -42,9 +42,9 @@ def _run(config: RunConfig, processes: Processes) -> None:
     directory = resolve_model(config.model.path)
     blueprint = draw_blueprint(config, directory)
     tokenizer = load_tokenizer(directory)
-    strategy = choose_strategy(config.parallel, blueprint.model, processes)
+    strategy = choose_strategy(config, blueprint.model, processes)
     data = RunData(blueprint, tokenizer, processes)
-    output_dir = _prepare_output(config, processes)
+    output_dir = _prepare_output(config, processes, {"config.yaml": config.to_yaml(), **strategy.files})
     processes.start(config.parallel.timeout_s, needed=strategy.needs_group)
     torch.manual_seed(config.train.seed + processes.rank)  # dropout differs between ranks
     with RunLog(config.log, output_dir, data.steps, dataclasses.asdict(config), processes.is_main) as log:
@@ -63,9 +63,7 @@ class Trainer:
         self.config, self.built, self.strategy, self.data, self.log = config, built, strategy, data, log
         self.processes = strategy.processes
         self.device = self.processes.device
-        self.trained = [p for p in built.model.parameters() if p.requires_grad]
         self.schedule = torch.optim.lr_scheduler.LambdaLR(built.optimizer, lr_factor(config.train, data.steps))
-        self.loss_scale = LossScale(active=config.model.dtype == "float16")
         self.norm_clock = Stopwatch(self.device)
         self.eager_dtype = getattr(torch, config.model.dtype) if config.model.attention == "eager" else None
 
@@ -94,22 +92,19 @@ class Trainer:
 
     def train_step(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
         """One optimizer step. Returns this rank's part of the loss, and the global gradient norm."""
-        module, optimizer = self.built.module, self.built.optimizer
-        module.train()
+        engine = self.built.engine
+        engine.module.train()
         last = len(batch.micro_batches) - 1
         loss = torch.zeros((), device=self.device)
         for index, micro in enumerate(batch.micro_batches):
-            with nullcontext() if index == last else self.strategy.accumulating(module):
-                part = self._loss_sum(module, micro)[0] / batch.targets
-                # The engines average gradients over ranks; the loss is a sum over them.
-                (part * (self.processes.world_size * self.loss_scale.value)).backward()
+            part = self._loss_sum(engine.module, micro)[0] / batch.targets
+            # Engines average gradients over the ranks; the loss is a sum over them.
+            engine.backward(part * self.processes.world_size, last=index == last)
             loss += part.detach()
-        grad_norm = self._clip()
-        if self.loss_scale.accepts(grad_norm):
-            optimizer.step()
+        grad_norm, taken = engine.step()
+        if taken:
             with self.norm_clock:
                 refresh_norms(self.built.model, self.built.shards)
-        optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         return loss, grad_norm
 
@@ -118,7 +113,7 @@ class Trainer:
         """Mean loss per supervised token (per row and with accuracy, for a classifier) over data.eval."""
         if self.data.evaluation is None:
             return {}
-        self.built.module.eval()
+        self.built.engine.module.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro in self.data.evaluation:
             totals += torch.stack(self._loss_sum(self.built.model, micro)).double()
@@ -159,24 +154,6 @@ class Trainer:
         right = loss.new_zeros(()) if self.data.causal else (logits.argmax(-1) == targets).sum().to(loss.dtype)
         return loss, right
 
-    @torch.no_grad()
-    def _clip(self) -> Tensor:
-        """Undo the loss scale and clip to max_grad_norm, on each rank's own part. Returns the global norm."""
-        shards, limit, scale = self.built.shards, self.config.train.max_grad_norm, self.loss_scale.value
-        grads = [p.grad for p in self.trained if p.grad is not None]
-        own = [part.values for g in grads for part in shards.rectangles(g)]
-        counted = [part.values for g in grads if shards.counts(g) for part in shards.rectangles(g)]
-        squares = torch.nn.utils.get_total_norm(counted).square().reshape(1).to(self.device)
-        shards.sum_(squares)
-        grad_norm = squares.sqrt().squeeze(0) / scale
-        factor = torch.ones_like(grad_norm) / scale
-        if limit is not None:
-            factor *= (limit / (grad_norm + 1e-6)).clamp(max=1.0)
-        factor = factor.to(own[0].device) if own else factor
-        for part in own if limit is not None or scale != 1 else ():
-            part.mul_(factor)
-        return grad_norm
-
     def _start_clock(self, step: int, tokens: int) -> None:
         self._clock = (time.perf_counter(), step, tokens)
 
@@ -211,8 +188,9 @@ class Trainer:
 
 
 def describe(built: Built, strategy: Strategy) -> str:
-    trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in built.model.parameters())
+    sizes = {p: built.shards.shape(p).numel() for p in built.model.parameters()}
+    trained = sum(size for p, size in sizes.items() if p.requires_grad)
+    total = sum(sizes.values())
     world = strategy.processes.world_size
     return (
         f"model: {total / 1e6:,.1f} M parameters, {trained / 1e6:,.2f} M trained; strategy {strategy.name}, "
@@ -220,12 +198,12 @@ def describe(built: Built, strategy: Strategy) -> str:
     )
 
 
-def _prepare_output(config: RunConfig, processes: Processes) -> Path:
+def _prepare_output(config: RunConfig, processes: Processes, files: Mapping[str, str]) -> Path:
     output_dir = Path(config.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        if processes.is_main:
-            (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        for name, text in files.items() if processes.is_main else ():
+            (output_dir / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"output_dir: {config.output_dir!r} cannot be written: {error.strerror}") from None
     return output_dir

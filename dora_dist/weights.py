@@ -107,6 +107,7 @@ def load_slices(model: nn.Module, files: SafetensorsFiles, shards: Shards) -> No
         for own in shards.rectangles(tensor) if source else ():
             assert source is not None
             own.values.copy_(files.read(source, own))
+        shards.written(tensor)
 
 
 @torch.no_grad()
@@ -123,7 +124,7 @@ def load_whole(model: nn.Module, load: Callable[[], nn.Module], shards: Shards, 
     if failure is not None:
         raise failure
     for name, tensor in base_tensors(model).items():
-        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=processes.device)
+        whole = torch.empty(shards.shape(tensor), dtype=tensor.dtype, device=processes.device)
         if processes.is_main:
             whole.copy_(source[name])
         write_whole(tensor, processes.broadcast_(whole), shards)
@@ -136,7 +137,7 @@ def fill_random(model: nn.Module, names: Iterable[str], seed: int, std: float, s
     tensors = base_tensors(model)
     for name in names:
         tensor = tensors[name]
-        whole = torch.full(tensor.shape, 0.0 if name.endswith("bias") else 1.0)
-        if tensor.dim() > 1:
+        whole = torch.full(shards.shape(tensor), 0.0 if name.endswith("bias") else 1.0)
+        if whole.dim() > 1:
             whole.normal_(0, std, generator=named_generator(seed, name))
         write_whole(tensor, whole, shards)

@@ -24,20 +24,28 @@ def run_case(config, processes: Processes) -> dict:
     """20 steps' losses and gradient norms, the first step's gradients, and the norms at the end."""
     directory = Path(config.model.path)
     blueprint = draw_blueprint(config, directory)
-    strategy = choose_strategy(config.parallel, blueprint.model, processes)
+    strategy = choose_strategy(config, blueprint.model, processes)
     data = RunData(blueprint, load_tokenizer(directory), processes)
     processes.start(60, needed=strategy.needs_group)
     built = build(blueprint, strategy)
     shards = built.shards
     named = {n: p for n, p in built.model.named_parameters() if p.requires_grad}
-    optimizer, first = built.optimizer, {}
+    first: dict[str, torch.Tensor] = {}
+    take_step = built.engine.step
 
-    def note_first(*_) -> None:
+    def note_first_and_step():
         if not first:
-            gathered = shards.gather([p.grad for p in named.values()])
-            first.update({name: gradient.clone() for name, gradient in zip(named, gathered, strict=True)})
+            first.update({name: g.clone() for name, g in zip(named, gradients(), strict=True)})
+        return take_step()
 
-    optimizer.register_step_pre_hook(note_first)
+    def gradients() -> list[torch.Tensor]:
+        if not strategy.name.startswith("zero"):
+            return shards.gather([p.grad for p in named.values()])
+        from deepspeed.utils import safe_get_full_grad
+
+        return [safe_get_full_grad(p) for p in named.values()]
+
+    built.engine.step = note_first_and_step
     with RunLog(config.log, Path(config.output_dir), data.steps, {}, is_main=False) as log:
         trainer = Trainer(config, built, strategy, data, log)
         losses, norms = [], []

@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dora_dist"
 LAYERS = [
     ["errors"],
     ["config"],
-    ["functional", "optim", "shards", "data", "backends.process"],
-    ["backends.replicated", "backends.fsdp", "layers"],
+    ["functional", "optim", "shards", "data", "deepspeed_config", "backends.process"],
+    ["engine"],
+    ["backends.replicated", "backends.fsdp", "backends.zero", "layers"],
     ["weights", "inject", "norms"],
     ["peft_format"],
     ["adapter"],

@@ -12,7 +12,15 @@ from torch import nn
 from dora_dist import build as build_module
 from dora_dist.backends.process import Processes
 from dora_dist.build import choose_strategy, materialize
-from dora_dist.config import DoraConfig, LogConfig, ParallelConfig, TrainConfig
+from dora_dist.config import (
+    DataConfig,
+    DoraConfig,
+    LogConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from dora_dist.errors import UserError
 from dora_dist.inject import inject_dora
 from dora_dist.optim import LossScale, lr_factor, make_optimizer
@@ -23,6 +31,10 @@ def processes(world: int) -> Processes:
     made = Processes()
     made.world_size = world
     return made
+
+
+def run_config(parallel: dict) -> RunConfig:
+    return RunConfig(ModelConfig(path="m"), DataConfig(train="t"), parallel=ParallelConfig(**parallel))
 
 
 @pytest.mark.parametrize(
@@ -40,12 +52,12 @@ def processes(world: int) -> Processes:
 def test_auto_goes_by_world_size_and_memory(monkeypatch, world, memory, settings, expected):
     monkeypatch.setattr(build_module, "_device_memory", lambda _: memory)
     model = nn.Sequential(nn.Linear(4, 4, bias=False, device="meta"))
-    assert choose_strategy(ParallelConfig(**settings), model, processes(world)).name == expected
+    assert choose_strategy(run_config(settings), model, processes(world)).name == expected
 
 
 def test_single_refuses_several_processes():
     with pytest.raises(UserError, match="2 were launched"):
-        choose_strategy(ParallelConfig(strategy="single"), nn.Linear(1, 1), processes(2))
+        choose_strategy(run_config({"strategy": "single"}), nn.Linear(1, 1), processes(2))
 
 
 def test_learning_rates_of_magnitudes_and_of_b():
@@ -81,7 +93,7 @@ def test_materialize_keeps_ties_and_buffers():
     model[1].weight = model[0].weight
     model.register_buffer("table", torch.arange(3))
     inject_dora(model, DoraConfig(rank=1, targets=["0"]))
-    materialize(model, torch.device("cpu"), torch.device("cpu"))
+    materialize(model, lambda meta: nn.Parameter(torch.empty_like(meta, device="cpu")), torch.device("cpu"))
     assert model[1].weight is model[0].weight
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     assert model.table.tolist() == [0, 1, 2]

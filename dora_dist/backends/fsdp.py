@@ -5,9 +5,9 @@ rows of W holds the same rows of B and m. Mixed precision is the layer's own bus
 16-bit W): FSDP's `param_dtype` would round the magnitudes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dora_dist.backends.process import Processes
+from dora_dist.config import TrainConfig
+from dora_dist.engine import Engine, TorchEngine
 from dora_dist.errors import UserError
+from dora_dist.optim import LossScale
 from dora_dist.shards import Rectangle, Shards, as_matrix
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
@@ -39,11 +42,17 @@ class FsdpShards:
     def settle(self, model: nn.Module) -> None:
         _reshard(model)
 
+    def shape(self, parameter: Tensor) -> torch.Size:
+        return parameter.shape
+
     def rectangles(self, parameter: Tensor) -> list[Rectangle]:
         if not isinstance(parameter, DTensor):
             return [Rectangle(as_matrix(parameter.detach()))]
         local = as_matrix(_local(parameter))
         return [Rectangle(local, row=self.index * self._chunk(parameter))] if local.numel() else []
+
+    def written(self, parameter: Tensor) -> None:
+        pass
 
     def counts(self, parameter: Tensor) -> bool:
         return isinstance(parameter, DTensor) or self.index == 0
@@ -130,6 +139,7 @@ class Fsdp:
 
     name = "fsdp"
     needs_group = True
+    files: Mapping[str, str] = {}
 
     def __init__(self, processes: Processes, replicas: int = 1, cpu_offload: bool = False):
         if processes.world_size % replicas:
@@ -156,25 +166,30 @@ class Fsdp:
             fully_shard(module, mesh=self.mesh, offload_policy=offload)
         fully_shard(model, mesh=self.mesh, offload_policy=offload)
 
-    def parameter_device(self) -> torch.device:
-        return torch.device("cpu") if self.cpu_offload else self.processes.device
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        return model
+    def parameter(self, meta: nn.Parameter) -> nn.Parameter:
+        device = torch.device("cpu") if self.cpu_offload else self.processes.device
+        return nn.Parameter(torch.empty_like(meta, device=device), requires_grad=meta.requires_grad)
 
     def shards(self, model: nn.Module) -> Shards:
         found = find_shards(model)
         assert found is not None
         return found
 
-    @contextmanager
-    def accumulating(self, module: nn.Module) -> Iterator[None]:
-        assert isinstance(module, FSDPModule)
-        module.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            module.set_requires_gradient_sync(True)
+    def engine(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, loss_scale: LossScale
+    ) -> Engine:
+        assert isinstance(model, FSDPModule)
+        shards, device = self.shards(model), self.processes.device
+        return TorchEngine(model, optimizer, shards, config, loss_scale, device, partial(_accumulating, model))
+
+
+@contextmanager
+def _accumulating(module: FSDPModule) -> Iterator[None]:
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)
 
 
 def _groups(model: nn.Module) -> Iterator[nn.Module]:

@@ -13,12 +13,15 @@ from dora_dist.errors import UserError
 
 
 class Processes:
-    """This process among its peers, read from the launcher's environment (torchrun, or plain python: one)."""
+    """This process among its peers, read from the launcher's environment (torchrun, deepspeed, or plain python:
+    one)."""
 
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun; deepspeed
+        self.local_world_size = int(local_size or 1)
         if torch.cuda.is_available():
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(
@@ -42,7 +45,7 @@ class Processes:
         alone: dict[str, Any] = {}
         if "MASTER_ADDR" not in os.environ:  # plain python: a group of one needs no address
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        if not cuda and os.environ.get("LOCAL_WORLD_SIZE") == str(self.world_size):
+        if not cuda and self.local_world_size == self.world_size:
             _use_loopback()
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if cuda else "gloo",

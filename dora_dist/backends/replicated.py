@@ -1,13 +1,16 @@
 """Strategies whose ranks hold the whole model: `single` (one process) and `ddp` (data parallel)."""
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dora_dist.backends.process import Processes
+from dora_dist.config import TrainConfig
+from dora_dist.engine import Engine, TorchEngine
+from dora_dist.optim import LossScale
 from dora_dist.shards import Shards, Whole
 
 
@@ -16,6 +19,7 @@ class Single:
 
     name = "single"
     needs_group = False
+    files: Mapping[str, str] = {}  # what a run leaves in its directory for this strategy, by name
 
     def __init__(self, processes: Processes):
         self.processes = processes
@@ -23,19 +27,19 @@ class Single:
     def shard(self, model: nn.Module) -> None:
         """Called while the model is on the meta device, before any weight is read."""
 
-    def parameter_device(self) -> torch.device:
-        return self.processes.device
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to call for a training forward; called once the weights are there."""
-        return model
+    def parameter(self, meta: nn.Parameter) -> nn.Parameter:
+        """This rank's part of a parameter that is on the meta device, uninitialised."""
+        empty = torch.empty_like(meta, device=self.processes.device)
+        return nn.Parameter(empty, requires_grad=meta.requires_grad)
 
     def shards(self, model: nn.Module) -> Shards:
         return Whole(is_writer=self.processes.is_main)
 
-    def accumulating(self, module: nn.Module) -> AbstractContextManager:
-        """Around the micro-batches whose gradients are not exchanged yet."""
-        return nullcontext()
+    def engine(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, loss_scale: LossScale
+    ) -> Engine:
+        """What takes the steps; made once the weights are there."""
+        return TorchEngine(model, optimizer, self.shards(model), config, loss_scale, self.processes.device)
 
 
 class Ddp(Single):
@@ -44,11 +48,12 @@ class Ddp(Single):
     name = "ddp"
     needs_group = True
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def engine(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, loss_scale: LossScale
+    ) -> Engine:
         with warnings.catch_warnings():  # torch 2.13 names no replacement that leaves buffers alone at first
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    def accumulating(self, module: nn.Module) -> AbstractContextManager:
-        assert isinstance(module, DistributedDataParallel)
-        return module.no_sync()
+            ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return TorchEngine(
+            ddp, optimizer, self.shards(model), config, loss_scale, self.processes.device, ddp.no_sync
+        )

@@ -1,0 +1,76 @@
+"""One optimizer step: what the training loop asks of an engine, and the engine of the torch strategies."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dora_dist.config import TrainConfig
+from dora_dist.optim import LossScale
+from dora_dist.shards import Shards
+
+
+class Engine(Protocol):
+    """Backward passes, then one step. Every rank calls each method at the same point."""
+
+    module: nn.Module
+    """What to call for a training forward: the model, or a wrapper around it."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add to the gradients, which are averaged over the ranks; `last` of the step's micro-batches."""
+
+    def step(self) -> tuple[Tensor, bool]:
+        """Clip and update. Returns the global gradient norm before clipping, and whether the step was taken (not
+        where fp16 overflowed)."""
+
+
+class TorchEngine:
+    """Autograd and a torch optimizer, on each rank's own part of every gradient."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        shards: Shards,
+        config: TrainConfig,
+        loss_scale: LossScale,
+        device: torch.device,
+        accumulating: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        """`accumulating`: around the backward passes whose gradients are not exchanged yet."""
+        self.module, self.optimizer, self.shards = module, optimizer, shards
+        self.max_grad_norm, self.loss_scale = config.max_grad_norm, loss_scale
+        self.device, self.accumulating = device, accumulating
+        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        with nullcontext() if last else self.accumulating():
+            (loss * self.loss_scale.value).backward()
+
+    def step(self) -> tuple[Tensor, bool]:
+        grad_norm = self._clip()
+        accepted = self.loss_scale.accepts(grad_norm)
+        if accepted:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm, accepted
+
+    @torch.no_grad()
+    def _clip(self) -> Tensor:
+        """Undo the loss scale and clip to max_grad_norm, on each rank's own part. Returns the global norm."""
+        shards, limit, scale = self.shards, self.max_grad_norm, self.loss_scale.value
+        grads = [p.grad for p in self.trained if p.grad is not None]
+        own = [part.values for g in grads for part in shards.rectangles(g)]
+        counted = [part.values for g in grads if shards.counts(g) for part in shards.rectangles(g)]
+        squares = torch.nn.utils.get_total_norm(counted).square().reshape(1).to(self.device)
+        shards.sum_(squares)
+        grad_norm = squares.sqrt().squeeze(0) / scale
+        factor = torch.ones_like(grad_norm) / scale
+        if limit is not None:
+            factor *= (limit / (grad_norm + 1e-6)).clamp(max=1.0)
+        factor = factor.to(own[0].device) if own else factor
+        for part in own if limit is not None or scale != 1 else ():
+            part.mul_(factor)
+        return grad_norm
