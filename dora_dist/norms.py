@@ -61,17 +61,18 @@ def attach_norm_refresh(
     to parameters by hand call `refresh_norms(model)`.
 
     Raises:
-        UserError: the model belongs to a DeepSpeed engine, but `optimizer` is not that engine.
+        UserError: the model belongs to a DeepSpeed engine, but `optimizer` is not that engine, or the engine
+            rounds magnitudes.
     """
     if isinstance(optimizer, torch.optim.Optimizer) and zero.is_managed(model):
         raise UserError("attach_norm_refresh: DeepSpeed trains this model; pass the engine, not the optimizer")
-    for layer in dora_layers(model).values():
-        layer.norm_is_cached = True
-    refresh_norms(model, shards)
     if isinstance(optimizer, torch.optim.Optimizer):
         optimizer.register_step_post_hook(lambda *_: refresh_norms(model, shards))
     elif optimizer is not None:
         zero.after_each_step(optimizer, lambda: refresh_norms(model, shards))
+    for layer in dora_layers(model).values():
+        layer.norm_is_cached = True
+    refresh_norms(model, shards)
 
 
 @torch.no_grad()

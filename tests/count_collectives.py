@@ -16,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, refresh_norms
-from dora_dist.backends import fsdp
+from dora_dist.backends import fsdp, zero
 from dora_dist.backends.fsdp import Fsdp
 from dora_dist.backends.process import Processes
 
@@ -48,8 +48,7 @@ def count(layers: int, method: str, strategy: Fsdp) -> dict[str, dict[str, int]]
     attach_norm_refresh(model, None)
     with CommDebugMode() as step:
         model(torch.zeros(2, 16)).backward()
-    received = []
-    with CommDebugMode() as refresh, watch_bytes(received):
+    with CommDebugMode() as refresh, watch() as received:
         refresh_norms(model)
     small = sum(p.numel() for n, p in model.named_parameters() if n.endswith("lora_A"))
     norms = sum(p.numel() for n, p in model.named_parameters() if n.endswith("magnitude"))
@@ -61,21 +60,28 @@ def count(layers: int, method: str, strategy: Fsdp) -> dict[str, dict[str, int]]
 
 
 @contextmanager
-def watch_bytes(received: list[int]):
-    """Note the bytes of each collective's output."""
-    real = dist.all_reduce, fsdp._all_gather
+def watch():
+    """Gives the bytes of each collective's output, in order."""
+    received: list[int] = []
+    all_reduce, gathers = dist.all_reduce, {backend: backend._all_gather for backend in (fsdp, zero)}
 
-    def all_reduce(tensor, **options):
+    def watched_all_reduce(tensor, **options):
         received.append(tensor.nbytes)
-        return real[0](tensor, **options)
+        return all_reduce(tensor, **options)
 
-    def all_gather(output, own, **options):
+    def watched_all_gather(output, own, **options):
         received.append(output.nbytes)
-        return real[1](output, own, **options)
+        return gathers[fsdp](output, own, **options)
 
-    dist.all_reduce, fsdp._all_gather = all_reduce, all_gather
-    yield
-    dist.all_reduce, fsdp._all_gather = real
+    dist.all_reduce, fsdp._all_gather, zero._all_gather = (
+        watched_all_reduce,
+        watched_all_gather,
+        watched_all_gather,
+    )
+    yield received
+    dist.all_reduce = all_reduce
+    for backend, gather in gathers.items():
+        backend._all_gather = gather
 
 
 def named(mode: CommDebugMode) -> dict[str, int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from dora_dist.adapter import save_adapter
 from dora_dist.backends.process import Processes
 from dora_dist.build import build, choose_strategy, draw_blueprint
 from dora_dist.cli import leave
@@ -20,7 +21,7 @@ from dora_dist.rundata import RunData, load_tokenizer
 from dora_dist.train import Trainer
 
 
-def run_case(config, processes: Processes) -> dict:
+def run_case(config, processes: Processes, adapter: Path) -> dict:
     """20 steps' losses and gradient norms, the first step's gradients, and the norms at the end."""
     directory = Path(config.model.path)
     blueprint = draw_blueprint(config, directory)
@@ -56,6 +57,7 @@ def run_case(config, processes: Processes) -> dict:
     cached = {name: layer.norm.clone() for name, layer in dora_layers(built.model).items()}
     shards.settle(built.model)
     weights = dict(zip(named, shards.gather(list(named.values())), strict=True))
+    save_adapter(built.model, adapter, "base", shards)
     return {"losses": losses, "grad_norms": norms, "gradients": first, "norms": cached, "weights": weights}
 
 
@@ -68,7 +70,7 @@ def main(cases_file: str, out: str) -> None:
         path = Path(out).with_suffix(f".{processes.rank}.yaml")
         path.write_text(yaml.safe_dump(base))
         config = load_config(path, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
-        results[name] = run_case(config, processes)
+        results[name] = run_case(config, processes, Path(out).parent / "adapters" / name)
     if processes.is_main:
         torch.save(results, out)
     processes.stop()

@@ -1,4 +1,6 @@
-"""The library under FSDP2 without our trainer: with and without cached norms, saving, loading, refusals."""
+"""The library without our trainer, under FSDP2 and under DeepSpeed: cached norms, saving, loading, refusals."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +12,22 @@ from safetensors.torch import load_file
 def test_any_fully_sharded_model(ranks, tiny_llama, tmp_path):
     done = torchrun(ranks, ROOT / "tests" / "library_fsdp.py", str(tiny_llama), str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
-    got, want = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("sharded", "plain"))
+    check_adapters(tmp_path)
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 2), (2, 2), (3, 2), (3, 3), (3, 4)])
+def test_any_deepspeed_engine(stage, ranks, tiny_llama, tmp_path):
+    done = torchrun(ranks, ROOT / "tests" / "library_zero.py", str(stage), str(tiny_llama), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-4000:]
+    check_adapters(tmp_path)
+
+
+def check_adapters(directory: Path) -> None:
+    """The adapter saved from shards is the one of unsharded training."""
+    got, want = (load_file(directory / name / "adapter_model.safetensors") for name in ("sharded", "plain"))
     assert got.keys() == want.keys()
     for key, tensor in want.items():
         torch.testing.assert_close(got[key], tensor, rtol=1e-4, atol=1e-5)
-    assert (tmp_path / "sharded" / "adapter_config.json").read_text() == (
-        tmp_path / "plain" / "adapter_config.json"
+    assert (directory / "sharded" / "adapter_config.json").read_text() == (
+        directory / "plain" / "adapter_config.json"
     ).read_text()

@@ -113,7 +113,16 @@ def is_managed(model: nn.Module) -> bool:
 
 def after_each_step(engine: Any, call: Callable[[], None]) -> None:
     """Have `call` run once after every step that changes parameters: not between micro-batches, not for a step
-    skipped for overflow. (The torch optimizer inside has a hook too, but it runs once per sub-group.)"""
+    skipped for overflow. (The torch optimizer inside has a hook too, but it runs once per sub-group.)
+
+    Raises:
+        UserError: the engine rounds parameters to 16 bits, magnitudes among them.
+    """
+    if engine.bfloat16_enabled() or engine.fp16_enabled():
+        raise UserError(
+            "DeepSpeed's sections bf16 and fp16 round magnitudes, A and B: leave them out, and load the base in "
+            "the dtype that it shall have"
+        )
     step = engine.step
 
     def step_and_call(*args: Any, **options: Any) -> Any:
@@ -153,7 +162,7 @@ class Zero:
         self.stage: int = settings["zero_optimization"]["stage"]
         self.name = f"zero{self.stage}"
         self.files = {"deepspeed.json": json.dumps(settings, indent=2) + "\n"}
-        self.deepspeed = _import_deepspeed(processes)
+        self.deepspeed = import_deepspeed(processes)
         _check_settings(settings)
 
     def shard(self, model: nn.Module) -> None:
@@ -201,7 +210,8 @@ class _ZeroEngine:
         return grad_norm, self.module.was_step_applied()
 
 
-def _import_deepspeed(processes: Processes) -> Any:
+def import_deepspeed(processes: Processes) -> Any:
+    """The package, quiet and without compiling anything. Raises a UserError where it is not installed."""
     os.environ.setdefault("DS_ACCELERATOR", processes.device.type)
     try:
         import deepspeed

@@ -1,0 +1,178 @@
+"""Run under torchrun: dora_dist as a library, under someone else's deepspeed.initialize.
+
+usage: library_zero.py STAGE MODEL_DIR OUT_DIR
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from count_collectives import watch
+from library_fsdp import IDS, model_from
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
+from transformers import AutoModelForCausalLM
+
+from dora_dist import (
+    DoraConfig,
+    UserError,
+    attach_norm_refresh,
+    inject_dora,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
+from dora_dist.backends.process import Processes
+from dora_dist.backends.zero import import_deepspeed
+from dora_dist.cli import leave
+from dora_dist.norms import dora_layers, find_shards, refresh_norms
+
+RELEASE = {
+    f"stage3_{key}": 0
+    for key in ("param_persistence_threshold", "max_reuse_distance", "max_live_parameters", "prefetch_bucket_size")
+}
+SHAPES = [(37, 53), (53, 5), (5, 3), (3, 7), (7, 1), (1, 1), (1, 6), (6, 8)]  # chained: in x out
+
+
+class Odd(nn.Module):
+    """Layers whose flattened weights the ranks split inside rows, some smaller than the number of ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(*shape) for shape in SHAPES)
+        with torch.no_grad():
+            self.layers[0].weight[3:9] = 0
+            self.layers[1].weight[:, 2:7] = 0
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.square().sum()
+
+
+def start(deepspeed, model: nn.Module, stage: int, **more):
+    """(engine, torch optimizer) under ZeRO."""
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.02)
+    release = RELEASE if stage == 3 else {}
+    zero = {"stage": stage, **release}
+    config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": zero, **more}
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0], optimizer
+
+
+def step(engine, scale: float = 1.0) -> float:
+    loss = engine(input_ids=IDS, labels=IDS).loss
+    engine.backward(loss * scale)
+    engine.step()
+    return loss.item()
+
+
+def train_plain(model: nn.Module, steps: int = 4) -> list[float]:
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.02)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def check_odd_shapes(deepspeed, stage: int) -> None:
+    for axis in ("out", "in"):
+        config = DoraConfig(rank=1, alpha=3, targets="all-linear", magnitude_axis=axis)
+        engine, _ = start(deepspeed, inject_dora(Odd(), config), stage)
+        attach_norm_refresh(engine.module, engine)
+        for _ in range(3):
+            engine.backward(engine(torch.linspace(-1, 1, 37)[None]))
+            engine.step()
+        shards = find_shards(engine.module)
+        for layer in dora_layers(engine.module).values():
+            W, A, B = (t.double() for t in shards.gather([layer.weight, layer.lora_A, layer.lora_B]))
+            want = (W + layer.spec.scaling * (B @ A)).norm(dim=1 if axis == "out" else 0)
+            torch.testing.assert_close(layer.norm.double(), want, rtol=1e-6, atol=1e-9)
+
+
+def check_collectives(engine) -> None:
+    """The refresh is one gather of A (and of B where ranks split its rows) and one sum; the step beside it gathers
+    nothing, so no base weight moves outside forward and backward."""
+    with watch() as received:
+        refresh_norms(engine.module)
+    shards = find_shards(engine.module)
+    layers = dora_layers(engine.module).values()
+    factors = [layer.lora_A for layer in layers if layer.lora_A is not None]
+    factors += [
+        layer.lora_B for layer in layers
+        if layer.lora_B is not None and (layer.transposed or layer.out_features % shards.size)
+    ]  # fmt: skip
+    gathered = sum(shards.size * -(-shards.shape(p).numel() // shards.size) for p in factors)
+    assert received == [4 * gathered, 4 * sum(layer.norm.numel() for layer in layers)], received
+    engine.backward(engine(input_ids=IDS, labels=IDS).loss)
+    with CommDebugMode() as mode:
+        engine.step()
+    counts = {str(op): n for op, n in mode.get_comm_counts().items() if n}
+    assert sum(n for op, n in counts.items() if "gather" in op or "broadcast" in op) == 1, counts
+
+
+def check_steps(engine) -> None:
+    """One refresh a true step: none between micro-batches, none for a step that overflowed."""
+    layers = list(dora_layers(engine.module).values())
+    calls = []
+    layers[0].renew_norm = lambda norm: calls.append(norm) or type(layers[0]).renew_norm(layers[0], norm)
+    for boundary, scale, refreshes in ((False, 1, 0), (True, 1, 1), (True, float("inf"), 1), (True, 1, 2)):
+        engine.set_gradient_accumulation_boundary(boundary)
+        step(engine, scale)
+        assert len(calls) == refreshes, (boundary, scale)
+        assert engine.was_step_applied() == (boundary and scale == 1)
+
+
+def main(stage_text: str, directory: str, out: str) -> None:
+    stage, processes = int(stage_text), Processes()
+    deepspeed = import_deepspeed(processes)
+    processes.start(60)
+    deepspeed.init_distributed()
+    check_odd_shapes(deepspeed, stage)
+
+    plain = model_from(directory)
+    want = train_plain(plain)
+    engine, _ = start(deepspeed, model_from(directory), stage)
+    attach_norm_refresh(engine.module, engine)
+    got = [step(engine) for _ in range(4)]
+    assert torch.allclose(torch.tensor(got), torch.tensor(want), rtol=1e-5), (got, want)
+    save_adapter(engine.module, Path(out) / "sharded")
+    if processes.is_main:
+        save_adapter(plain, Path(out) / "plain")
+    processes.barrier()
+    check_steps(engine)
+    if stage == 3:
+        check_collectives(engine)
+
+    fresh, optimizer = start(deepspeed, model_from(directory), stage)
+    attach_norm_refresh(fresh.module, fresh)
+    load_adapter(fresh.module, Path(out) / "plain")
+    with torch.no_grad():
+        assert torch.allclose(fresh(input_ids=IDS).logits, plain(input_ids=IDS).logits, atol=1e-5)
+    want = train_plain(plain, 2)  # a new optimizer for both: steps start from what was loaded
+    got = [step(fresh), step(fresh)]
+    assert torch.allclose(torch.tensor(got), torch.tensor(want), rtol=1e-5), (got, want)
+
+    with pytest.raises(UserError, match="pass the engine"):
+        attach_norm_refresh(fresh.module, optimizer)
+    odd = inject_dora(Odd(), DoraConfig(rank=1, targets="all-linear"))
+    rounding, _ = start(deepspeed, odd, stage, bf16={"enabled": True})
+    with pytest.raises(UserError, match="bf16"):
+        attach_norm_refresh(odd, rounding)
+    if stage == 3:
+        with pytest.raises(UserError, match="sharded"):
+            merge_adapter(fresh.module)
+        bare = deepspeed.zero.Init(module=AutoModelForCausalLM.from_pretrained(directory)).module
+        with pytest.raises(UserError, match="sharded"):
+            inject_dora(bare, DoraConfig())
+    processes.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    leave(0)
