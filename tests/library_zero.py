@@ -24,9 +24,10 @@ from dora_dist import (
     save_adapter,
 )
 from dora_dist.backends.process import Processes
-from dora_dist.backends.zero import import_deepspeed
+from dora_dist.backends.zero import ZeroEngine, import_deepspeed
 from dora_dist.cli import leave
 from dora_dist.norms import dora_layers, find_shards, refresh_norms
+from dora_dist.optim import LossScale
 
 RELEASE = {
     f"stage3_{key}": 0
@@ -128,6 +129,24 @@ def check_steps(engine) -> None:
         assert engine.was_step_applied() == (boundary and scale == 1)
 
 
+def check_loss_scale(engine) -> None:
+    """fp16's loss scale leaves no trace in the gradients, and an overflow halves it."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    norms = []
+    scale = LossScale(active=True)
+    for ours in (ZeroEngine(engine, LossScale(active=False)), ZeroEngine(engine, scale)):
+        ours.backward(engine(input_ids=IDS, labels=IDS).loss, last=True)
+        norm, taken = ours.step()
+        assert taken
+        norms.append(norm.item())
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    before = scale.value
+    ours.backward(engine(input_ids=IDS, labels=IDS).loss * float("inf"), last=True)
+    norm, taken = ours.step()
+    assert not taken and norm.isinf() and scale.value == before / 2
+
+
 def main(stage_text: str, directory: str, out: str) -> None:
     stage, processes = int(stage_text), Processes()
     deepspeed = import_deepspeed(processes)
@@ -148,6 +167,7 @@ def main(stage_text: str, directory: str, out: str) -> None:
     check_steps(engine)
     if stage == 3:
         check_collectives(engine)
+    check_loss_scale(engine)
 
     fresh, optimizer = start(deepspeed, model_from(directory), stage)
     attach_norm_refresh(fresh.module, fresh)

@@ -38,7 +38,11 @@ class Processes:
         return self.rank == 0
 
     def start(self, timeout_s: int, needed: bool = True) -> None:
-        """Join the process group. CPU tensors always have gloo. A group that is not needed is not made."""
+        """Join the process group. CPU tensors always have gloo. A group that is not needed is not made.
+
+        Raises:
+            UserError: rank 0's port is taken, or the processes do not meet there in time.
+        """
         if not needed or dist.is_initialized():
             return
         cuda = self.device.type == "cuda"
@@ -47,12 +51,15 @@ class Processes:
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         if not cuda and self.local_world_size == self.world_size:
             _use_loopback()
-        dist.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-            timeout=datetime.timedelta(seconds=timeout_s),
-            device_id=self.device if cuda else None,
-            **alone,
-        )
+        try:
+            dist.init_process_group(
+                backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+                timeout=datetime.timedelta(seconds=timeout_s),
+                device_id=self.device if cuda else None,
+                **alone,
+            )
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise UserError(_no_meeting(error, timeout_s)) from None
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
@@ -82,6 +89,16 @@ class Processes:
         if dist.is_initialized():
             self.barrier()
             dist.destroy_process_group()
+
+
+def _no_meeting(error: RuntimeError, timeout_s: int) -> str:
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if "EADDRINUSE" in str(error):
+        return f"port {port} is already in use on {address}; give the launcher a free one with --master_port"
+    return (
+        f"the processes did not meet at {address}:{port} within {timeout_s} s (parallel.timeout_s): "
+        f"{str(error).splitlines()[0]}"
+    )
 
 
 def _use_loopback() -> None:

@@ -187,10 +187,10 @@ class Zero:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, loss_scale: LossScale
     ) -> Engine:
         engine, *_ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=self.settings)
-        return _ZeroEngine(engine, loss_scale)
+        return ZeroEngine(engine, loss_scale)
 
 
-class _ZeroEngine:
+class ZeroEngine:
     """DeepSpeed's engine behind the calls of the training loop."""
 
     def __init__(self, engine: Any, loss_scale: LossScale):

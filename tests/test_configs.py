@@ -1,0 +1,39 @@
+"""Each example in configs/ runs, shrunken: a test overrides sizes and paths, and nothing else."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, child_environment, torchrun
+
+CONFIGS = ROOT / "configs"
+SIZES = [
+    "dora.rank=2", "data.seq_len=64", "train.epochs=1", "train.accumulation=2", "log.every=1",
+]  # fmt: skip
+RANKS = {"one-4090": 1, "two-gpus": 2, "eight-gpus": 2, "multi-node-zero3": 4}
+MORE_SIZES = {"multi-node-zero3": ["parallel.deepspeed.zero_optimization.zero_hpz_partition_size=2"]}
+
+
+def test_every_example_is_run_somewhere():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*RANKS, "quickstart"}
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_an_example_runs(name, tiny_llama, tiny_rows, tmp_path):
+    path = CONFIGS / f"{name}.yaml"
+    assert len(path.read_text().splitlines()) <= 60
+    arguments = [
+        "--config", str(path), f"model.path={tiny_llama}", f"data.train={tiny_rows}", f"output_dir={tmp_path}",
+        *SIZES, *MORE_SIZES.get(name, []),
+    ]  # fmt: skip
+    script = ROOT / "launch" / "train.py"
+    if RANKS[name] == 1:
+        command = [sys.executable, str(script), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=300)
+    else:
+        done = torchrun(RANKS[name], script, *arguments)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) >= 1 and all(step["loss"] < 6 for step in steps)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
