@@ -54,7 +54,7 @@ format: $(STAMP) ## format the code and mend what ruff can
 gpu: ## run the GPU tests and benchmarks with a Python that has torch; installs nothing
 	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
-bench: $(STAMP) ## run the benchmarks that need no GPU, and renew README's table
+bench: $(STAMP) ## run the benchmarks that need no GPU, and renew the tables of README and docs
 	@for script in $(BENCHMARKS); do echo "$$script"; .venv/bin/python "$$script" $(ARGS) || exit; done
 	.venv/bin/python benchmarks/_tables.py
 

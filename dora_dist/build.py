@@ -23,13 +23,13 @@ from dora_dist.backends.process import Processes
 from dora_dist.backends.replicated import Ddp, Single
 from dora_dist.backends.zero import Zero
 from dora_dist.config import ModelConfig, RunConfig
-from dora_dist.deepspeed_config import deepspeed_config
+from dora_dist.deepspeed_config import Sizes, deepspeed_config
 from dora_dist.engine import Engine
 from dora_dist.errors import UserError
 from dora_dist.inject import inject_dora
 from dora_dist.norms import attach_norm_refresh, initialize_adapters
 from dora_dist.optim import LossScale, make_optimizer
-from dora_dist.shards import Shards
+from dora_dist.shards import Shards, blocks
 from dora_dist.weights import (
     SafetensorsFiles,
     base_tensors,
@@ -123,8 +123,8 @@ def choose_strategy(config: RunConfig, model: nn.Module, processes: Processes) -
     if name == "fsdp":
         return Fsdp(processes, parallel.replicas, parallel.cpu_offload)
     if name.startswith("zero"):
-        on_gpu = processes.device.type == "cuda"
-        return Zero(processes, deepspeed_config(config, world, on_gpu), parallel.timeout_s)
+        settings = deepspeed_config(config, _sizes(model), world, on_gpu=processes.device.type == "cuda")
+        return Zero(processes, settings, parallel.timeout_s)
     return Ddp(processes) if name == "ddp" else Single(processes)
 
 
@@ -268,6 +268,12 @@ def _classifier_head(model: nn.Module) -> tuple[str, ...]:
     """A classifier's modules outside its base model: new to most checkpoints, so they are trained in full."""
     base = getattr(model, "base_model_prefix", "")
     return tuple(n for n, m in model.named_children() if n != base and any(True for _ in m.parameters()))
+
+
+def _sizes(model: nn.Module) -> Sizes:
+    block = max((sum(p.numel() for p in block.parameters()) for block in blocks(model)), default=0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Sizes(block or sum(p.numel() for p in model.parameters()), trained)
 
 
 def _device_memory(processes: Processes) -> float:

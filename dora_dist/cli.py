@@ -56,7 +56,7 @@ def leave(status: int) -> NoReturn:
 
 
 def _train(options: argparse.Namespace) -> None:
-    config = load_config(options.config, options.overrides)  # before torch is imported: mistakes are told at once
+    config = load_config(options.config, options.overrides)  # before transformers is imported, which takes seconds
     import transformers
 
     from dora_dist.train import run_training

@@ -5,6 +5,7 @@ own keys decide, and what would round magnitudes or norms, is refused there by n
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dora_dist.config import RunConfig
@@ -42,11 +43,22 @@ _REFUSED = {
     "zenflow": "splits the optimizer step, after which the norms are renewed",
 }
 _NEEDED = {"compute_grad_norm": True, "elastic_checkpoint": False, "legacy_stage1": False}
-_BUCKET = 1 << 24  # elements; DeepSpeed's own 5e8 would hold 2 GB for gradients of a few MB
+_BUCKET = 1 << 24  # elements at most; DeepSpeed's own 5e8 would hold 2 GB for gradients of a few MB
 
 
-def deepspeed_config(config: RunConfig, world_size: int, on_gpu: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of elements, which buffers are measured by."""
+
+    block: int  # the largest block's
+    trained: int  # all that is trained
+
+
+def deepspeed_config(config: RunConfig, sizes: Sizes, world_size: int, on_gpu: bool) -> dict[str, Any]:
     """What `deepspeed.initialize` gets, for a zero1, zero2 or zero3 run.
+
+    ZeRO-3 keeps two blocks of weights: the one that computes and the next. With DeepSpeed's own limits, of 1e9
+    elements, a model of that size would stay whole on every rank from its second step on.
 
     There is no bf16 or fp16 section: DeepSpeed then leaves dtypes alone, so the base has `model.dtype` and A, B
     and m are fp32, in storage and in use.
@@ -56,11 +68,12 @@ def deepspeed_config(config: RunConfig, world_size: int, on_gpu: bool) -> dict[s
     """
     stage = int(config.parallel.strategy.removeprefix("zero"))
     extra = _without_auto(config.parallel.deepspeed)
-    zero: dict[str, Any] = {
-        "stage": stage,
-        "reduce_bucket_size": _BUCKET,
-        "allgather_bucket_size": _BUCKET,
-    }
+    bucket = max(1, min(_BUCKET, sizes.trained))
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if stage == 3:
+        zero["stage3_max_live_parameters"] = 2 * sizes.block
+        zero["stage3_prefetch_bucket_size"] = sizes.block
+        zero["stage3_max_reuse_distance"] = 0
     if config.parallel.cpu_offload:
         offload = {"device": "cpu", "pin_memory": on_gpu}
         zero["offload_optimizer"] = offload

@@ -7,7 +7,7 @@ collectives that do nothing.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,6 +93,17 @@ class Whole:
 
     def sum_(self, flat: Tensor) -> None:
         pass
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """What a sharding gathers at a time: the elements of outermost ModuleLists that have parameters."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in inside:
+            for block in module:
+                inside.update(block.modules())
+                if any(True for _ in block.parameters()):
+                    yield block
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ def _run(config: RunConfig, processes: Processes) -> None:
     tokenizer = load_tokenizer(directory)
     strategy = choose_strategy(config, blueprint.model, processes)
     data = RunData(blueprint, tokenizer, processes)
-    output_dir = _prepare_output(config, processes, {"config.yaml": config.to_yaml(), **strategy.files})
     processes.start(config.parallel.timeout_s, needed=strategy.needs_group)
+    output_dir = _prepare_output(config, processes, {"config.yaml": config.to_yaml(), **strategy.files})
     torch.manual_seed(config.train.seed + processes.rank)  # dropout differs between ranks
     with RunLog(config.log, output_dir, data.steps, dataclasses.asdict(config), processes.is_main) as log:
         log.say(data.describe())

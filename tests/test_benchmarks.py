@@ -44,6 +44,16 @@ def test_norm_time_writes_its_record(tmp_path):
     assert record["norms"]["ours"]["seconds"]["median"] > 0
 
 
+def test_strategy_memory_writes_its_record(tmp_path):
+    out = tmp_path / "cpu.json"
+    size = "--strategies fsdp+cpu_offload --hidden 64 --layers 1 --rank 4 --rounds 1".split()
+    run("strategy_memory.py", *size, "--device", "cpu", "--out", str(out))
+    ((_, record),) = json.loads(out.read_text())["strategy_memory"].items()
+    (row,) = record["strategies"].values()
+    assert (row["strategy"], row["ranks"]) == ("fsdp+cpu_offload", 2)
+    assert 0 < row["base_bytes"] and row["held_bytes"] <= row["step_peak_bytes"]
+
+
 def test_gpu_says_in_a_line_that_there_is_no_gpu(tmp_path):
     out = tmp_path / "gpu.json"
     printed = run("gpu.py", "--out", str(out)).stdout

@@ -7,7 +7,7 @@ import pytest
 from dora_dist.backends.process import Processes
 from dora_dist.backends.zero import Zero
 from dora_dist.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from dora_dist.deepspeed_config import deepspeed_config
+from dora_dist.deepspeed_config import Sizes, deepspeed_config
 from dora_dist.errors import UserError
 
 
@@ -21,7 +21,7 @@ def run_config(strategy: str = "zero3", cpu_offload: bool = False, **extra) -> R
 
 
 def made(**arguments) -> dict:
-    return deepspeed_config(run_config(**arguments), world_size=4, on_gpu=False)
+    return deepspeed_config(run_config(**arguments), Sizes(block=1000, trained=100), world_size=4, on_gpu=False)
 
 
 def test_our_settings_become_deepspeed_s():
@@ -30,7 +30,14 @@ def test_our_settings_become_deepspeed_s():
     assert got["gradient_accumulation_steps"] == 5
     assert got["train_batch_size"] == 60
     assert got["gradient_clipping"] == 0.5
-    assert got["zero_optimization"]["stage"] == 3
+    assert got["zero_optimization"] == {
+        "stage": 3,
+        "reduce_bucket_size": 100,
+        "allgather_bucket_size": 100,
+        "stage3_max_live_parameters": 2000,
+        "stage3_prefetch_bucket_size": 1000,
+        "stage3_max_reuse_distance": 0,
+    }
     assert not {"bf16", "fp16"} & got.keys()  # they would round the magnitudes
 
 

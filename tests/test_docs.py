@@ -31,10 +31,12 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), f"{page.name} -> {target}"
 
 
-def test_the_readmes_figures_are_those_of_the_result_files(monkeypatch):
+@pytest.mark.parametrize("name", ["README.md", "docs/strategies.md"])
+def test_the_pages_figures_are_those_of_the_result_files(monkeypatch, name):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import _tables
 
-    page = (ROOT / "README.md").read_text()
-    assert _tables.BEGIN in page
+    assert name in _tables.PAGES
+    page = (ROOT / name).read_text()
+    assert "made by benchmarks/_tables.py" in page
     assert _tables.updated(page) == page

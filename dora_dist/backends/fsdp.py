@@ -21,7 +21,7 @@ from dora_dist.config import TrainConfig
 from dora_dist.engine import Engine, TorchEngine
 from dora_dist.errors import UserError
 from dora_dist.optim import LossScale
-from dora_dist.shards import Rectangle, Shards, as_matrix
+from dora_dist.shards import Rectangle, Shards, as_matrix, blocks
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 
@@ -193,15 +193,11 @@ def _accumulating(module: FSDPModule) -> Iterator[None]:
 
 
 def _groups(model: nn.Module) -> Iterator[nn.Module]:
-    """What is gathered by itself: every block (an element of an outermost ModuleList), and the embeddings unless
-    they are tied; the rest is the root's."""
+    """What is gathered by itself: every block, and the embeddings unless they are tied; the rest is the root's."""
     inside: set[nn.Module] = set()
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and module not in inside:
-            for block in module:
-                inside.update(block.modules())
-                if any(True for _ in block.parameters()):
-                    yield block
+    for block in blocks(model):
+        inside.update(block.modules())
+        yield block
     embeddings = [getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")]
     owners = [m for m in embeddings if m is not None and m not in inside]
     if len({id(m.weight) for m in owners}) == len(owners):

@@ -53,7 +53,12 @@ class Ddp(Single):
     ) -> Engine:
         with warnings.catch_warnings():  # torch 2.13 names no replacement that leaves buffers alone at first
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            ddp = DistributedDataParallel(
+                model,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                init_sync=False,  # every rank has read the same weights: no copy of all of them
+            )
         return TorchEngine(
             ddp, optimizer, self.shards(model), config, loss_scale, self.processes.device, ddp.no_sync
         )

@@ -1,0 +1,164 @@
+"""launch/train.py under `deepspeed` and `torchrun`: on one node and on two, mistakes, a dead rank, a busy port.
+
+No test may leave a process behind: see `Launch`.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, child_environment
+
+SECONDS = 120  # after which something hangs; nothing here takes nearly as long
+
+
+class Launch:
+    """One run of a launcher. Where the `with` block ends, all its processes must have ended; the others are killed
+    then."""
+
+    def __init__(self, command: list[str], output_dir: Path):
+        self.output_dir = output_dir
+        environment = {**child_environment(), "DORA_DIST_RUN": str(output_dir)}  # inherited by all that it starts
+        self.launcher = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+
+    def end(self) -> tuple[int, str]:
+        """Wait for the launcher's end: its exit status, and what it and the ranks printed."""
+        output, _ = self.launcher.communicate(timeout=SECONDS)
+        return self.launcher.returncode, output
+
+    def processes(self) -> dict[int, dict[str, str]]:
+        """Those that live: pid -> environment."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):  # it ended just now, or is another user's
+                words = path.read_bytes().decode(errors="replace").split("\0")
+                found[int(path.parent.name)] = dict(word.split("=", 1) for word in words if "=" in word)
+        return {pid: e for pid, e in found.items() if e.get("DORA_DIST_RUN") == str(self.output_dir)}
+
+    def __enter__(self) -> "Launch":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        ended = self.launcher.poll() is not None and wait_until(lambda: not self.processes(), 10)
+        for pid in () if ended else self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.launcher.communicate()
+        assert ended, f"processes of {self.output_dir} outlived their launcher"
+
+
+def wait_until(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return bool(condition())
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module", params=["deepspeed", "torchrun"])
+def launcher(request) -> str:
+    if request.param == "deepspeed" and torch.cuda.is_available():
+        pytest.skip("the deepspeed launcher would show its processes the GPUs, which these tests hide")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def start(launcher, tiny_llama, tiny_rows, tmp_path_factory):
+    """Starts a launch: `node` of two nodes with a process each, or (None) two processes on one."""
+    directory = tmp_path_factory.mktemp("launch")
+    config, hosts = directory / "c.yaml", directory / "hosts"
+    settings = {
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "dora": {"rank": 2, "targets": ["q_proj", "down_proj"]},
+        "data": {"train": str(tiny_rows), "seq_len": 48},
+        "train": {"steps": 3, "micro_batch_size": 4, "lr": 0.02},
+        "parallel": {"strategy": "zero3", "timeout_s": 60},
+    }
+    config.write_text(yaml.safe_dump(settings))
+    hosts.write_text("node-a slots=1\nnode-b slots=1\n")
+
+    def start(output_dir: Path, *overrides: str, port: int | None = None, node: int | None = None) -> Launch:
+        if launcher == "deepspeed":
+            module, one_node = "deepspeed.launcher.runner", ["--num_gpus=2"]
+            two_nodes = [f"--hostfile={hosts}", "--no_ssh", f"--node_rank={node}"]
+        else:
+            module, one_node = "torch.distributed.run", ["--nproc_per_node=2"]
+            two_nodes = ["--nnodes=2", f"--node_rank={node}"]
+        command = [sys.executable, "-m", module, *(one_node if node is None else two_nodes)]
+        command += ["--master_addr=127.0.0.1", f"--master_port={port or free_port()}"]
+        command += [str(ROOT / "launch" / "train.py"), "--config", str(config), f"output_dir={output_dir}"]
+        return Launch([*command, *overrides], output_dir)
+
+    return start
+
+
+def losses(output_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def files(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+
+
+def test_one_node_and_two_train_alike_and_rank_0_alone_writes(start, tmp_path, monkeypatch):
+    one, node_0, node_1 = (tmp_path / name for name in ("one", "node-0", "node-1"))
+    port = free_port()
+    with start(one) as alone:  # all at once, as launchers mostly wait
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # taken unasked only where all ranks are of one node
+        with start(node_0, port=port, node=0) as first, start(node_1, port=port, node=1) as second:
+            for launch in (alone, first, second):
+                status, output = launch.end()
+                assert status == 0, output[-3000:]
+    adapter = {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"}
+    assert files(one) == files(node_0) == {"config.yaml", "deepspeed.json", "metrics.jsonl"} | adapter
+    assert files(node_1) == set()
+    assert len(losses(one)) == 3
+    assert losses(node_0) == pytest.approx(losses(one), rel=1e-6)
+
+
+def test_a_mistake_or_a_busy_port_is_told_in_one_line(start, launcher, tmp_path):
+    key = "parallel.deepspeed.train_micro_batch_size_per_gpu"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with (
+            start(tmp_path / "1", "dora.rnk=4") as first,
+            start(tmp_path / "2", f"{key}=99") as second,
+            start(tmp_path / "3", port=port) as third,
+        ):
+            statuses, outputs = zip(*(launch.end() for launch in (first, second, third)), strict=True)
+    assert 0 not in statuses
+    unknown, contradiction, busy = (output.splitlines() for output in outputs)
+    assert unknown.count("error: dora.rnk: unknown key; did you mean 'rank'?") == 1, outputs[0]
+    error = f"error: {key}: 99 contradicts train.micro_batch_size, which decides this; leave it out"
+    assert contradiction.count(error) == 1, outputs[1]
+    assert files(tmp_path / "1") == files(tmp_path / "2") == set()
+    assert any(str(port) in line and "already in use" in line for line in busy), outputs[2]
+    if launcher == "deepspeed":  # rank 0 opens the port; torchrun does so itself, and ends with its traceback
+        assert "Traceback" not in outputs[2]
+
+
+def test_a_dead_rank_ends_the_run(start, tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    with start(tmp_path, "train.steps=100000", "log.every=1000", "parallel.strategy=zero2") as launch:
+        begun = wait_until(lambda: metrics.is_file() and metrics.read_text(), SECONDS)
+        assert begun and launch.launcher.poll() is None
+        (pid,) = [pid for pid, environment in launch.processes().items() if environment.get("RANK") == "1"]
+        os.kill(pid, signal.SIGKILL)
+        status, _ = launch.end()
+    assert status != 0
+    assert not (tmp_path / "adapter").exists()
