@@ -124,7 +124,7 @@ def choose_strategy(config: RunConfig, model: nn.Module, processes: Processes) -
         return Fsdp(processes, parallel.replicas, parallel.cpu_offload)
     if name.startswith("zero"):
         settings = deepspeed_config(config, _sizes(model), world, on_gpu=processes.device.type == "cuda")
-        return Zero(processes, settings, parallel.timeout_s)
+        return Zero(processes, settings)
     return Ddp(processes) if name == "ddp" else Single(processes)
 
 

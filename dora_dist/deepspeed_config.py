@@ -33,16 +33,21 @@ _OURS = {
 }
 # DeepSpeed's keys that may be added. Those inside zero_optimization DeepSpeed itself checks.
 _FREE = (
-    "zero_optimization", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger",
+    "zero_optimization", "communication_data_type", "wall_clock_breakdown", "memory_breakdown", "comms_logger",
     "flops_profiler", "dump_state", "log_level",
 )  # fmt: skip
-_REFUSED = {
-    "zero_quantized_weights": "would train on other weights than those whose norms are taken",
-    "zero_quantized_nontrainable_weights": "stores weights from which the norms cannot be taken",
-    "zenflow": "splits the optimizer step, after which the norms are renewed",
+# Inside zero_optimization: keys that only one value of goes with us, and why.
+_ONLY = {
+    "zero_quantized_weights": (False, "it would train on other weights than those whose norms are taken"),
+    "zero_quantized_nontrainable_weights": (False, "norms cannot be taken from what it stores"),
+    "zenflow": (None, "it splits the optimizer step, after which the norms are renewed"),
+    "round_robin_gradients": (False, "it links parameters to the wrong masters"),
+    "module_granularity_threshold": (0, "DeepSpeed fails with it where a base is frozen"),
+    "compute_grad_norm": (True, "the run reports the gradients' norm"),
+    "elastic_checkpoint": (False, "DeepSpeed's checkpoints are not written"),
+    "legacy_stage1": (False, "DeepSpeed does not have it any more"),
 }
-_NEEDED = {"compute_grad_norm": True, "elastic_checkpoint": False, "legacy_stage1": False}
+_OFFLOAD_ONLY = {"ratio": 1.0, "super_offload": False}  # DeepSpeed has these for its own optimizer alone
 _BUCKET = 1 << 24  # elements at most; DeepSpeed's own 5e8 would hold 2 GB for gradients of a few MB
 
 
@@ -82,48 +87,68 @@ def deepspeed_config(config: RunConfig, sizes: Sizes, world_size: int, on_gpu: b
     ours = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.train.accumulation,
-        "train_batch_size": config.train.micro_batch_size * config.train.accumulation * world_size,
         "gradient_clipping": config.train.max_grad_norm or 0.0,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, offloaded or not
         "zero_optimization": zero,
     }
-    _check(ours, extra, config.parallel.cpu_offload, stage)
+    batch = config.train.micro_batch_size * config.train.accumulation * world_size
+    extra = _undecided("", extra, {**ours, "train_batch_size": batch})
+    for key in extra:
+        if key not in _FREE:
+            raise UserError(f"{_PREFIX}.{key}: not a DeepSpeed key that can be set here; {nearest(key, _FREE)}")
+    if "zero_optimization" in extra:
+        section = extra["zero_optimization"]
+        if not isinstance(section, Mapping):
+            raise UserError(f"{_PREFIX}.zero_optimization: expected a section of keys, found {section!r}")
+        extra["zero_optimization"] = _undecided("zero_optimization.", section, zero)
+        _check_zero(extra["zero_optimization"], config.parallel.cpu_offload, stage, world_size, on_gpu)
     return _merged(ours, extra)
 
 
-def _check(ours: Mapping[str, Any], extra: Mapping[str, Any], cpu_offload: bool, stage: int) -> None:
-    for key, value in extra.items():
-        if key not in _OURS and key not in _FREE:
-            raise UserError(f"{_PREFIX}.{key}: not a DeepSpeed key that can be set here; {nearest(key, _FREE)}")
-        _check_decided(key, ours.get(key), value)
-    zero = extra.get("zero_optimization", {})
-    if not isinstance(zero, Mapping):
-        raise UserError(f"{_PREFIX}.zero_optimization: expected a section of keys, found {zero!r}")
+def _undecided(prefix: str, section: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that ours do not decide. Those that say what ours say, or nothing, are left out."""
+    left = {}
+    for key, value in section.items():
+        owner = _OURS.get(prefix + key)
+        if owner is None:
+            left[key] = value
+            continue
+        off = isinstance(value, Mapping) and value.get("enabled") in (False, "auto")
+        agrees = value == ours[key] if key in ours else not value or off
+        if not agrees:
+            raise UserError(
+                f"{_PREFIX}.{prefix}{key}: {value!r} contradicts {owner}, which decides this; leave it out"
+            )
+    return left
+
+
+def _check_zero(zero: Mapping[str, Any], cpu_offload: bool, stage: int, world_size: int, on_gpu: bool) -> None:
     for key, value in zero.items():
         name = f"{_PREFIX}.zero_optimization.{key}"
-        _check_decided(f"zero_optimization.{key}", ours["zero_optimization"].get(key), value)
-        if key in _REFUSED and value:
-            raise UserError(f"{name}: {value!r} is not supported: it {_REFUSED[key]}")
-        if key in _NEEDED and value is not _NEEDED[key]:
-            raise UserError(f"{name}: {value!r} is not supported; leave it {str(_NEEDED[key]).lower()}")
+        only, reason = _ONLY.get(key.removeprefix("stage3_"), (value, ""))
+        if value != only:
+            raise UserError(f"{name}: {value!r} is not supported: {reason}")
         if key in ("offload_optimizer", "offload_param"):
-            _check_offload(name, value, cpu_offload, stage)
+            _check_offload(name, value, cpu_offload)
+        if stage < 3 and (key in ("offload_param", "zero_hpz_partition_size") or key.startswith("stage3_")):
+            raise UserError(f"{name}: only zero3 shards parameters; parallel.strategy is zero{stage}")
+        if key == "zero_hpz_partition_size" and (not isinstance(value, int) or value < 1 or world_size % value):
+            raise UserError(f"{name}: {value!r} does not divide the {world_size} processes")
+        if key == "zero_quantized_gradients" and value and not on_gpu:
+            raise UserError(f"{name}: DeepSpeed has it on GPUs alone")
 
 
-def _check_decided(key: str, ours: Any, value: Any) -> None:
-    disabled = isinstance(value, Mapping) and value.get("enabled") is False
-    if key in _OURS and value != ours and not disabled:
-        raise UserError(f"{_PREFIX}.{key}: {value!r} contradicts {_OURS[key]}, which decides this; leave it out")
-
-
-def _check_offload(name: str, value: Any, cpu_offload: bool, stage: int) -> None:
+def _check_offload(name: str, value: Any, cpu_offload: bool) -> None:
     device = value.get("device", "cpu" if cpu_offload else "none") if isinstance(value, Mapping) else None
     if device == "nvme":
         raise UserError(f"{name}.device: nvme is not supported: every step reads the weights' norms; use cpu")
     if device != "cpu" and cpu_offload:
         raise UserError(f"{name}: {value!r} contradicts parallel.cpu_offload: true; leave one of them out")
-    if name.endswith("offload_param") and device == "cpu" and stage < 3:
-        raise UserError(f"{name}: only zero3 shards parameters; parallel.strategy is zero{stage}")
+    for key, only in _OFFLOAD_ONLY.items() if isinstance(value, Mapping) else ():
+        if value.get(key, only) != only:
+            raise UserError(
+                f"{name}.{key}: {value[key]!r} is not supported: DeepSpeed needs its own optimizer for it"
+            )
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,9 +162,9 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_auto(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Hugging Face's "auto" means what it means here: taken from the other settings."""
+    """Hugging Face's "auto" leaves a key to our other settings; a section that is left to them keeps saying so."""
     return {
-        key: _without_auto(value) if isinstance(value, Mapping) else value
+        key: _without_auto(value) if isinstance(value, Mapping) and value.get("enabled") != "auto" else value
         for key, value in tree.items()
         if value != "auto"
     }

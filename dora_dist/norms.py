@@ -61,18 +61,25 @@ def attach_norm_refresh(
     to parameters by hand call `refresh_norms(model)`.
 
     Raises:
-        UserError: the model belongs to a DeepSpeed engine, but `optimizer` is not that engine, or the engine
-            rounds magnitudes.
+        UserError: the model belongs to a DeepSpeed engine, but `optimizer` is not that engine (told at its first
+            step, where the engine comes later), or the engine rounds magnitudes.
     """
-    if isinstance(optimizer, torch.optim.Optimizer) and zero.is_managed(model):
-        raise UserError("attach_norm_refresh: DeepSpeed trains this model; pass the engine, not the optimizer")
+
+    def refresh(*_: object) -> None:
+        if isinstance(optimizer, torch.optim.Optimizer) and zero.is_managed(model):
+            raise UserError(
+                "attach_norm_refresh: DeepSpeed trains this model; call it after deepspeed.initialize, with the "
+                "engine in the optimizer's place"
+            )
+        refresh_norms(model, shards)
+
+    refresh()
     if isinstance(optimizer, torch.optim.Optimizer):
-        optimizer.register_step_post_hook(lambda *_: refresh_norms(model, shards))
+        optimizer.register_step_post_hook(refresh)
     elif optimizer is not None:
-        zero.after_each_step(optimizer, lambda: refresh_norms(model, shards))
+        zero.after_each_step(optimizer, refresh)
     for layer in dora_layers(model).values():
         layer.norm_is_cached = True
-    refresh_norms(model, shards)
 
 
 @torch.no_grad()

@@ -202,8 +202,10 @@ def _prepare_output(config: RunConfig, processes: Processes, files: Mapping[str,
     output_dir = Path(config.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items() if processes.is_main else ():
-            (output_dir / name).write_text(text, encoding="utf-8")
+        if processes.is_main:
+            (output_dir / "deepspeed.json").unlink(missing_ok=True)  # of an earlier run
+            for name, text in files.items():
+                (output_dir / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"output_dir: {config.output_dir!r} cannot be written: {error.strerror}") from None
     return output_dir

@@ -51,7 +51,7 @@ def test_strategy_memory_writes_its_record(tmp_path):
     ((_, record),) = json.loads(out.read_text())["strategy_memory"].items()
     (row,) = record["strategies"].values()
     assert (row["strategy"], row["ranks"]) == ("fsdp+cpu_offload", 2)
-    assert 0 < row["base_bytes"] and row["held_bytes"] <= row["step_peak_bytes"]
+    assert row["base_bytes"] > 0 and row["held_bytes"] <= row["step_peak_bytes"]
 
 
 def test_gpu_says_in_a_line_that_there_is_no_gpu(tmp_path):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT, child_environment, torchrun
+from safetensors.torch import load_file
 
 CONFIGS = ROOT / "configs"
 SIZES = [
@@ -35,5 +36,6 @@ def test_an_example_runs(name, tiny_llama, tiny_rows, tmp_path):
         done = torchrun(RANKS[name], script, *arguments)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert len(steps) >= 1 and all(step["loss"] < 6 for step in steps)
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.any() for key, tensor in tensors.items() if "lora_B" in key)  # zeros until it is trained

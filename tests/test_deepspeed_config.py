@@ -28,7 +28,6 @@ def test_our_settings_become_deepspeed_s():
     got = made()
     assert got["train_micro_batch_size_per_gpu"] == 3
     assert got["gradient_accumulation_steps"] == 5
-    assert got["train_batch_size"] == 60
     assert got["gradient_clipping"] == 0.5
     assert got["zero_optimization"] == {
         "stage": 3,
@@ -51,19 +50,25 @@ def test_cpu_offload(strategy, offloaded):
 def test_extra_keys_are_laid_over():
     got = made(
         cpu_offload=True,
-        steps_per_print=7,
+        wall_clock_breakdown=True,
         gradient_accumulation_steps="auto",
         train_micro_batch_size_per_gpu=3,  # says the same
+        train_batch_size=60,
         bf16={"enabled": False},
+        fp16={"enabled": "auto", "loss_scale": 0},
+        optimizer=None,
         zero_optimization={
             "stage3_prefetch_bucket_size": 9,
             "offload_param": {"pin_memory": True},
-            "stage": "auto",
+            "stage": 3.0,
+            "cpu_offload": False,
         },
     )
-    assert got["steps_per_print"] == 7
+    assert got["wall_clock_breakdown"] is True
+    assert not {"bf16", "fp16", "optimizer", "train_batch_size"} & got.keys()
     assert got["gradient_accumulation_steps"] == 5
     assert got["zero_optimization"]["stage3_prefetch_bucket_size"] == 9
+    assert got["zero_optimization"]["stage"].__class__ is int
     assert got["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
 
 
@@ -82,7 +87,13 @@ def test_extra_keys_are_laid_over():
         ({"zero_optimization": {"cpu_offload": True}}, ["cpu_offload", "parallel.cpu_offload"]),
         ({"zero_optimization": {"zero_quantized_weights": True}}, ["zero_quantized_weights", "norms"]),
         ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, ["offload_param.device", "nvme", "cpu"]),
-        ({"zero_optimization": {"compute_grad_norm": False}}, ["compute_grad_norm", "true"]),
+        ({"zero_optimization": {"compute_grad_norm": False}}, ["compute_grad_norm", "reports"]),
+        ({"zero_optimization": {"round_robin_gradients": True}}, ["round_robin_gradients", "masters"]),
+        ({"zero_optimization": {"stage3_module_granularity_threshold": 5}}, ["granularity", "frozen"]),
+        ({"zero_optimization": {"zero_hpz_partition_size": 3}}, ["zero_hpz_partition_size", "4 processes"]),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, ["zero_quantized_gradients", "GPUs"]),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, ["ratio", "optimizer"]),
+        ({"steps_per_print": 0}, ["steps_per_print", "communication_data_type"]),
         ({"zero_optimization": 3}, ["zero_optimization", "section"]),
         ({"zero_optimisation": {}}, ["zero_optimisation", "did you mean 'zero_optimization'"]),
     ],
@@ -98,15 +109,16 @@ def test_contradictions_name_both_keys(extra, words):
 def test_offloading_that_contradicts_ours():
     with pytest.raises(UserError, match=r"offload_param.*parallel\.cpu_offload"):
         made(cpu_offload=True, zero_optimization={"offload_param": {"device": "none"}})
-    with pytest.raises(UserError, match="only zero3"):
-        made(strategy="zero1", zero_optimization={"offload_param": {"device": "cpu"}})
+    for key, value in (("offload_param", {"device": "cpu"}), ("zero_hpz_partition_size", 2), ("stage3_x", 1)):
+        with pytest.raises(UserError, match="only zero3"):
+            made(strategy="zero1", zero_optimization={key: value})
     assert made(zero_optimization={"offload_optimizer": {"device": "cpu"}})  # a part of it alone
 
 
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        ({"strategy": "fsdp", "deepspeed": {"steps_per_print": 1}}, "parallel.deepspeed needs"),
+        ({"strategy": "fsdp", "deepspeed": {"dump_state": True}}, "parallel.deepspeed needs"),
         ({"strategy": "zero3", "replicas": 2}, "zero_hpz_partition_size"),
         ({"strategy": "ddp", "cpu_offload": True}, "zero3"),
         ({"strategy": "zero4"}, "zero3"),
@@ -121,10 +133,15 @@ def test_parallel_settings_that_do_not_go_together(settings, word):
 def test_deepspeed_s_own_section_is_checked_before_the_run(zero):
     settings = made(zero_optimization=zero)
     with pytest.raises(UserError, match=rf"parallel\.deepspeed\.zero_optimization\.{next(iter(zero))}"):
-        Zero(Processes(), settings, timeout_s=1)
+        Zero(Processes(), settings)
+
+
+def test_the_rest_is_checked_too():
+    with pytest.raises(UserError, match=r"^parallel\.deepspeed: .*fp8"):
+        Zero(Processes(), made(communication_data_type="fp8"))
 
 
 def test_a_missing_deepspeed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"dora-dist\[deepspeed\]"):
-        Zero(Processes(), made(), timeout_s=1)
+        Zero(Processes(), made())

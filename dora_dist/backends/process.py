@@ -51,10 +51,13 @@ class Processes:
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         if not cuda and self.local_world_size == self.world_size:
             _use_loopback()
+        timeout = datetime.timedelta(seconds=timeout_s)
+        # Also of the groups that DeepSpeed and device meshes make later without naming one.
+        dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
         try:
             dist.init_process_group(
                 backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-                timeout=datetime.timedelta(seconds=timeout_s),
+                timeout=timeout,
                 device_id=self.device if cuda else None,
                 **alone,
             )

@@ -4,7 +4,6 @@ ZeRO-3 flattens each parameter and gives every rank one contiguous range, which 
 norms are taken from that range alone. ZeRO-1 and 2 keep parameters whole and shard the optimizer.
 """
 
-import datetime
 import json
 import logging
 import os
@@ -53,9 +52,9 @@ class ZeroShards:
 
     def written(self, parameter: Any) -> None:
         if _is_partitioned(parameter):
-            parameter.ds_secondary_tensor = None  # hpZ's copy, made again at the next gather
             if _is_whole_now(parameter):
                 parameter.partition()
+            parameter.ds_secondary_tensor = None  # hpZ's copy: partition() may have made it of the old values
         _renew_master(parameter)
 
     def counts(self, parameter: Tensor) -> bool:
@@ -116,13 +115,18 @@ def after_each_step(engine: Any, call: Callable[[], None]) -> None:
     skipped for overflow. (The torch optimizer inside has a hook too, but it runs once per sub-group.)
 
     Raises:
-        UserError: the engine rounds parameters to 16 bits, magnitudes among them.
+        UserError: this is no engine, or its parameters cannot be trusted: magnitudes rounded to 16 bits, or linked
+            to the wrong masters.
     """
+    if not hasattr(engine, "was_step_applied"):
+        raise UserError("DeepSpeed trains this model: pass what deepspeed.initialize returns first, the engine")
     if engine.bfloat16_enabled() or engine.fp16_enabled():
         raise UserError(
             "DeepSpeed's sections bf16 and fp16 round magnitudes, A and B: leave them out, and load the base in "
             "the dtype that it shall have"
         )
+    if getattr(engine.optimizer, "round_robin_gradients", False):
+        raise UserError("DeepSpeed's round_robin_gradients confuses the parameters' masters: leave it out")
     step = engine.step
 
     def step_and_call(*args: Any, **options: Any) -> Any:
@@ -157,8 +161,8 @@ class Zero:
 
     needs_group = True
 
-    def __init__(self, processes: Processes, settings: dict[str, Any], timeout_s: int):
-        self.processes, self.settings, self.timeout_s = processes, settings, timeout_s
+    def __init__(self, processes: Processes, settings: dict[str, Any]):
+        self.processes, self.settings = processes, settings
         self.stage: int = settings["zero_optimization"]["stage"]
         self.name = f"zero{self.stage}"
         self.files = {"deepspeed.json": json.dumps(settings, indent=2) + "\n"}
@@ -168,7 +172,6 @@ class Zero:
     def shard(self, model: nn.Module) -> None:
         os.environ.setdefault("LOCAL_RANK", str(self.processes.local_rank))  # plain python sets none
         self.deepspeed.init_distributed()
-        _limit_waiting(self.timeout_s)
         if self.stage == 3:
             self._partition = _partitioner(self.settings)
 
@@ -207,7 +210,10 @@ class ZeroEngine:
         norm = self.module.get_global_grad_norm()
         grad_norm = torch.as_tensor(norm, dtype=torch.float32).reshape(())
         self.loss_scale.accepts(grad_norm)
-        return grad_norm, self.module.was_step_applied()
+        taken = self.module.was_step_applied()
+        if not taken and not self.loss_scale.active:  # DeepSpeed would go on skipping every step
+            raise RuntimeError("the gradients are infinite or NaN; no adapter was written")
+        return grad_norm, taken
 
 
 def import_deepspeed(processes: Processes) -> Any:
@@ -229,18 +235,22 @@ def import_deepspeed(processes: Processes) -> Any:
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    """Have DeepSpeed check its own section, before any weight is read."""
+    """Have DeepSpeed check what it will be given, before any weight is read."""
+    from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
     try:
         DeepSpeedZeroConfig(**settings["zero_optimization"])
+        DeepSpeedConfig(settings)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(
             f"parallel.deepspeed.zero_optimization.{key}: {first['msg']}, found {first['input']!r}"
         ) from None
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"parallel.deepspeed: {' '.join(str(error).split())}") from None
 
 
 def _partitioner(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
@@ -253,17 +263,11 @@ def _partitioner(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
             self._convert_to_deepspeed_param(parameter)
             parameter.partition()
 
+    # The empty module has DeepSpeed replace F.linear, for the process, by one that does not keep gathered weights
+    # of frozen layers until their backward.
     init = Partitioned(module=nn.Module(), config_dict_or_path=settings)
 
     def partition(parameter: nn.Parameter) -> None:
         init._convert_to_zero_parameters([parameter])
 
     return partition
-
-
-def _limit_waiting(timeout_s: int) -> None:
-    """DeepSpeed clones the world's group and would give it torch's timeout instead of the run's."""
-    from deepspeed.utils import groups
-
-    if getattr(groups, "_WORLD_GROUP", None) is None:
-        groups._WORLD_GROUP = dist.new_group(timeout=datetime.timedelta(seconds=timeout_s))
