@@ -30,9 +30,10 @@ RELEASE = {
 }
 ZERO1, ZERO2 = {"parallel.strategy": "zero1"}, {"parallel.strategy": "zero2"}
 ZERO3 = {"parallel.strategy": "zero3", **RELEASE}
+MORE_VARIANTS = {"in-exact": ("fsdp", "hybrid", "zero3")}  # than the first; fsdp has them all
 SPLITS = {1: (8, 1), 2: (2, 2), 4: (1, 2)}  # world size: micro_batch_size, accumulation; always 8 rows
 STRATEGIES = {
-    1: {"fsdp": {"parallel.strategy": "fsdp"}, "zero1": ZERO1, "zero3": ZERO3},
+    1: {"fsdp": {"parallel.strategy": "fsdp"}, "zero1": ZERO1, "zero2": ZERO2, "zero3": ZERO3},
     2: {
         "ddp": {"parallel.strategy": "ddp"},
         "fsdp": {"parallel.strategy": "fsdp"},
@@ -94,7 +95,7 @@ def sharded(request, tiny_llama, tiny_gpt2, tiny_rows, tmp_path_factory):
     cases = {}
     for strategy, overrides in STRATEGIES[world].items():
         for variant, more in VARIANTS.items():
-            if variant == "out-detached" or strategy in ("fsdp", "hybrid", "zero3"):
+            if variant == "out-detached" or strategy in MORE_VARIANTS.get(variant, ("fsdp",)):
                 cases[f"{strategy}/{variant}"] = {**overrides, **more, **split(world)}
     for strategy, overrides in BF16.items() if world == 2 else ():
         cases[f"bf16/{strategy}"] = {**overrides, **split(world), "model.dtype": "bfloat16"}
