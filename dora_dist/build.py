@@ -29,6 +29,7 @@ from dora_dist.errors import UserError
 from dora_dist.inject import inject_dora
 from dora_dist.norms import attach_norm_refresh, initialize_adapters
 from dora_dist.optim import LossScale, make_optimizer
+from dora_dist.pack import pack_linears
 from dora_dist.shards import Shards, blocks
 from dora_dist.weights import (
     SafetensorsFiles,
@@ -90,7 +91,7 @@ def resolve_model(path: str) -> Path:
         ) from None
 
 
-def draw_blueprint(config: RunConfig, directory: Path) -> Blueprint:
+def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1) -> Blueprint:
     """The injected meta model of a run. Reads config.json and the headers of the weight files, no weight."""
     model = _meta_model(config.model, directory)
     _check_model(config, model)
@@ -104,6 +105,8 @@ def draw_blueprint(config: RunConfig, directory: Path) -> Blueprint:
     head = _classifier_head(model) if config.model.task == "sequence_classification" else ()
     saved = [*config.dora.modules_to_save, *(h for h in head if h not in config.dora.modules_to_save)]
     inject_dora(model, replace(config.dora, modules_to_save=saved))
+    if config.quant.scheme == "nf4":
+        pack_linears(model, config.quant, split=world_size if config.parallel.strategy == "zero3" else 1)
     return Blueprint(config, model, files, head)
 
 

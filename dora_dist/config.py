@@ -93,6 +93,22 @@ class DoraConfig(Section):
 
 
 @dataclass(frozen=True)
+class QuantConfig(Section):
+    """4-bit storage of the frozen linear layers (QLoRA, arXiv 2305.14314)."""
+
+    section: ClassVar[str] = "quant"
+    scheme: Literal["none", "nf4"] = "none"
+    skip: list[str] = field(default_factory=lambda: ["lm_head"])  # kept in 16 bits: names, suffixes or globs
+    block_size: int = setting(64, low=32, high=4096)  # weights that share a scale
+    double_quant: bool = True  # scales in 8 bits
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size & (self.block_size - 1):
+            raise UserError(f"quant.block_size: {self.block_size} is not a power of two")
+
+
+@dataclass(frozen=True)
 class DataConfig(Section):
     section: ClassVar[str] = "data"
     train: str  # json, jsonl, parquet, csv, text file or directory, or a hub id
@@ -167,6 +183,7 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     dora: DoraConfig = field(default_factory=DoraConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -10,11 +10,15 @@ ratio of 1.001 times a value that already lies on bf16's grid rounds back to tha
 product before that is rounded to 16 bits.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from dora_dist.quant import Nf4, PackedMatrix, dequantize
 
 # Scratch of the passes over a weight: on a CPU what its caches hold, on a GPU few launches.
 _SCRATCH_BYTES = {"cpu": 1 << 20}
@@ -26,7 +30,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _row_tiles(matrix: Tensor, dtype: torch.dtype, device: torch.device) -> list[slice]:
+def _row_tiles(matrix: Tensor | PackedMatrix, dtype: torch.dtype, device: torch.device) -> list[slice]:
     rows, cols = matrix.shape
     budget = _SCRATCH_BYTES.get(device.type, _SCRATCH_BYTES_GPU)
     step = max(1, budget // max(1, cols * dtype.itemsize))
@@ -38,7 +42,7 @@ def _row_tiles(matrix: Tensor, dtype: torch.dtype, device: torch.device) -> list
 
 @torch.no_grad()
 def squared_norms(
-    M_NK: Tensor,
+    M_NK: Tensor | PackedMatrix,
     L_NR: Tensor | None,
     U_RK: Tensor | None,
     scaling: float,
@@ -81,15 +85,16 @@ class _NormWithGradient(Function):
     """Gives back the norm it is handed, and in backward the norm's gradient to L and U without forming V."""
 
     @staticmethod
-    def forward(ctx, norm, M_NK, L_NR, U_RK, scaling, dim):
-        ctx.save_for_backward(norm, M_NK, L_NR, U_RK)
-        ctx.scaling, ctx.dim = scaling, dim
+    def forward(ctx, norm, L_NR, U_RK, scaling, dim, layout, *parts):
+        ctx.save_for_backward(norm, L_NR, U_RK, *parts)
+        ctx.scaling, ctx.dim, ctx.layout = scaling, dim, layout
         return norm.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dnorm):
-        norm, M_NK, L_NR, U_RK = ctx.saved_tensors
+        norm, L_NR, U_RK, *parts = ctx.saved_tensors
+        M_NK = parts[0] if ctx.layout is None else PackedMatrix(parts, ctx.layout)
         s = ctx.scaling
         # dV = diag(c) V (rows) or V diag(c) (columns), with c = dn / n; a zero row has no direction.
         c = torch.where(norm == 0, 0.0, dnorm / norm)
@@ -102,12 +107,22 @@ class _NormWithGradient(Function):
             c_tile = c[rows, None] if ctx.dim == 0 else 1.0
             dL_NR[rows] += c_tile * (M_tile @ Uc_RK.t())
             dU_RK += (cL_NR[rows].t() @ M_tile) * c_col
-        return None, None, s * dL_NR, s * dU_RK, None, None
+        return None, s * dL_NR, s * dU_RK, *[None] * (3 + len(parts))
 
 
-def norm_with_gradient(norm: Tensor, M_NK: Tensor, L_NR: Tensor, U_RK: Tensor, scaling: float, dim: int) -> Tensor:
-    """`norm`, the current norm of V, as a differentiable function of L and U (`norm_gradient: exact`)."""
-    return _NormWithGradient.apply(norm, M_NK, L_NR, U_RK, scaling, dim)
+def norm_with_gradient(
+    norm: Tensor,
+    M_NK: Tensor | Sequence[Tensor],
+    L_NR: Tensor,
+    U_RK: Tensor,
+    scaling: float,
+    dim: int,
+    layout: Nf4 | None = None,
+) -> Tensor:
+    """`norm`, the current norm of V, as a differentiable function of L and U (`norm_gradient: exact`). With
+    `layout` M is given as the parts of a 4-bit matrix."""
+    parts = (M_NK,) if isinstance(M_NK, Tensor) else tuple(M_NK)
+    return _NormWithGradient.apply(norm, L_NR, U_RK, scaling, dim, layout, *parts)
 
 
 @torch.no_grad()
@@ -184,31 +199,57 @@ def _magnitude_grads(
     return dm, -norm_ratio(magnitude, norm) * dm if needs_dn else None
 
 
+def _dense(parts: Sequence[Tensor], layout: Nf4 | None, transposed: bool) -> Tensor:
+    """W_IO of a weight that is stored dense (one part) or in 4 bits. Only the parts are kept for the backward."""
+    weight = parts[0] if layout is None else dequantize(parts, layout)
+    return weight if transposed else weight.t()
+
+
+class _FrozenLinear(Function):
+    """y_TO = x W^T + bias of a 4-bit weight. Keeps its parts alone."""
+
+    @staticmethod
+    def forward(ctx, x_TI, bias, transposed, layout, *parts):
+        W_IO = _dense(parts, layout, transposed)
+        ctx.save_for_backward(*parts)
+        ctx.transposed, ctx.layout = transposed, layout
+        return x_TI @ W_IO if bias is None else torch.addmm(bias, x_TI, W_IO)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TO):
+        dx_TI = (
+            dy_TO @ _dense(ctx.saved_tensors, ctx.layout, ctx.transposed).t() if ctx.needs_input_grad[0] else None
+        )
+        dbias = dy_TO.sum(0) if ctx.needs_input_grad[1] else None
+        return dx_TI, dbias, *[None] * (2 + len(ctx.saved_tensors))
+
+
 class _LoraLinear(Function):
     """y_TO = x W^T + s (drop(x) A^T) B^T + bias. Keeps x, z = drop(x) A^T and the dropout mask."""
 
     @staticmethod
-    def forward(ctx, x_TI, weight, A_RI, B_OR, bias, keep_TI, keep_scale, scaling, transposed):
-        W_IO = weight if transposed else weight.t()
+    def forward(ctx, x_TI, A_RI, B_OR, bias, keep_TI, keep_scale, scaling, transposed, layout, *parts):
+        W_IO = _dense(parts, layout, transposed)
         y_TO = x_TI @ W_IO if bias is None else torch.addmm(bias, x_TI, W_IO)
         z_TR = _dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
         y_TO.addmm_(z_TR, B_OR.t().to(y_TO.dtype), alpha=scaling)
-        ctx.save_for_backward(x_TI, weight, A_RI, B_OR, z_TR, keep_TI)
-        ctx.keep_scale, ctx.scaling, ctx.transposed = keep_scale, scaling, transposed
+        ctx.save_for_backward(x_TI, A_RI, B_OR, z_TR, keep_TI, *parts)
+        ctx.keep_scale, ctx.scaling, ctx.transposed, ctx.layout = keep_scale, scaling, transposed, layout
         return y_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TO):
-        x_TI, weight, A_RI, B_OR, z_TR, keep_TI = ctx.saved_tensors
+        x_TI, A_RI, B_OR, z_TR, keep_TI, *parts = ctx.saved_tensors
         x_kept_TI = _dropped(x_TI, keep_TI, ctx.keep_scale)
         dA_RI, dB_OR, dz_TR = _low_rank_grads(dy_TO, x_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
         dx_TI = None
         if ctx.needs_input_grad[0]:
-            dx_TI = dy_TO @ (weight.t() if ctx.transposed else weight)
+            dx_TI = dy_TO @ _dense(parts, ctx.layout, ctx.transposed).t()
             _add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
-        dbias = dy_TO.sum(0) if ctx.needs_input_grad[4] else None
-        return dx_TI, None, dA_RI, dB_OR, dbias, None, None, None, None
+        dbias = dy_TO.sum(0) if ctx.needs_input_grad[3] else None
+        return dx_TI, dA_RI, dB_OR, dbias, *[None] * (5 + len(parts))
 
 
 class _DoraOut(Function):
@@ -219,8 +260,8 @@ class _DoraOut(Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TI, weight, A_RI, B_OR, m_O, n_O, bias, keep_TI, keep_scale, scaling, transposed):
-        h_TO = _wide_mm(x_TI, weight if transposed else weight.t())
+    def forward(ctx, x_TI, A_RI, B_OR, m_O, n_O, bias, keep_TI, keep_scale, scaling, transposed, layout, *parts):
+        h_TO = _wide_mm(x_TI, _dense(parts, layout, transposed))
         z_TR = None
         if A_RI is not None:
             z_TR = _dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
@@ -231,31 +272,30 @@ class _DoraOut(Function):
             torch.mul(h_TO, g_O, out=y_TO)
         else:
             torch.addcmul(bias.to(h_TO.dtype), h_TO, g_O, out=y_TO)
-        needs_h = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-        ctx.save_for_backward(
-            x_TI, weight, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, h_TO.to(x_TI.dtype) if needs_h else None
-        )
-        ctx.keep_scale, ctx.scaling, ctx.transposed = keep_scale, scaling, transposed
+        needs_h = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        kept_h_TO = h_TO.to(x_TI.dtype) if needs_h else None
+        ctx.save_for_backward(x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, kept_h_TO, *parts)
+        ctx.keep_scale, ctx.scaling, ctx.transposed, ctx.layout = keep_scale, scaling, transposed, layout
         return y_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TO):
-        x_TI, weight, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, h_TO = ctx.saved_tensors
+        x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, h_TO, *parts = ctx.saved_tensors
         dA_RI = dB_OR = dm_O = dn_O = dx_TI = dz_TR = None
         if h_TO is not None:
             total_O = torch.sum(dy_TO.to(n_O.dtype) * h_TO, dim=0)
-            dm_O, dn_O = _magnitude_grads(total_O, m_O, n_O, ctx.needs_input_grad[5])
+            dm_O, dn_O = _magnitude_grads(total_O, m_O, n_O, ctx.needs_input_grad[4])
         dh_TO = torch.mul(dy_TO, norm_ratio(m_O, n_O), out=torch.empty_like(dy_TO))
         if A_RI is not None:
             x_kept_TI = _dropped(x_TI, keep_TI, ctx.keep_scale)
             dA_RI, dB_OR, dz_TR = _low_rank_grads(dh_TO, x_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
         if ctx.needs_input_grad[0]:
-            dx_TI = dh_TO @ (weight.t() if ctx.transposed else weight)
+            dx_TI = dh_TO @ _dense(parts, ctx.layout, ctx.transposed).t()
             if dz_TR is not None:
                 _add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
-        dbias = dy_TO.sum(0) if ctx.needs_input_grad[6] else None
-        return dx_TI, None, dA_RI, dB_OR, dm_O, dn_O, dbias, None, None, None, None
+        dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
+        return dx_TI, dA_RI, dB_OR, dm_O, dn_O, dbias, *[None] * (5 + len(parts))
 
 
 class _DoraIn(Function):
@@ -265,40 +305,40 @@ class _DoraIn(Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TI, weight, A_RI, B_OR, m_I, n_I, bias, keep_TI, keep_scale, scaling, transposed):
+    def forward(ctx, x_TI, A_RI, B_OR, m_I, n_I, bias, keep_TI, keep_scale, scaling, transposed, layout, *parts):
         gx_TI = x_TI * norm_ratio(m_I, n_I)
-        y_TO = _mm_wide_left(gx_TI, weight if transposed else weight.t())
+        y_TO = _mm_wide_left(gx_TI, _dense(parts, layout, transposed))
         z_TR = None
         if A_RI is not None:
             z_TR = _dropped(gx_TI.to(x_TI.dtype), keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
             y_TO.addmm_(z_TR.to(y_TO.dtype), B_OR.t().to(y_TO.dtype), alpha=scaling)
         if bias is not None:
             y_TO += bias
-        ctx.save_for_backward(x_TI, weight, A_RI, B_OR, m_I, n_I, z_TR, keep_TI)
-        ctx.keep_scale, ctx.scaling, ctx.transposed = keep_scale, scaling, transposed
+        ctx.save_for_backward(x_TI, A_RI, B_OR, m_I, n_I, z_TR, keep_TI, *parts)
+        ctx.keep_scale, ctx.scaling, ctx.transposed, ctx.layout = keep_scale, scaling, transposed, layout
         return y_TO.to(x_TI.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TO):
-        x_TI, weight, A_RI, B_OR, m_I, n_I, z_TR, keep_TI = ctx.saved_tensors
+        x_TI, A_RI, B_OR, m_I, n_I, z_TR, keep_TI, *parts = ctx.saved_tensors
         g_I = norm_ratio(m_I, n_I)
         dA_RI = dB_OR = None
-        dgx_TI = _wide_mm(dy_TO, weight.t() if ctx.transposed else weight)
+        dgx_TI = _wide_mm(dy_TO, _dense(parts, ctx.layout, ctx.transposed).t())
         if A_RI is not None:
             gx_TI = (x_TI * g_I).to(x_TI.dtype)
             gx_kept_TI = _dropped(gx_TI, keep_TI, ctx.keep_scale)
             dA_RI, dB_OR, dz_TR = _low_rank_grads(dy_TO, gx_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
             _add_low_rank_dx(dgx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
-        dm_I, dn_I = _magnitude_grads(torch.sum(dgx_TI * x_TI, dim=0), m_I, n_I, ctx.needs_input_grad[5])
+        dm_I, dn_I = _magnitude_grads(torch.sum(dgx_TI * x_TI, dim=0), m_I, n_I, ctx.needs_input_grad[4])
         dx_TI = (dgx_TI * g_I).to(x_TI.dtype) if ctx.needs_input_grad[0] else None
-        dbias = dy_TO.sum(0) if ctx.needs_input_grad[6] else None
-        return dx_TI, None, dA_RI, dB_OR, dm_I, dn_I, dbias, None, None, None, None
+        dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
+        return dx_TI, dA_RI, dB_OR, dm_I, dn_I, dbias, *[None] * (5 + len(parts))
 
 
 def adapted_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     A_RI: Tensor | None,
     B_OR: Tensor | None,
     magnitude: Tensor | None,
@@ -309,12 +349,14 @@ def adapted_linear(
     axis: str = "out",
     transposed: bool = False,
     dropout: float = 0.0,
+    layout: Nf4 | None = None,
 ) -> Tensor:
     """y = (m/n) * ((W + s B A) x) + bias, or the same without m/n where `magnitude` is None (LoRA).
 
     Args:
         x: [..., I], in the weight's dtype.
-        weight: [O, I], or [I, O] with `transposed` (Conv1D). Gets no gradient.
+        weight: [O, I], or [I, O] with `transposed` (Conv1D); with `layout`, the parts of a 4-bit one. Gets no
+            gradient.
         A_RI, B_OR: the low-rank factors, or both None: the magnitude alone is trained.
         magnitude, norm: [O] for `axis` "out", [I] for "in". The norm is a constant here; pass it through
             `norm_with_gradient` to let gradients flow through it.
@@ -322,20 +364,20 @@ def adapted_linear(
     Returns:
         [..., O], in x's dtype.
     """
-    if A_RI is None and magnitude is None:
-        raise ValueError("adapted_linear needs A and B, or a magnitude")
+    parts = (weight,) if isinstance(weight, Tensor) else tuple(weight)
     x_TI = x.reshape(-1, x.shape[-1])
     keep_TI, keep_scale = None, 1.0
     if dropout > 0 and A_RI is not None:
         keep_TI = torch.empty_like(x_TI, dtype=torch.bool).bernoulli_(1 - dropout)
         keep_scale = 1 / (1 - dropout)
-    if magnitude is None:
-        y_TO = _LoraLinear.apply(x_TI, weight, A_RI, B_OR, bias, keep_TI, keep_scale, scaling, transposed)
-    else:
+    common = (bias, keep_TI, keep_scale, scaling, transposed, layout, *parts)
+    if magnitude is not None:
         function = _DoraOut if axis == "out" else _DoraIn
-        y_TO = function.apply(
-            x_TI, weight, A_RI, B_OR, magnitude, norm, bias, keep_TI, keep_scale, scaling, transposed
-        )
+        y_TO = function.apply(x_TI, A_RI, B_OR, magnitude, norm, *common)
+    elif A_RI is not None:
+        y_TO = _LoraLinear.apply(x_TI, A_RI, B_OR, *common)
+    else:
+        y_TO = _FrozenLinear.apply(x_TI, bias, transposed, layout, *parts)
     return y_TO if x.dim() == 2 else y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
 

@@ -58,7 +58,7 @@ def inject_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
     replaced: dict[nn.Module, DoraLayer] = {}
     for name, module in targets.items():
         replaced[module] = replaced.get(module) or _make_layer(module, specs[name])
-        _set_module(model, name, replaced[module])
+        set_module(model, name, replaced[module])
     dtypes = {name: _narrowest_dtype(model.get_submodule(name)) for name in saved}  # before ties are widened
     casts = [h for name, dtype in dtypes.items() for h in _train_in_full(model.get_submodule(name), dtype)]
     model.dora = Injection(config, tuple(targets), dtypes, tuple(casts))  # type: ignore[assignment]
@@ -120,7 +120,7 @@ def _choose(model: nn.Module, config: DoraConfig) -> tuple[dict[str, nn.Module],
     chosen = _selected("dora.targets", names, modules, free) | magnitude_only
     if "all-linear" in config.target_list():
         head = _output_heads(model)
-        chosen |= {name for name in free if _is_linear(modules[name]) and modules[name] not in head}
+        chosen |= {name for name in free if is_linear(modules[name]) and modules[name] not in head}
     if not chosen:
         raise UserError("dora.targets: nothing to adapt; name at least one module, or all-linear")
     targets = {name: modules[name] for name in modules if name in chosen}
@@ -258,14 +258,14 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     # Exact types: a subclass may compute something else in its forward.
     return type(module) is nn.Linear or _is_conv1d(module)
 
 
 def _is_target_kind(module: nn.Module) -> bool:
     # An embedding with max_norm rewrites its weight in each forward.
-    return _is_linear(module) or (type(module) is nn.Embedding and module.max_norm is None)
+    return is_linear(module) or (type(module) is nn.Embedding and module.max_norm is None)
 
 
 def _output_heads(model: nn.Module) -> set[nn.Module]:
@@ -290,6 +290,6 @@ def _suffix(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, module)

@@ -116,17 +116,17 @@ def _factors_needed_whole(layer: DoraLayer, shards: Shards) -> Iterator[nn.Param
 
 def _add_own_part(layer: DoraLayer, part: Tensor, whole: dict[Tensor, Tensor], shards: Shards) -> None:
     """Add the squared norms of this rank's rectangles of one layer to `part`."""
-    for own in shards.rectangles(layer.weight) if shards.counts(layer.weight) else ():
+    for matrix, rows, cols in layer.own_rows(shards) if shards.counts(layer.weight) else ():
         L_NR = U_RK = None
         if layer.lora_A is not None and layer.lora_B is not None:
             if layer.lora_B in whole:
                 L_NR, U_RK = layer.stored_factors(whole[layer.lora_A], whole[layer.lora_B])
-                L_NR, U_RK = L_NR[own.rows], U_RK[:, own.cols]
+                L_NR, U_RK = L_NR[rows], U_RK[:, cols]
             else:
                 (own_B,) = shards.rectangles(layer.lora_B)
-                L_NR, U_RK = own_B.values, whole[layer.lora_A][:, own.cols]
-        squares = squared_norms(own.values, L_NR, U_RK, layer.spec.scaling, layer.magnitude_dim, part.device)
-        part[own.rows if layer.magnitude_dim == 0 else own.cols] += squares
+                L_NR, U_RK = own_B.values, whole[layer.lora_A][:, cols]
+        squares = squared_norms(matrix, L_NR, U_RK, layer.spec.scaling, layer.magnitude_dim, part.device)
+        part[rows if layer.magnitude_dim == 0 else cols] += squares
 
 
 def _widest(tensors: list[Tensor]) -> torch.dtype:

@@ -40,7 +40,7 @@ def run_training(config: RunConfig) -> None:
 
 def _run(config: RunConfig, processes: Processes) -> None:
     directory = resolve_model(config.model.path)
-    blueprint = draw_blueprint(config, directory)
+    blueprint = draw_blueprint(config, directory, processes.world_size)
     tokenizer = load_tokenizer(directory)
     strategy = choose_strategy(config, blueprint.model, processes)
     data = RunData(blueprint, tokenizer, processes)

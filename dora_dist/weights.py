@@ -7,6 +7,7 @@ transformers loads the checkpoint on rank 0, which hands the tensors out one by 
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from dora_dist.backends.process import Processes
 from dora_dist.errors import UserError
-from dora_dist.layers import DoraLayer
+from dora_dist.layers import BaseWeight, DoraLayer
 from dora_dist.shards import Rectangle, Shards, as_matrix, named_generator, write_whole
 
 
@@ -63,13 +64,19 @@ class SafetensorsFiles:
             rows = tensor[own.rows] if self.shapes[name] else tensor[...]
         return as_matrix(rows)[:, own.cols]
 
+    def rows(self, name: str, rows: slice) -> Tensor:
+        with safe_open(self._file_of[name], framework="pt") as file:
+            return file.get_slice(name)[rows]
+
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and persistent buffers that a checkpoint of the bare model holds; tied ones stand once."""
-    adapters = {p for m in model.modules() if isinstance(m, DoraLayer) for p in (m.lora_A, m.lora_B, m.magnitude)}
+    """The parameters and persistent buffers that a checkpoint of the bare model holds; tied ones stand once. Of a
+    4-bit weight that is what holds its codes."""
+    others = {p for m in model.modules() if isinstance(m, DoraLayer) for p in (m.lora_A, m.lora_B, m.magnitude)}
+    others |= {p for m in model.modules() if isinstance(m, BaseWeight) for p in m.weight_parts[1:]}
     first: dict[Tensor, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor not in adapters:
+        if tensor not in others:
             first.setdefault(tensor, name)
     return {name: tensor for tensor, name in first.items()}
 
@@ -88,6 +95,11 @@ def missing_from(files: SafetensorsFiles, model: nn.Module) -> list[str]:
     return [n for n in base_tensors(model) if not any(alias in files.shapes for alias in groups[n])]
 
 
+def packed_layers(model: nn.Module) -> dict[Tensor, BaseWeight]:
+    """The layers of 4-bit weights, by the parameter that holds the codes."""
+    return {m.weight: m for m in model.modules() if isinstance(m, BaseWeight) and m.layout is not None}
+
+
 def check_shapes(files: SafetensorsFiles, model: nn.Module) -> None:
     for name, tensor in base_tensors(model).items():
         found = files.shapes.get(name)
@@ -100,12 +112,16 @@ def check_shapes(files: SafetensorsFiles, model: nn.Module) -> None:
 
 @torch.no_grad()
 def load_slices(model: nn.Module, files: SafetensorsFiles, shards: Shards) -> None:
-    """Fill this rank's part of each tensor that a file holds, one tensor at a time."""
-    groups = aliases(model)
+    """Fill this rank's part of each tensor that a file holds, one at a time; 4-bit weights are quantized here."""
+    groups, packed = aliases(model), packed_layers(model)
     for name, tensor in base_tensors(model).items():
         source = next((alias for alias in groups[name] if alias in files.shapes), None)
-        for own in shards.rectangles(tensor) if source else ():
-            assert source is not None
+        if source is None:
+            continue
+        if tensor in packed:
+            packed[tensor].write_rows(shards, partial(files.rows, source))
+            continue
+        for own in shards.rectangles(tensor):
             own.values.copy_(files.read(source, own))
         shards.written(tensor)
 
@@ -123,21 +139,33 @@ def load_whole(model: nn.Module, load: Callable[[], nn.Module], shards: Shards, 
     failure = processes.broadcast_object(failure)  # all ranks end alike
     if failure is not None:
         raise failure
+    packed = packed_layers(model)
     for name, tensor in base_tensors(model).items():
-        whole = torch.empty(shards.shape(tensor), dtype=tensor.dtype, device=processes.device)
+        layout = packed[tensor].layout if tensor in packed else None
+        shape = (layout.rows, layout.columns) if layout else shards.shape(tensor)
+        whole = torch.empty(shape, dtype=layout.dtype if layout else tensor.dtype, device=processes.device)
         if processes.is_main:
             whole.copy_(source[name])
-        write_whole(tensor, processes.broadcast_(whole), shards)
+        _write(tensor, processes.broadcast_(whole), shards, packed)
 
 
 @torch.no_grad()
 def fill_random(model: nn.Module, names: Iterable[str], seed: int, std: float, shards: Shards) -> None:
     """Random values: matrices normal, vectors 1 where they scale and 0 where they shift. Each tensor depends on
     the seed and its name alone, so every sharding gets the same."""
-    tensors = base_tensors(model)
+    tensors, packed = base_tensors(model), packed_layers(model)
     for name in names:
         tensor = tensors[name]
-        whole = torch.full(shards.shape(tensor), 0.0 if name.endswith("bias") else 1.0)
+        layout = packed[tensor].layout if tensor in packed else None
+        shape = (layout.rows, layout.columns) if layout else shards.shape(tensor)
+        whole = torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
         if whole.dim() > 1:
             whole.normal_(0, std, generator=named_generator(seed, name))
+        _write(tensor, whole if layout is None else whole.to(layout.dtype), shards, packed)
+
+
+def _write(tensor: Tensor, whole: Tensor, shards: Shards, packed: dict[Tensor, BaseWeight]) -> None:
+    if tensor in packed:
+        packed[tensor].write_rows(shards, lambda rows: whole[rows])
+    else:
         write_whole(tensor, whole, shards)

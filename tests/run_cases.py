@@ -24,7 +24,7 @@ from dora_dist.train import Trainer
 def run_case(config, processes: Processes, adapter: Path) -> dict:
     """20 steps' losses and gradient norms, the first step's gradients, and the norms at the end."""
     directory = Path(config.model.path)
-    blueprint = draw_blueprint(config, directory)
+    blueprint = draw_blueprint(config, directory, processes.world_size)
     strategy = choose_strategy(config, blueprint.model, processes)
     data = RunData(blueprint, load_tokenizer(directory), processes)
     processes.start(60, needed=strategy.needs_group)

@@ -11,11 +11,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dora_dist"
 LAYERS = [
     ["errors"],
     ["config"],
+    ["quant"],
     ["functional", "optim", "shards", "data", "deepspeed_config", "backends.process"],
     ["engine"],
     ["backends.replicated", "backends.fsdp", "backends.zero", "layers"],
     ["weights", "inject", "norms"],
-    ["peft_format"],
+    ["peft_format", "pack"],
     ["adapter"],
     ["build", "progress"],
     ["rundata"],

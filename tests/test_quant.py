@@ -1,0 +1,175 @@
+"""4-bit weights: the layout against a plain table look-up and bitsandbytes, the layers against dense ones."""
+
+import pytest
+import torch
+from torch import nn
+
+from dora_dist import quant
+from dora_dist.config import DoraConfig, QuantConfig
+from dora_dist.errors import UserError
+from dora_dist.functional import squared_norms
+from dora_dist.inject import inject_dora
+from dora_dist.layers import AdapterSpec, DoraLinear, PackedLinear
+from dora_dist.pack import pack_linears
+from dora_dist.quant import CODES, Nf4, PackedMatrix, dequantize, quantize
+
+SHAPES = [(6, 128), (5, 53), (1, 1), (3, 64), (4, 130)]
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    W = torch.randn(rows, columns, generator=generator) * 0.02
+    W[rows // 2, : columns // 2] = 0
+    return W.to(dtype)
+
+
+def looked_up(W: torch.Tensor, block: int, scales: torch.Tensor) -> torch.Tensor:
+    """Each weight as its block's scale times the nearest code, one by one."""
+    codes = torch.tensor(CODES)
+    out = torch.empty_like(W, dtype=torch.float32)
+    for row in range(W.shape[0]):
+        for column in range(W.shape[1]):
+            scale = scales[row, column // block]
+            value = W[row, column].float() / scale if scale else torch.tensor(0.0)
+            out[row, column] = codes[(codes - value).abs().argmin()] * scale
+    return out.to(W.dtype)
+
+
+def stored_scales(parts: list[torch.Tensor]) -> torch.Tensor:
+    if len(parts) == 2:
+        return parts[1]
+    return torch.addcmul(parts[2][:, :1], parts[1].float(), parts[2][:, 1:])
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def path(request, monkeypatch):
+    """With bitsandbytes' kernels and without."""
+    if request.param == "kernels":
+        pytest.importorskip("bitsandbytes")
+    else:
+        monkeypatch.setattr(quant, "_has_kernels", lambda: False)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_are_those_of_a_table(path, shape, dtype, double_quant):
+    W = matrix(*shape, dtype)
+    layout = Nf4(*shape, dtype, double_quant=double_quant)
+    parts = quantize(W, layout)
+    assert [p.shape for p in parts] == [p.shape for p in layout.empty(torch.device("cpu"))]
+    assert [p.dtype for p in parts] == [p.dtype for p in layout.empty(torch.device("cpu"))]
+    assert torch.equal(dequantize(parts, layout), looked_up(W, 64, stored_scales(parts)))
+
+
+def test_bytes_are_those_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    W = matrix(8, 256)
+    theirs, state = functional.quantize_4bit(W, blocksize=64, quant_type="nf4")
+    ours = quantize(W, Nf4(8, 256, torch.float32, double_quant=False))
+    assert torch.equal(ours[0].flatten(), theirs.flatten())
+    assert torch.equal(ours[1].flatten(), state.absmax)
+
+
+def test_double_quantization_costs_little():
+    W = matrix(64, 1024)
+    errors = [
+        (dequantize(quantize(W, layout), layout) - W).norm() / W.norm()
+        for layout in (Nf4(64, 1024, W.dtype, double_quant=True), Nf4(64, 1024, W.dtype, double_quant=False))
+    ]
+    assert errors[0] < 1.01 * errors[1] < 0.1
+
+
+def test_any_rows_are_a_matrix_by_themselves(path):
+    W = matrix(7, 130)
+    layout = Nf4(7, 130, W.dtype)
+    parts = quantize(W, layout)
+    whole = dequantize(parts, layout)
+    for rows in (slice(0, 3), slice(3, 7), slice(2, 2), slice(None)):
+        assert torch.equal(dequantize([p[rows] for p in parts], layout), whole[rows])
+        assert torch.equal(PackedMatrix(parts, layout)[rows], whole[rows])
+        assert all(torch.equal(a, b[rows]) for a, b in zip(quantize(W[rows], layout), parts, strict=True))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_norms_of_the_packed_matrix(dim):
+    W = matrix(37, 130)
+    layout = Nf4(37, 130, W.dtype)
+    parts = quantize(W, layout)
+    L, U = torch.randn(37, 3) * 0.1, torch.randn(3, 130) * 0.1
+    V = dequantize(parts, layout).double() + 2 * L.double() @ U.double()
+    got = squared_norms(PackedMatrix(parts, layout), L, U, 2.0, dim)
+    torch.testing.assert_close(got.double(), V.square().sum(1 - dim), rtol=1e-6, atol=0)
+
+
+SPECS = {
+    "dora": AdapterSpec(3, 2.0),
+    "exact": AdapterSpec(3, 2.0, norm_gradient="exact"),
+    "in": AdapterSpec(3, 2.0, axis="in"),
+    "lora": AdapterSpec(3, 2.0, magnitude=False),
+    "magnitude": AdapterSpec(0, 1.0),
+}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", SPECS)
+def test_a_layer_is_the_dense_one_over_the_dequantized_weight(path, kind, transposed):
+    shape = (130, 37) if transposed else (37, 130)
+    layout = Nf4(*shape, torch.float32)
+    W = dequantize(quantize(matrix(*shape), layout), layout)
+    bias = nn.Parameter(torch.randn(37) * 0.1, requires_grad=False)
+    x = torch.randn(5, 130)
+    results = []
+    for packed in (False, True):
+        torch.manual_seed(1)
+        layer = DoraLinear(nn.Parameter(W.clone()), bias, SPECS[kind], transposed)
+        if packed:
+            layer.pack(layout)
+        layer.reset_parameters()
+        with torch.no_grad():
+            for factor in (layer.lora_A, layer.lora_B):
+                if factor is not None:
+                    factor.normal_(0, 0.1)
+            if layer.magnitude is not None:
+                layer.magnitude.mul_(1.5)
+        inputs = x.clone().requires_grad_()
+        y = layer(inputs)
+        y.square().sum().backward()
+        trained = [p.grad for p in layer.parameters() if p.requires_grad]
+        results.append([y.detach(), inputs.grad, *trained, layer.merged_weight()])
+    for dense, four_bit in zip(*results, strict=True):
+        torch.testing.assert_close(four_bit, dense, rtol=1e-5, atol=1e-6)
+
+
+def test_no_dense_copy_is_kept_for_the_backward():
+    layout = Nf4(96, 128, torch.bfloat16)
+    spec = AdapterSpec(4, 1.0)
+    layers = nn.Sequential(
+        DoraLinear(nn.Parameter(matrix(96, 128, torch.bfloat16)), None, spec),
+        PackedLinear(nn.Parameter(matrix(128, 96, torch.bfloat16)), None, Nf4(128, 96, torch.bfloat16)),
+    )
+    layers[0].pack(layout)
+    layers[0].reset_parameters()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layers(torch.randn(2, 128, dtype=torch.bfloat16, requires_grad=True)).sum()
+    assert kept and not any(t.is_floating_point() and t.numel() >= 96 * 128 for t in kept)
+
+
+def test_linear_layers_are_packed_but_for_those_skipped():
+    def model() -> nn.Module:
+        blocks = nn.ModuleDict({name: nn.Linear(64, 64) for name in ("q", "k", "free", "kept", "lm_head")})
+        return inject_dora(blocks, DoraConfig(rank=2, targets=["q"], modules_to_save=["kept"]))
+
+    packed = model()
+    before = packed["q"](torch.ones(1, 64))
+    pack_linears(packed, QuantConfig(scheme="nf4", skip=["lm_head", "k"]))
+    assert packed["q"].layout is not None and isinstance(packed["free"], PackedLinear)
+    assert all(type(packed[name]) is nn.Linear for name in ("k", "kept", "lm_head"))
+    assert (packed["q"](torch.ones(1, 64)) - before).abs().max() < 0.5
+    packed.to(torch.bfloat16)
+    assert packed["q"].weight.dtype == torch.uint8 and packed["q"].weight_ranges.dtype == torch.float32
+    with pytest.raises(UserError, match=r"quant\.skip: 'kk'.*did you mean 'k'"):
+        pack_linears(model(), QuantConfig(scheme="nf4", skip=["kk"]))
+    with pytest.raises(UserError, match="power of two"):
+        QuantConfig(block_size=96)
