@@ -28,8 +28,9 @@ from dora_dist.engine import Engine
 from dora_dist.errors import UserError
 from dora_dist.inject import inject_dora
 from dora_dist.norms import attach_norm_refresh, initialize_adapters
-from dora_dist.optim import LossScale, make_optimizer
+from dora_dist.optim import LossScale, make_optimizer, optimizer_class
 from dora_dist.pack import pack_linears
+from dora_dist.prequantized import check_quantization, find_four_bit
 from dora_dist.shards import Shards, blocks
 from dora_dist.weights import (
     SafetensorsFiles,
@@ -93,6 +94,7 @@ def resolve_model(path: str) -> Path:
 
 def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1) -> Blueprint:
     """The injected meta model of a run. Reads config.json and the headers of the weight files, no weight."""
+    quantized = config.model.init == "pretrained" and check_quantization(directory, config.quant)
     model = _meta_model(config.model, directory)
     _check_model(config, model)
     if config.dora.init_from is not None:
@@ -101,12 +103,15 @@ def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1) -> B
         raise UserError(f"train.activation_checkpointing: {type(model).__name__} does not support it")
     files = None if config.model.init == "random" else SafetensorsFiles(directory)
     if files is not None:
+        if quantized:
+            files.hold_four_bit(find_four_bit(files))
         check_shapes(files, model)
     head = _classifier_head(model) if config.model.task == "sequence_classification" else ()
     saved = [*config.dora.modules_to_save, *(h for h in head if h not in config.dora.modules_to_save)]
     inject_dora(model, replace(config.dora, modules_to_save=saved))
     if config.quant.scheme == "nf4":
-        pack_linears(model, config.quant, split=world_size if config.parallel.strategy == "zero3" else 1)
+        split = world_size if config.parallel.strategy == "zero3" else 1
+        pack_linears(model, config.quant, split, files.block_sizes() if files is not None else {})
     return Blueprint(config, model, files, head)
 
 
@@ -123,6 +128,11 @@ def choose_strategy(config: RunConfig, model: nn.Module, processes: Processes) -
     if name == "auto":
         fits = sum(t.nbytes for t in base_tensors(model).values()) <= _device_memory(processes) / 2
         name = "fsdp" if sharded or (world > 1 and not fits) else "ddp" if world > 1 else "single"
+    if optimizer_class(config.train) is not torch.optim.AdamW and name == "fsdp":  # as chosen by auto
+        raise UserError(
+            f"train.optimizer: {config.train.optimizer} does not work with fsdp, which parallel.strategy: auto "
+            "chose for this run; use adamw, or set zero1, zero2 or zero3"
+        )
     if name == "fsdp":
         return Fsdp(processes, parallel.replicas, parallel.cpu_offload)
     if name.startswith("zero"):
@@ -178,6 +188,12 @@ def _load(blueprint: Blueprint, shards: Shards, processes: Processes) -> None:
     if missing_from(files, model) == new:
         load_slices(model, files, shards)
         fill_random(model, new, seed, std, shards)
+    elif files.four_bit:
+        missing = missing_from(files, model)[0]
+        raise UserError(
+            f"model.path: {str(files.directory)!r} is in 4 bits and holds no tensor {missing!r}; where names "
+            "differ from the model's, only 16-bit checkpoints can be loaded"
+        )
     else:
         load = partial(_load_with_transformers, config, files.directory, blueprint.head)
         load_whole(model, load, shards, processes)
@@ -215,6 +231,8 @@ def _model_arguments(config: ModelConfig, directory: Path) -> dict[str, Any]:
         hf_config = AutoConfig.from_pretrained(directory, **extra)
     except Exception as error:  # transformers' own validation raises many kinds
         raise _bad_config(directory, error) from None
+    if hasattr(hf_config, "quantization_config"):
+        del hf_config.quantization_config  # what can be read of such weights, prequantized.py reads
     return {
         "config": hf_config,
         "dtype": getattr(torch, config.dtype),

@@ -21,6 +21,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the deepspeed launcher, as is LOCAL_RANK
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="laid over the YAML")
     train.set_defaults(run=_train)
+    merge = verbs.add_parser("merge", help="write base and adapter as one 16-bit Hugging Face model")
+    merge.add_argument("--config", required=True, metavar="RUN/config.yaml")
+    merge.add_argument("--adapter", metavar="DIR", help="default: adapter in the run's output_dir")
+    merge.add_argument(
+        "--base",
+        choices=["dequantized", "original"],
+        default="dequantized",
+        help="of a 4-bit run: the weights that the adapter was trained on (default), or the unquantized ones",
+    )
+    merge.add_argument("out", metavar="OUT_DIR", help="a new directory")
+    merge.add_argument("overrides", nargs="*", metavar="key.sub=value", help="laid over the YAML")
+    merge.set_defaults(run=_merge)
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") or "=" not in word for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -57,10 +69,22 @@ def leave(status: int) -> NoReturn:
 
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)  # before transformers is imported, which takes seconds
-    import transformers
-
     from dora_dist.train import run_training
+
+    _quiet_transformers()
+    run_training(config)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    from dora_dist.merge import run_merge
+
+    _quiet_transformers()
+    run_merge(config, options.out, options.adapter, options.base)
+
+
+def _quiet_transformers() -> None:
+    import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    run_training(config)

@@ -128,7 +128,7 @@ class TrainConfig(Section):
     epochs: float = setting(1, positive=True)
     micro_batch_size: int = setting(1, low=1)  # rows per rank and forward
     accumulation: int = setting(1, low=1)  # micro-batches per optimizer step
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # 8bit: through bitsandbytes
     lr: float = setting(2.0e-4, positive=True)
     magnitude_lr: float | None = setting(None, positive=True)
     lora_plus_ratio: float | None = setting(None, positive=True)  # lr of B over lr of A (LoRA+)
@@ -197,6 +197,11 @@ class RunConfig(Section):
             raise UserError("train.magnitude_lr needs dora.method: dora (lora has no magnitude)")
         if self.model.num_labels is not None and self.model.task == "causal_lm":
             raise UserError("model.num_labels needs model.task: sequence_classification")
+        if self.train.optimizer != "adamw" and self.parallel.strategy == "fsdp":
+            raise UserError(
+                f"train.optimizer: {self.train.optimizer} does not work with parallel.strategy: fsdp "
+                "(bitsandbytes cannot update its sharded parameters); use adamw, or zero1, zero2 or zero3"
+            )
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)

@@ -89,6 +89,7 @@ def deepspeed_config(config: RunConfig, sizes: Sizes, world_size: int, on_gpu: b
         "gradient_accumulation_steps": config.train.accumulation,
         "gradient_clipping": config.train.max_grad_norm or 0.0,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, offloaded or not
+        "zero_allow_untested_optimizer": True,  # bitsandbytes', which DeepSpeed does not know
         "zero_optimization": zero,
     }
     batch = config.train.micro_batch_size * config.train.accumulation * world_size

@@ -22,10 +22,7 @@ from dora_dist.functional import (
     squared_norms,
     wide_dtype,
 )
-from dora_dist.quant import Nf4, PackedMatrix, quantize
-from dora_dist.shards import Shards
-
-_READ_ELEMENTS = 1 << 20  # quantized at a time while loading
+from dora_dist.packed import BaseWeight
 
 
 @dataclass(frozen=True)
@@ -39,102 +36,6 @@ class AdapterSpec:
     axis: str = "out"
     norm_gradient: str = "detached"
     init: str = "kaiming"
-
-
-class BaseWeight(nn.Module):
-    """What holds a frozen weight: dense in `weight`, or in 4 bits in `weight`, `weight_scales` and `weight_ranges`
-    (the parts of quant.py, whose `layout` says what they stand for)."""
-
-    weight: nn.Parameter
-    weight_scales: nn.Parameter | None
-    weight_ranges: nn.Parameter | None
-    layout: Nf4 | None = None
-    transposed = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_parameter("weight_scales", None)
-        self.register_parameter("weight_ranges", None)
-
-    def pack(self, layout: Nf4) -> None:
-        """Hold the weight in 4 bits from now on. Real values are quantized, those on the meta device left open."""
-        real = not self.weight.is_meta
-        parts = quantize(self.weight.detach(), layout) if real else layout.empty(self.weight.device)
-        self.layout = layout
-        for name, part in zip(("weight", "weight_scales", "weight_ranges"), parts, strict=False):
-            setattr(self, name, nn.Parameter(part, requires_grad=False))
-
-    @property
-    def weight_parts(self) -> list[nn.Parameter]:
-        parts = (self.weight, self.weight_scales, self.weight_ranges)
-        return [part for part in parts if part is not None]
-
-    @property
-    def matrix(self) -> Tensor | PackedMatrix:
-        """The weight as something to read by rows."""
-        return self.weight if self.layout is None else PackedMatrix(self.weight_parts, self.layout)
-
-    def own_rows(self, shards: Shards) -> list[tuple[Tensor | PackedMatrix, slice, slice]]:
-        """What this rank holds of the weight: matrices to read by rows, and which rows and columns each is."""
-        if self.layout is None:
-            return [(own.values, own.rows, own.cols) for own in shards.rectangles(self.weight)]
-        found: list[tuple[Tensor | PackedMatrix, slice, slice]] = []
-        for owns in zip(*(shards.rectangles(part) for part in self.weight_parts), strict=True):
-            rows = slice(owns[0].row, min(owns[0].rows.stop, self.layout.rows))  # without what fills up
-            assert all(own.rows == owns[0].rows and own.col == 0 for own in owns), (
-                "a 4-bit weight is split by rows"
-            )
-            if rows.start < rows.stop:
-                parts = [own.values[: rows.stop - rows.start] for own in owns]
-                found.append((PackedMatrix(parts, self.layout), rows, slice(0, self.layout.columns)))
-        return found
-
-    def write_rows(self, shards: Shards, read: Callable[[slice], Tensor]) -> None:
-        """Quantize this rank's rows, which `read` gives, into its part of the weight, a few at a time."""
-        assert self.layout is not None
-        step = max(1, _READ_ELEMENTS // self.layout.columns)
-        for matrix, rows, _ in self.own_rows(shards):
-            assert isinstance(matrix, PackedMatrix)
-            for start in range(rows.start, rows.stop, step):
-                stop = min(start + step, rows.stop)
-                made = quantize(read(slice(start, stop)).to(matrix.device), self.layout)
-                for part, values in zip(matrix.parts, made, strict=True):
-                    part[start - rows.start : stop - rows.start] = values
-        for part in self.weight_parts:
-            shards.written(part)
-
-    @property
-    def base_dtype(self) -> torch.dtype:
-        """What the weight stands for."""
-        return self.weight.dtype if self.layout is None else self.layout.dtype
-
-    def _require_whole(self) -> None:
-        if hasattr(self.weight, "placements") or self.weight.dim() != 2:
-            raise RuntimeError(
-                "this layer's weight is sharded, so the layer cannot run by itself: call the model (the "
-                "module that was sharded), which gathers weights around its forward"
-            )
-
-
-class PackedLinear(BaseWeight):
-    """A linear layer over a frozen 4-bit weight, not adapted. `transposed` is Conv1D's layout."""
-
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, layout: Nf4, transposed: bool = False):
-        super().__init__()
-        self.transposed = transposed
-        self.out_features, self.in_features = reversed(weight.shape) if transposed else weight.shape
-        self.weight, self.bias = weight, bias
-        self.pack(layout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._require_whole()
-        return adapted_linear(
-            x, self.weight_parts, None, None, None, None, self.bias, scaling=1.0, transposed=self.transposed,
-            layout=self.layout,
-        )  # fmt: skip
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, 4 bits"
 
 
 class DoraLayer(BaseWeight):

@@ -1,5 +1,6 @@
 """The optimizer, its schedule, and loss scaling for fp16."""
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -7,10 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.config import TrainConfig
+from dora_dist.errors import UserError
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, with the magnitudes' and B's own learning rates where asked for."""
+    """AdamW over the trainable parameters, with the magnitudes' and B's own learning rates where asked for.
+
+    Raises:
+        UserError: `train.optimizer` needs bitsandbytes, which is not there.
+    """
     groups: dict[str, list[nn.Parameter]] = {"magnitude": [], "B": [], "other": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -21,10 +27,29 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         "B": config.lr * (config.lora_plus_ratio or 1.0),
         "other": config.lr,
     }
-    return torch.optim.AdamW(
+    return optimizer_class(config)(
         [{"params": params, "lr": rates[kind]} for kind, params in groups.items() if params],
         weight_decay=config.weight_decay,
     )
+
+
+def optimizer_class(config: TrainConfig) -> Callable[..., torch.optim.Optimizer]:
+    """What `train.optimizer` names. Those of bitsandbytes keep the moments of tensors of at least 4096 elements in
+    8 bits; the paged one lets them move to the host where a GPU is full.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that are not used here
+    try:
+        from bitsandbytes import optim
+    except ImportError:
+        raise UserError(
+            f"train.optimizer: {config.optimizer} needs bitsandbytes: pip install 'dora-dist[quant]'"
+        ) from None
+    return optim.AdamW8bit if config.optimizer == "adamw8bit" else optim.PagedAdamW8bit
 
 
 def lr_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:

@@ -1,5 +1,7 @@
 """Put the linear layers of a model into 4 bits, adapted or not."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -7,16 +9,23 @@ from torch import nn
 from dora_dist.config import QuantConfig
 from dora_dist.errors import UserError, nearest
 from dora_dist.inject import injection_of, inside, is_linear, matches, set_module
-from dora_dist.layers import DoraLinear, PackedLinear
+from dora_dist.layers import DoraLinear
+from dora_dist.packed import PackedLinear
 from dora_dist.quant import Nf4
 
 
-def pack_linears(model: nn.Module, config: QuantConfig, split: int = 1) -> None:
+def pack_linears(
+    model: nn.Module, config: QuantConfig, split: int = 1, stored: Mapping[str, int] | None = None
+) -> None:
     """Hold the weights of all linear layers of an injected model in 4 bits, but for `config.skip` and the modules
     trained in full. `split`: ranks among which flat memory will be divided (ZeRO-3); rows are filled up to it.
 
+    `stored`: weights that the checkpoint holds in 4 bits already -> their block size. These keep it, and their
+    scales in fp32 whatever `config.double_quant` says: coding them anew would change the weights.
+
     Raises:
-        UserError: a name of `skip` matches nothing, or a layer's weight is tied to another module's.
+        UserError: a name of `skip` matches nothing, a layer's weight is tied to another module's, or one of
+            `stored` is not to be held in 4 bits.
     """
     saved = injection_of(model).saved
     linears = {
@@ -31,13 +40,24 @@ def pack_linears(model: nn.Module, config: QuantConfig, split: int = 1) -> None:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, set()).add(module)
+    stored = dict(stored or {})
     for name, module in linears.items():
         if matches(name, config.skip) or inside(name, saved):
             continue
         weight: Any = module.weight
         if len(owners[weight]) > 1:
             raise UserError(f"quant.skip: {name!r} is tied to another module; name it here to keep it in 16 bits")
-        _pack(model, name, module, weight, config, split)
+        block_size = stored.pop(f"{name}.weight", None)
+        _pack(model, name, module, weight, config if block_size is None else _as_stored(config, block_size), split)
+    for name in stored:
+        raise UserError(
+            f"model.path: {name!r} is in 4 bits in the checkpoint, so it must be the weight of a linear layer of "
+            "the model that neither quant.skip nor dora.modules_to_save names"
+        )
+
+
+def _as_stored(config: QuantConfig, block_size: int) -> QuantConfig:
+    return replace(config, block_size=block_size, double_quant=False)
 
 
 def _pack(

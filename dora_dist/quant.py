@@ -23,6 +23,7 @@ CODES = (
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,11 @@ def dequantize(parts: Sequence[Tensor], layout: Nf4) -> Tensor:
 
     bitsandbytes' kernels do it where they are installed: the same to the bit, and four times as fast on a CPU.
     """
-    packed, *stored = parts
+    packed, *stored = (part[: layout.rows] for part in parts)  # without the rows that fill up
     scales = _scales(stored)
-    if _has_kernels():
+    if layout.dtype in _KERNEL_DTYPES and _has_kernels():
         filled = (packed.shape[0], layout.blocks * layout.block_size)
-        flat = packed.reshape(-1, 1), scales.reshape(-1)
+        flat = packed.reshape(-1, 1).contiguous(), scales.reshape(-1).contiguous()  # it ignores strides
         dense = torch.ops.bitsandbytes.dequantize_4bit(*flat, layout.block_size, "nf4", filled, layout.dtype)
         return dense[:, : layout.columns]
     shape = (packed.shape[0], layout.blocks, layout.block_size)

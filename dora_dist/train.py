@@ -24,6 +24,7 @@ from dora_dist.norms import refresh_norms
 from dora_dist.optim import lr_factor
 from dora_dist.progress import RunLog, Stopwatch, peak_memory
 from dora_dist.rundata import RunData, load_tokenizer
+from dora_dist.weights import packed_layers
 
 
 def run_training(config: RunConfig) -> None:
@@ -189,6 +190,10 @@ class Trainer:
 
 def describe(built: Built, strategy: Strategy) -> str:
     sizes = {p: built.shards.shape(p).numel() for p in built.model.parameters()}
+    for layer in packed_layers(built.model).values():
+        assert layer.layout is not None
+        sizes |= dict.fromkeys(layer.weight_parts, 0)
+        sizes[layer.weight] = layer.layout.rows * layer.layout.columns
     trained = sum(size for p, size in sizes.items() if p.requires_grad)
     total = sum(sizes.values())
     world = strategy.processes.world_size

@@ -6,7 +6,7 @@ transformers loads the checkpoint on rank 0, which hands the tensors out one by 
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from dora_dist.backends.process import Processes
 from dora_dist.errors import UserError
-from dora_dist.layers import BaseWeight, DoraLayer
+from dora_dist.layers import DoraLayer
+from dora_dist.packed import BaseWeight
+from dora_dist.prequantized import FourBit
+from dora_dist.quant import PackedMatrix
 from dora_dist.shards import Rectangle, Shards, as_matrix, named_generator, write_whole
 
 
@@ -27,6 +30,7 @@ class SafetensorsFiles:
         self.directory = directory
         self._file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.four_bit: dict[str, FourBit] = {}
         for path in self._files():
             try:
                 with safe_open(path, framework="pt") as file:
@@ -63,6 +67,15 @@ class SafetensorsFiles:
             tensor = file.get_slice(name)
             rows = tensor[own.rows] if self.shapes[name] else tensor[...]
         return as_matrix(rows)[:, own.cols]
+
+    def hold_four_bit(self, found: Mapping[str, FourBit]) -> None:
+        """Take these for the matrices that they stand for."""
+        self.four_bit = dict(found)
+        self.shapes.update({name: (stored.rows, stored.columns) for name, stored in found.items()})
+
+    def block_sizes(self) -> dict[str, int]:
+        """Of the weights that are in 4 bits here."""
+        return {name: stored.block_size for name, stored in self.four_bit.items()}
 
     def rows(self, name: str, rows: slice) -> Tensor:
         with safe_open(self._file_of[name], framework="pt") as file:
@@ -112,11 +125,15 @@ def check_shapes(files: SafetensorsFiles, model: nn.Module) -> None:
 
 @torch.no_grad()
 def load_slices(model: nn.Module, files: SafetensorsFiles, shards: Shards) -> None:
-    """Fill this rank's part of each tensor that a file holds, one at a time; 4-bit weights are quantized here."""
+    """Fill this rank's part of each tensor that a file holds, one at a time; weights are put into 4 bits here,
+    or copied where they are already."""
     groups, packed = aliases(model), packed_layers(model)
     for name, tensor in base_tensors(model).items():
         source = next((alias for alias in groups[name] if alias in files.shapes), None)
         if source is None:
+            continue
+        if source in files.four_bit:
+            _copy_four_bit(packed[tensor], files, source, shards)
             continue
         if tensor in packed:
             packed[tensor].write_rows(shards, partial(files.rows, source))
@@ -124,6 +141,15 @@ def load_slices(model: nn.Module, files: SafetensorsFiles, shards: Shards) -> No
         for own in shards.rectangles(tensor):
             own.values.copy_(files.read(source, own))
         shards.written(tensor)
+
+
+def _copy_four_bit(layer: BaseWeight, files: SafetensorsFiles, source: str, shards: Shards) -> None:
+    for matrix, rows, _ in layer.own_rows(shards):
+        assert isinstance(matrix, PackedMatrix)
+        for part, values in zip(matrix.parts, files.four_bit[source].read(files, rows), strict=True):
+            part.copy_(values)
+    for part in layer.weight_parts:
+        shards.written(part)
 
 
 @torch.no_grad()

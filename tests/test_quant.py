@@ -1,7 +1,10 @@
 """4-bit weights: the layout against a plain table look-up and bitsandbytes, the layers against dense ones."""
 
+import json
+
 import pytest
 import torch
+from conftest import ROOT, torchrun
 from torch import nn
 
 from dora_dist import quant
@@ -9,8 +12,9 @@ from dora_dist.config import DoraConfig, QuantConfig
 from dora_dist.errors import UserError
 from dora_dist.functional import squared_norms
 from dora_dist.inject import inject_dora
-from dora_dist.layers import AdapterSpec, DoraLinear, PackedLinear
+from dora_dist.layers import AdapterSpec, DoraLinear
 from dora_dist.pack import pack_linears
+from dora_dist.packed import PackedLinear
 from dora_dist.quant import CODES, Nf4, PackedMatrix, dequantize, quantize
 
 SHAPES = [(6, 128), (5, 53), (1, 1), (3, 64), (4, 130)]
@@ -51,7 +55,7 @@ def path(request, monkeypatch):
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_are_those_of_a_table(path, shape, dtype, double_quant):
     W = matrix(*shape, dtype)
@@ -89,6 +93,24 @@ def test_any_rows_are_a_matrix_by_themselves(path):
         assert torch.equal(dequantize([p[rows] for p in parts], layout), whole[rows])
         assert torch.equal(PackedMatrix(parts, layout)[rows], whole[rows])
         assert all(torch.equal(a, b[rows]) for a, b in zip(quantize(W[rows], layout), parts, strict=True))
+
+
+def test_parts_may_be_strided(path):
+    layout = Nf4(4, 64, torch.float32, double_quant=False)
+    parts = quantize(matrix(4, 64), layout)
+    strided = [torch.stack([p, torch.zeros_like(p)], dim=2)[:, :, 0] for p in parts]
+    assert not strided[1].is_contiguous()
+    assert torch.equal(dequantize(strided, layout), dequantize(parts, layout))
+
+
+def test_rows_that_fill_up_are_not_part_of_it(path):
+    W = matrix(5, 64)
+    layout = Nf4(5, 64, W.dtype, stored_rows=8)
+    parts = layout.empty(torch.device("cpu"))
+    assert [len(p) for p in parts] == [8, 8, 8]
+    for part, values in zip(parts, quantize(W, layout), strict=True):
+        part[:5] = values
+    assert dequantize(parts, layout).shape == PackedMatrix(parts, layout).shape == (5, 64)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -173,3 +195,15 @@ def test_linear_layers_are_packed_but_for_those_skipped():
         pack_linears(model(), QuantConfig(scheme="nf4", skip=["kk"]))
     with pytest.raises(UserError, match="power of two"):
         QuantConfig(block_size=96)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_holds_its_share_of_half_a_byte_per_weight(ranks, tmp_path):
+    out = tmp_path / "held.json"
+    done = torchrun(ranks, ROOT / "tests" / "measure_packed.py", str(out), "fsdp", "zero3")
+    assert done.returncode == 0, done.stderr[-4000:]
+    measured = json.loads(out.read_text())
+    assert measured["whole"] < 0.54 * measured["elements"]
+    for strategy, held in measured["held"].items():
+        for bytes_of_rank in held:
+            assert bytes_of_rank == pytest.approx(measured["whole"] / ranks, rel=0.02), strategy

@@ -4,6 +4,7 @@ The model is awkward on purpose (conftest.tiny_llama): 17 and 2 rows over 4 rank
 """
 
 import json
+import re
 import subprocess
 import sys
 from itertools import product
@@ -15,6 +16,7 @@ from conftest import ROOT, child_environment, torchrun
 from safetensors.torch import load_file
 
 from dora_dist import load_adapter
+from dora_dist.quant import Nf4, dequantize, quantize
 
 VARIANTS = {
     "out-detached": {},
@@ -32,8 +34,21 @@ ZERO1, ZERO2 = {"parallel.strategy": "zero1"}, {"parallel.strategy": "zero2"}
 ZERO3 = {"parallel.strategy": "zero3", **RELEASE}
 MORE_VARIANTS = {"in-exact": ("fsdp", "hybrid", "zero3")}  # than the first; fsdp has them all
 SPLITS = {1: (8, 1), 2: (2, 2), 4: (1, 2)}  # world size: micro_batch_size, accumulation; always 8 rows
+
+
+def nf4(**strategies: dict) -> dict:
+    """The same over a 4-bit base."""
+    return {f"nf4-{name}": {**overrides, "quant.scheme": "nf4"} for name, overrides in strategies.items()}
+
+
 STRATEGIES = {
-    1: {"fsdp": {"parallel.strategy": "fsdp"}, "zero1": ZERO1, "zero2": ZERO2, "zero3": ZERO3},
+    1: {
+        "fsdp": {"parallel.strategy": "fsdp"},
+        "zero1": ZERO1,
+        "zero2": ZERO2,
+        "zero3": ZERO3,
+        **nf4(fsdp={"parallel.strategy": "fsdp"}, zero3=ZERO3),
+    },
     2: {
         "ddp": {"parallel.strategy": "ddp"},
         "fsdp": {"parallel.strategy": "fsdp"},
@@ -48,6 +63,7 @@ STRATEGIES = {
         "zero3-offload": {**ZERO3, "parallel.cpu_offload": True},
         "zero3-checkpointed": {**ZERO3, "train.activation_checkpointing": True},
         "saved": {**ZERO3, "dora.modules_to_save": ["lm_head", "model.norm"]},
+        **nf4(ddp={"parallel.strategy": "ddp"}, fsdp={"parallel.strategy": "fsdp"}, zero2=ZERO2, zero3=ZERO3),
     },
     4: {
         "ddp": {"parallel.strategy": "ddp"},
@@ -57,12 +73,18 @@ STRATEGIES = {
         "zero2": ZERO2,
         "zero3": ZERO3,
         "zero3-hpz": {**ZERO3, "parallel.deepspeed.zero_optimization.zero_hpz_partition_size": 2},
+        **nf4(
+            fsdp={"parallel.strategy": "fsdp"},
+            hybrid={"parallel.strategy": "fsdp", "parallel.replicas": 2},
+            zero3=ZERO3,
+        ),
     },
 }
 BF16 = {"fsdp": {"parallel.strategy": "fsdp"}, "zero1": ZERO1, "zero2": ZERO2, "zero3": ZERO3}  # at world size 2
 ALONE = {  # what a strategy's reference run shares with it
     "packed": {"data.packing": True},
     "saved": {"dora.modules_to_save": ["lm_head", "model.norm"]},
+    "nf4": {"quant.scheme": "nf4"},
 }
 
 
@@ -138,8 +160,8 @@ def runs(results: dict) -> dict:
 def test_losses_and_gradients_agree_with_one_process(sharded, reference):
     for name, got in runs(sharded).items():
         strategy, variant = name.split("/")
-        gpt2 = strategy.startswith("gpt2")
-        want = reference[f"gpt2/{variant}" if gpt2 else strategy if strategy in ALONE else variant]
+        kind = strategy.split("-")[0]
+        want = reference[f"gpt2/{variant}" if kind == "gpt2" else kind if kind in ALONE else variant]
         assert got["losses"] == pytest.approx(want["losses"], rel=1e-5), name
         assert got["grad_norms"] == pytest.approx(want["grad_norms"], rel=1e-4), name
         assert got["gradients"].keys() == want["gradients"].keys()
@@ -155,6 +177,9 @@ def test_cached_norms_are_those_of_the_weights(sharded, reference, tiny_llama, t
         for layer, norm in got["norms"].items():
             stored = files[f"{layer}.weight"].double()
             A, B = (got["weights"][f"{layer}.lora_{letter}"].double() for letter in "AB")
+            if "nf4" in name:
+                layout = Nf4(*stored.shape, torch.float64)
+                stored = dequantize(quantize(stored, layout), layout)
             W_OI = stored.t() if "gpt2" in name else stored
             V = W_OI + 6 / A.shape[0] * (B @ A)
             torch.testing.assert_close(norm.double(), V.norm(dim=int(axis == "out")), rtol=1e-6, atol=1e-7)
@@ -173,7 +198,9 @@ def test_bf16_strays_from_fp32_as_it_does_under_fsdp(sharded, reference):
 
 def test_every_strategy_writes_the_same_adapter(sharded):
     """The files' headers to the byte; the values to 1e-6 of the whole adapter's norm after 20 steps."""
-    names = [name for name in runs(sharded) if name.endswith("/out-detached") and name.split("/")[0] not in ALONE]
+    names = [
+        name for name in runs(sharded) if name.endswith("/out-detached") and re.split("[-/]", name)[0] not in ALONE
+    ]
     for name in names:
         config, header, tensors = read_adapter(sharded["adapters"] / name)
         want_config, want_header, want = read_adapter(sharded["adapters"] / "fsdp/out-detached")

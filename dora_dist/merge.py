@@ -1,0 +1,178 @@
+"""The `merge` verb: base and adapter into one Hugging Face directory in 16 bits.
+
+merge_weights.py writes tensor by tensor, in the memory of one output file and one tensor. The check that follows
+holds one whole model at a time: first base and adapter, then what was merged.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_dist.backends.process import Processes
+from dora_dist.backends.replicated import Single
+from dora_dist.build import Blueprint, build, draw_blueprint, resolve_model
+from dora_dist.config import ParallelConfig, QuantConfig, RunConfig
+from dora_dist.errors import UserError
+from dora_dist.merge_weights import read_plan, write_weights
+from dora_dist.rundata import RunData, load_tokenizer
+
+_ROWS_TO_CHECK = 4
+# The largest difference of two logits over the largest logit that rounding explains: merged weights are rounded
+# once more than those of the run, and their products are summed in another order.
+_ROUNDING = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-4}
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+_NOT_COPIED = ("config.json", "*.index.json", "adapter_*")
+
+
+def run_merge(
+    config: RunConfig,
+    out: str | Path,
+    adapter: str | Path | None = None,
+    base: str = "dequantized",
+    max_shard_bytes: int = 2_000_000_000,
+) -> None:
+    """Write base and adapter as one model to the new directory `out`, which appears once it has been checked.
+
+    Args:
+        adapter: default: the one in the run's output_dir.
+        base: of a 4-bit run "dequantized", the weights that the adapter was trained on, or "original".
+        max_shard_bytes: of one output file; a larger tensor has a file of its own.
+
+    Raises:
+        UserError: `out` exists or cannot be written, or adapter, base and configuration do not fit together.
+        RuntimeError: the merged model's logits differ from the run's by more than rounding explains.
+    """
+    out, adapter = Path(out), Path(config.output_dir) / "adapter" if adapter is None else Path(adapter)
+    processes = Processes()
+    if processes.world_size > 1:
+        raise UserError(f"merge runs in one process, but {processes.world_size} were launched")
+    processes.device = torch.device("cpu")
+    _refuse_existing(out)
+    config = _alone(config)
+    directory = resolve_model(config.model.path)
+    blueprint = draw_blueprint(config, directory)
+    entries, unties = read_plan(blueprint, adapter)
+    check = Check(config, directory, adapter, base, processes)
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    try:
+        _copy_files(directory, partial)
+        _write_config(blueprint, directory, partial, unties, check.pad_id)
+        files = write_weights(entries, blueprint, partial, base, max_shard_bytes)
+        check.run(partial)
+        _refuse_existing(out)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    size = sum(entry.bytes for entry in entries) / 1e9
+    print(f"merged: {out} ({len(entries)} tensors, {size:,.2f} GB in {files} file{'s' if files > 1 else ''})")
+
+
+class Check:
+    """Compares a merged directory with the adapter's run, on rows of its data. All but the weights is read at
+    once, so that mistakes are told before anything is written."""
+
+    def __init__(self, config: RunConfig, directory: Path, adapter: Path, base: str, processes: Processes):
+        if base == "original":
+            config = replace(config, quant=QuantConfig())
+        local = Path(config.data.train).exists()
+        config = replace(
+            config,
+            dora=replace(config.dora, init_from=str(adapter)),
+            data=replace(config.data, eval=None, packing=False, streaming=config.data.streaming or local),
+            train=replace(config.train, micro_batch_size=1, accumulation=1, steps=_ROWS_TO_CHECK),
+        )
+        self.config, self.processes = config, processes
+        self.blueprint = draw_blueprint(config, directory)
+        data = RunData(self.blueprint, load_tokenizer(directory), processes)
+        self.pad_id: int = data.pad_id
+        self.batches = [
+            {n: t for n, t in micro.items() if n not in ("targets", "labels")}
+            for step in range(_ROWS_TO_CHECK)
+            for micro in data.plan.global_batch(step).micro_batches
+        ]
+
+    def run(self, merged: Path) -> None:
+        """Print the largest difference of the logits. RuntimeError: rounding does not explain it."""
+        kind: Any = type(self.blueprint.model)
+        wanted = self._logits(build(self.blueprint, Single(self.processes)).model)
+        del self.blueprint
+        dtype = self.config.model.dtype
+        model, info = kind.from_pretrained(
+            merged,
+            dtype=getattr(torch, dtype),
+            attn_implementation=self.config.model.attention,
+            output_loading_info=True,
+        )
+        if info["missing_keys"] or info["unexpected_keys"]:
+            raise RuntimeError(f"the merged model does not load whole, so it was removed: {info}")
+        found = self._logits(model)
+        scale = max(logits.abs().max().item() for logits in wanted)
+        largest = max((a - b).abs().max().item() for a, b in zip(wanted, found, strict=True))
+        finite = all(torch.isfinite(logits).all() for logits in (*wanted, *found))
+        told = f"largest difference {largest:.3g} of logits up to {scale:.3g}, on {len(wanted)} rows"
+        if not finite or largest > _ROUNDING[dtype] * scale:
+            raise RuntimeError(
+                f"the merged model does not compute what base and adapter do, so it was removed: {told}; "
+                f"rounding to {dtype} explains {_ROUNDING[dtype]:g} of the largest"
+            )
+        print(f"merged model against base and adapter: {told}")
+
+    @torch.no_grad()
+    def _logits(self, model: nn.Module) -> list[Tensor]:
+        model.eval()
+        return [model(**batch).logits.float() for batch in self.batches]
+
+
+def _alone(config: RunConfig) -> RunConfig:
+    """The run's configuration without what concerns training alone."""
+    if config.model.init == "random":
+        raise UserError("model.init: random leaves no base to merge into; merge needs pretrained weights")
+    return replace(
+        config,
+        parallel=ParallelConfig(strategy="single"),
+        dora=replace(config.dora, init_from=None),
+        train=replace(config.train, activation_checkpointing=False, eval_every=None),
+        log=replace(config.log, sample_prompts=[]),
+    )
+
+
+def _refuse_existing(out: Path) -> None:
+    if os.path.lexists(out):
+        raise UserError(f"{out}: exists already; merge writes a new directory")
+
+
+def _copy_files(directory: Path, out: Path) -> None:
+    """Tokenizer, generation_config and the like."""
+    for path in sorted(directory.iterdir()):
+        wanted = any(fnmatch(path.name, pattern) for pattern in _COPIED)
+        if path.is_file() and wanted and not any(fnmatch(path.name, pattern) for pattern in _NOT_COPIED):
+            shutil.copyfile(path, out / path.name)
+
+
+def _write_config(blueprint: Blueprint, directory: Path, out: Path, unties: bool, pad_id: int) -> None:
+    """config.json of the base, with what the run and the merge have changed."""
+    model_config: Any = blueprint.model.config
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)  # older name of dtype
+    config |= {"architectures": [type(blueprint.model).__name__], "dtype": blueprint.config.model.dtype}
+    if blueprint.config.model.task == "sequence_classification":
+        config.pop("num_labels", None)
+        labels = {"id2label": model_config.id2label, "label2id": model_config.label2id}
+        config |= {**labels, "pad_token_id": pad_id}  # by which decoders find a row's last token
+    if unties:
+        for section in (config, *(v for v in config.values() if isinstance(v, dict))):
+            if section is config or "tie_word_embeddings" in section:
+                section["tie_word_embeddings"] = False
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

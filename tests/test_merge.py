@@ -1,0 +1,249 @@
+"""The merge verb: its logits are the adapter run's, its directory is whole or absent."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import child_environment
+from safetensors.torch import load_file, save_file
+
+from dora_dist import merge, merge_weights
+from dora_dist.adapter import save_adapter
+from dora_dist.backends.process import Processes
+from dora_dist.backends.replicated import Single
+from dora_dist.build import build, draw_blueprint
+from dora_dist.cli import main
+from dora_dist.config import load_config
+
+NF4 = {"scheme": "nf4", "block_size": 32}
+KILLED = """
+import os, signal, sys
+from dora_dist import cli, merge_weights
+def save(tensors, file, metadata):
+    file.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+merge_weights.save_file = save
+cli.main(["merge", "--config", *sys.argv[1:]])
+"""
+GPT2 = {"rank": 2, "targets": ["c_attn", "c_proj", "c_fc"]}
+
+
+@pytest.fixture
+def run(tiny_llama, tiny_rows, tmp_path):
+    """Makes a configuration and an adapter of random A, B and m. Gives the former's path and the adapted model."""
+
+    def make(model: Path = tiny_llama, dtype: str = "float32", quant: dict | None = None, **dora):
+        config = {
+            "model": {"path": str(model), "dtype": dtype},
+            "dora": dora or {"rank": 2, "targets": ["q_proj", "v_proj", "down_proj", "up_proj"]},
+            "quant": quant or {},
+            "data": {"train": str(tiny_rows), "seq_len": 48},
+            "output_dir": str(tmp_path / "run"),
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        loaded = load_config(path, ["parallel.strategy=single"])
+        built = build(draw_blueprint(loaded, model), Single(Processes())).model.eval()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in built.parameters():
+                if parameter.requires_grad:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(noise * (0.3 if parameter.dim() > 1 else 0.1))
+        for layer in built.modules():
+            if hasattr(layer, "mark_norm_stale"):
+                layer.mark_norm_stale()
+        save_adapter(built, tmp_path / "run" / "adapter")
+        return path, built
+
+    return make
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 40).view(1, -1)).logits.float()
+
+
+def load(directory: Path, **kwargs):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, **kwargs).eval()
+
+
+CASES = {
+    "dora": {},
+    "lora": {"method": "lora", "rank": 2, "targets": ["q_proj", "down_proj"]},
+    "axis in, magnitude alone": {
+        "rank": 2, "targets": ["q_proj"], "magnitude_only": ["o_proj"], "magnitude_axis": "in",
+    },
+    "nf4": {"quant": NF4},
+    "nf4 in bfloat16": {"quant": NF4, "dtype": "bfloat16"},
+    "saved": {"rank": 2, "targets": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
+    "nf4 and saved in bfloat16": {
+        "quant": NF4, "dtype": "bfloat16", "rank": 2, "targets": ["q_proj"], "modules_to_save": ["lm_head"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_logits_are_the_adapters(run, tmp_path, capsys, case):
+    path, adapted = run(**CASES[case])
+    assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 0
+    assert "largest difference" in capsys.readouterr().out
+    wanted, dtype = logits(adapted), torch.bfloat16 if "bfloat16" in case else torch.float32
+    merged = load(tmp_path / "out", dtype=dtype)
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(logits(merged), wanted, rtol=0, atol=bound * wanted.abs().max().item())
+    tensors = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
+    assert {t.dtype for t in tensors.values()} == {dtype}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).split(".")[1]
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "tied"),
+    [({}, True), ({"targets": ["c_attn", "wte"]}, False), ({"modules_to_save": ["wte", "lm_head"]}, True)],
+    ids=["tied", "embedding adapted", "embedding saved"],
+)
+def test_transposed_layers_and_tied_embeddings(run, tiny_gpt2, tmp_path, changes, tied):
+    path, adapted = run(tiny_gpt2, **{**GPT2, **changes})
+    assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 0
+    merged = load(tmp_path / "out")
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
+    assert (merged.lm_head.weight is merged.transformer.wte.weight) == tied
+
+
+def test_transposed_4_bit_weights(run, tiny_gpt2, tmp_path):
+    path, adapted = run(tiny_gpt2, quant={**NF4, "double_quant": False, "skip": ["lm_head", "c_fc"]}, **GPT2)
+    assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 0
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(adapted), rtol=1e-4, atol=1e-4)
+
+
+def test_the_original_base_of_a_4_bit_run(run, tiny_llama, tmp_path, capsys):
+    path, _ = run(quant=NF4)
+    assert main(["merge", "--config", str(path), "--base", "original", str(tmp_path / "original")]) == 0
+    told = capsys.readouterr().out
+    assert main(["merge", "--config", str(path), str(tmp_path / "dequantized")]) == 0
+    assert "original against" not in capsys.readouterr().out
+    base, original, dequantized = (
+        load(p).state_dict() for p in (tiny_llama, tmp_path / "original", tmp_path / "dequantized")
+    )
+    packed = [n for n in base if n.endswith("_proj.weight")]
+    difference = torch.cat([(original[n] - dequantized[n]).flatten() for n in packed]).norm()
+    ratio = difference / torch.cat([dequantized[n].flatten() for n in packed]).norm()
+    assert f"{len(packed)} merged weights differ by {ratio:.3g} of" in told
+    assert 0.01 < ratio < 0.2
+    untouched = "model.layers.0.self_attn.o_proj.weight"
+    assert torch.equal(original[untouched], base[untouched])
+    assert not torch.equal(dequantized[untouched], base[untouched])
+
+
+def test_several_files_and_their_index(run, tiny_llama, tmp_path):
+    path, adapted = run()
+    adapter, out = (tmp_path / "run" / "adapter").rename(tmp_path / "elsewhere"), tmp_path / "deep" / "out"
+    merge.run_merge(load_config(path), out, adapter, max_shard_bytes=3000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 3
+    assert [f.name for f in files] == sorted(set(index["weight_map"].values()))
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    held = {f.name: load_file(f) for f in files}
+    assert index["weight_map"] == {name: file for file, tensors in held.items() for name in tensors}
+    sizes = [[t.nbytes for t in tensors.values()] for tensors in held.values()]
+    assert all(sum(size) <= 3000 or len(size) == 1 for size in sizes)
+    assert index["metadata"]["total_size"] == sum(map(sum, sizes))
+    torch.testing.assert_close(logits(load(out)), logits(adapted), rtol=1e-4, atol=1e-4)
+    assert {p.name for p in tiny_llama.iterdir()} - {p.name for p in out.iterdir()} == {"model.safetensors"}
+
+
+def test_a_wrong_merge_is_found(run, tmp_path, monkeypatch):
+    path, _ = run()
+    monkeypatch.setattr(merge_weights, "_merged", lambda _, weight: weight)
+    with pytest.raises(RuntimeError, match="does not compute what base and adapter do"):
+        merge.run_merge(load_config(path), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_error_half_way_leaves_nothing(run, tmp_path, monkeypatch):
+    path, _ = run()
+    written = []
+
+    def fail(tensors, file, metadata):
+        if len(written) == 2:
+            raise OSError("full")
+        written.append(file)
+        save_file(tensors, file, metadata)
+
+    monkeypatch.setattr(merge_weights, "save_file", fail)
+    with pytest.raises(OSError, match="full"):
+        merge.run_merge(load_config(path), tmp_path / "out", max_shard_bytes=3000)
+    assert written and not list(tmp_path.glob("out*"))
+
+
+def test_a_kill_half_way_leaves_no_directory_of_that_name(run, tmp_path):
+    path, _ = run()
+    command = [sys.executable, "-c", KILLED, str(path), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert [p.name.rpartition("-")[0] for p in tmp_path.glob("out*")] == ["out.partial"]
+    assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 0
+
+
+def test_mistakes_are_one_line(run, tmp_path, capsys):
+    path, _ = run()
+
+    def told(*arguments) -> str:
+        assert main(["merge", "--config", str(path), *map(str, arguments)]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ") and "\n" not in error
+        return error
+
+    (tmp_path / "empty").mkdir()
+    assert "empty: exists already" in told(tmp_path / "empty")
+    assert "nowhere: not a PEFT adapter" in told("--adapter", tmp_path / "nowhere", tmp_path / "out")
+    assert "scales" in told(tmp_path / "out", "dora.alpha=3")
+    assert "model.init: random" in told(tmp_path / "out", "model.init=random")
+    assert "data.train" in told(tmp_path / "out", "data.train=./nothing.jsonl")
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in told(tmp_path / "file" / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_files_with_other_names_are_refused(run, tiny_llama, tmp_path, capsys):
+    path, _ = run()
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    for file in tiny_llama.iterdir():
+        (renamed / file.name).symlink_to(file)
+    os.unlink(renamed / "model.safetensors")
+    tensors = load_file(tiny_llama / "model.safetensors")
+    save_file({n.removeprefix("model."): t for n, t in tensors.items()}, renamed / "model.safetensors")
+    assert main(["merge", "--config", str(path), str(tmp_path / "out"), f"model.path={renamed}"]) == 2
+    assert "has no tensor 'model.embed_tokens.weight'" in capsys.readouterr().err
+
+
+def test_a_classifier_with_its_new_head(tiny_llama, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": "abc"[: i % 3 + 1], "label": i % 3}) + "\n" for i in range(6)))
+    config = {
+        "model": {"path": str(tiny_llama), "task": "sequence_classification", "num_labels": 3, "dtype": "float32"},
+        "dora": {"rank": 2, "targets": ["q_proj"]},
+        "data": {"train": str(rows), "seq_len": 16},
+        "train": {"steps": 1, "lr": 0.1},
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 0
+    assert main(["merge", "--config", str(tmp_path / "run" / "config.yaml"), str(tmp_path / "out")]) == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert merged.config.num_labels == 3 and merged.config.pad_token_id == 0
+    trained = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(merged.score.weight, trained["base_model.model.score.weight"])

@@ -1,0 +1,202 @@
+"""Checkpoints that are in 4 bits already: what is loaded dequantizes to bitsandbytes' own values, to the bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import torchrun
+from safetensors.torch import load_file, save_file
+
+from dora_dist.build import draw_blueprint
+from dora_dist.config import DataConfig, DoraConfig, ModelConfig, QuantConfig, RunConfig
+from dora_dist.errors import UserError
+
+functional = pytest.importorskip("bitsandbytes.functional")
+
+QUANTIZATION = {
+    "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_quant_storage": "uint8", "bnb_4bit_compute_dtype": "float32", "bnb_4bit_use_double_quant": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A Llama whose rows are whole blocks; 3 ranks cannot share its 2 rows of k and v."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=32,
+        num_key_value_heads=1, head_dim=2, attention_bias=True, max_position_embeddings=64, initializer_range=0.3,
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    directory = tmp_path_factory.mktemp("dense")
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def quantized(dense, directory, nested: bool = True, block_size: int = 64, kind: str = "nf4"):
+    """A copy as transformers saves it from bitsandbytes' layers."""
+    shutil.copytree(dense, directory)
+    tensors = {}
+    for name, tensor in load_file(dense / "model.safetensors").items():
+        if not name.endswith("proj.weight"):
+            tensors[name] = tensor
+            continue
+        codes, state = functional.quantize_4bit(
+            tensor, blocksize=block_size, compress_statistics=nested, quant_type=kind
+        )
+        tensors[name] = codes
+        tensors.update({f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()})
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    set_quantization(directory, QUANTIZATION)
+    return directory
+
+
+def set_quantization(directory, value) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": value}))
+
+
+def theirs(directory) -> dict[str, torch.Tensor]:
+    """Each 4-bit weight, dequantized by bitsandbytes alone."""
+    tensors, found = load_file(directory / "model.safetensors"), {}
+    for name in (n for n in tensors if n.endswith("proj.weight")):
+        state = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        state = functional.QuantState.from_dict(state, device=torch.device("cpu"))
+        found[name] = functional.dequantize_4bit(tensors[name], state)
+    return found
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+import torch
+
+from dora_dist.backends.process import Processes
+from dora_dist.build import build, choose_strategy, draw_blueprint
+from dora_dist.cli import leave
+from dora_dist.config import DataConfig, DoraConfig, ModelConfig, ParallelConfig, QuantConfig, RunConfig
+from dora_dist.packed import BaseWeight
+from dora_dist.quant import dequantize
+
+out, *names = sys.argv[1:]
+processes, loaded = Processes(), {}
+processes.start(60, needed=processes.world_size > 1)
+for name in names:
+    directory, strategy = name.split(":")
+    config = RunConfig(
+        ModelConfig(directory, dtype="float32"), DataConfig("unused"), quant=QuantConfig(scheme="nf4"),
+        dora=DoraConfig(rank=2, targets=["q_proj", "k_proj", "down_proj"]),
+        parallel=ParallelConfig(strategy=strategy),
+    )
+    blueprint = draw_blueprint(config, Path(directory), processes.world_size)
+    built = build(blueprint, choose_strategy(config, blueprint.model, processes))
+    weights = loaded[name] = {}
+    for layer_name, layer in built.model.named_modules():
+        if isinstance(layer, BaseWeight) and layer.layout is not None:
+            parts = [p[: layer.layout.rows].contiguous() for p in built.shards.gather(layer.weight_parts)]
+            weights[f"{layer_name}.weight"] = dequantize(parts, layer.layout)
+            assert parts[1].dtype == torch.float32 and len(parts) == 2
+    ids = torch.tensor([[5, 9, 11, 20, 3]])
+    with torch.no_grad():
+        weights["logits"] = built.engine.module(input_ids=ids).logits
+if processes.is_main:
+    torch.save(loaded, out)
+processes.stop()
+leave(0)
+"""
+
+
+def loaded(tmp_path, ranks: int, *names: str) -> dict[str, dict[str, torch.Tensor]]:
+    script, out = tmp_path / "script.py", tmp_path / f"out{ranks}.pt"
+    script.write_text(SCRIPT)
+    run = torchrun(ranks, script, str(out), *names)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return torch.load(out)
+
+
+def dense_logits(dense, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    model.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[5, 9, 11, 20, 3]])).logits
+
+
+def test_values_are_those_of_bitsandbytes(dense, tmp_path):
+    pytest.importorskip("deepspeed")
+    nested = quantized(dense, tmp_path / "nested")
+    plain = quantized(dense, tmp_path / "plain", nested=False)
+    want = {str(directory): theirs(directory) for directory in (nested, plain)}
+    single = loaded(tmp_path, 1, f"{nested}:single", f"{plain}:single")
+    sharded = loaded(tmp_path, 2, f"{nested}:fsdp", f"{plain}:fsdp", f"{nested}:zero3", f"{plain}:zero3")
+    for name, weights in {**single, **sharded}.items():
+        expected = want[name.split(":")[0]]
+        logits = weights.pop("logits")
+        assert weights.keys() == expected.keys() and len(weights) == 14
+        assert all(torch.equal(weights[n], expected[n]) for n in expected), name
+        torch.testing.assert_close(logits, dense_logits(dense, expected), rtol=1e-4, atol=1e-5)
+
+
+def draw(directory, scheme: str = "nf4", skip: tuple[str, ...] = ("lm_head",), **model):
+    return draw_blueprint(
+        RunConfig(
+            ModelConfig(str(directory), **model),
+            DataConfig("unused"),
+            dora=DoraConfig(rank=2),
+            quant=QuantConfig(scheme=scheme, skip=list(skip)),
+        ),
+        directory,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quant_method": "gptq"}, "quant_method is 'gptq'"),
+        ({"quant_method": "awq"}, "quant_method is 'awq'"),
+        ({"load_in_4bit": False, "load_in_8bit": True}, "load_in_4bit is not set"),
+        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type is 'fp4'"),
+        ({"bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage is 'bfloat16'"),
+    ],
+)
+def test_other_formats_are_refused(dense, tmp_path, changes, message):
+    directory = shutil.copytree(dense, tmp_path / "other")
+    set_quantization(directory, {**QUANTIZATION, **changes})
+    for scheme in ("none", "nf4"):
+        with pytest.raises(UserError, match=rf"^model\.path: .*quantization_config.*{message}"):
+            draw(directory, scheme)
+    draw(directory, init="random")  # its weights are not read
+
+
+def test_what_does_not_fit_is_refused_by_name(dense, tmp_path):
+    with pytest.raises(UserError, match=r"model\.path: .*set quant\.scheme=nf4$"):
+        draw(quantized(dense, tmp_path / "a"), "none")
+    with pytest.raises(UserError, match=r"q_proj\.weight' is in 4 bits in the checkpoint.*quant\.skip"):
+        draw(tmp_path / "a", skip=("lm_head", "q_proj"))
+    with pytest.raises(UserError, match=r"weight' is stored as 'fp4'"):
+        draw(quantized(dense, tmp_path / "b", kind="fp4"))
+    with pytest.raises(UserError, match=r"proj\.weight' has rows of (64|192) weights, .* of 128"):
+        draw(quantized(dense, tmp_path / "c", block_size=128))
+
+
+def test_damage_is_named(dense, tmp_path):
+    directory = quantized(dense, tmp_path / "a")
+    path, name = directory / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    whole = load_file(path)
+    for change, message in (
+        ({f"{name}.absmax": whole[f"{name}.absmax"][1:]}, r"absmax' is \[191\] of torch.uint8, not 192"),
+        ({name: whole[name][:-1]}, r"up_proj\.weight' is \[6143, 1\]"),
+        ({f"{name}.quant_map": whole[f"{name}.quant_map"] * 2}, "quant_map' is not that of nf4"),
+        ({f"{name}.quant_state.bitsandbytes__nf4": torch.tensor([1], dtype=torch.uint8)}, "does not describe"),
+    ):
+        save_file({k: v.contiguous() for k, v in {**whole, **change}.items()}, path)
+        with pytest.raises(UserError, match=message):
+            draw(directory)
+    save_file({k: v for k, v in whole.items() if not k.endswith("nested_quant_map")}, path)
+    with pytest.raises(UserError, match=r"nested_quant_map' is \[\]"):
+        draw(directory)
