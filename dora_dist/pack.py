@@ -41,14 +41,20 @@ def pack_linears(
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, set()).add(module)
     stored = dict(stored or {})
+    made: dict[nn.Module, nn.Module] = {}
     for name, module in linears.items():
-        if matches(name, config.skip) or inside(name, saved):
+        # PEFT takes modules for ones trained in full by their last letters, and wants them in the adapter.
+        if matches(name, config.skip) or inside(name, saved) or name.endswith(tuple(saved)):
+            continue
+        if module in made:  # used under another name, too
+            set_module(model, name, made[module])
             continue
         weight: Any = module.weight
         if len(owners[weight]) > 1:
             raise UserError(f"quant.skip: {name!r} is tied to another module; name it here to keep it in 16 bits")
         block_size = stored.pop(f"{name}.weight", None)
-        _pack(model, name, module, weight, config if block_size is None else _as_stored(config, block_size), split)
+        made[module] = _packed(module, weight, _as_stored(config, block_size) if block_size else config, split)
+        set_module(model, name, made[module])
     for name in stored:
         raise UserError(
             f"model.path: {name!r} is in 4 bits in the checkpoint, so it must be the weight of a linear layer of "
@@ -60,13 +66,11 @@ def _as_stored(config: QuantConfig, block_size: int) -> QuantConfig:
     return replace(config, block_size=block_size, double_quant=False)
 
 
-def _pack(
-    model: nn.Module, name: str, module: nn.Module, weight: nn.Parameter, config: QuantConfig, split: int
-) -> None:
+def _packed(module: nn.Module, weight: nn.Parameter, config: QuantConfig, split: int) -> nn.Module:
     rows, columns = weight.shape
     layout = Nf4(rows, columns, weight.dtype, config.block_size, config.double_quant, -(-rows // split) * split)
     if isinstance(module, DoraLinear):
         module.pack(layout)
-    else:
-        bias: Any = module.bias
-        set_module(model, name, PackedLinear(weight, bias, layout, transposed=not isinstance(module, nn.Linear)))
+        return module
+    bias: Any = module.bias
+    return PackedLinear(weight, bias, layout, transposed=not isinstance(module, nn.Linear))

@@ -189,6 +189,14 @@ def test_linear_layers_are_packed_but_for_those_skipped():
     assert packed["q"].layout is not None and isinstance(packed["free"], PackedLinear)
     assert all(type(packed[name]) is nn.Linear for name in ("k", "kept", "lm_head"))
     assert (packed["q"](torch.ones(1, 64)) - before).abs().max() < 0.5
+    shared = model()
+    shared.add_module("again", shared["free"])
+    shared.add_module("q_again", shared["q"])
+    shared.add_module("pre_kept", nn.Linear(64, 64))  # PEFT takes it for `kept`
+    pack_linears(shared, QuantConfig(scheme="nf4"))
+    assert shared["again"] is shared["free"] and isinstance(shared["again"], PackedLinear)
+    assert shared["q_again"] is shared["q"] and shared["q"].layout.columns == 64
+    assert type(shared["pre_kept"]) is nn.Linear
     packed.to(torch.bfloat16)
     assert packed["q"].weight.dtype == torch.uint8 and packed["q"].weight_ranges.dtype == torch.float32
     with pytest.raises(UserError, match=r"quant\.skip: 'kk'.*did you mean 'k'"):
