@@ -1,12 +1,13 @@
 """Writes the tables of README.md and docs/ from benchmarks/results/*.json; what nobody measured is called so."""
 
 import json
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/strategies.md")
+PAGES = ("README.md", "docs/strategies.md", "docs/quantization.md")
 BEGIN = "<!-- performance: made by benchmarks/_tables.py -->"
 COLUMNS = {
     "DoRA / PEFT LoRA": "ours dora / peft lora",
@@ -17,6 +18,27 @@ MEMORY_COLUMNS = {
     "held after the build": "held_bytes",
     "peak while loading": "loading_peak_bytes",
     "peak in a step": "step_peak_bytes",
+}
+BLOCK_ROWS = {
+    "4-bit weights held": "base_bytes",
+    "all held after loading": "held_bytes",
+    "peak while loading": "loading_peak_bytes",
+    "the same with mapped pages of the files": "loading_peak_with_files_bytes",
+    "counted: all held and one layer in 16 bits": "loading_limit_bytes",
+    "held between forward and backward, without what grows with the tokens": "between_fixed_bytes",
+    "saved for the backward, per token": "saved_per_token",
+    "saved for the backward, besides": "saved_fixed_bytes",
+    "peak in a step, without what grows with the tokens": "step_peak_fixed_bytes",
+    "peak in a step, per token": "step_peak_per_token",
+}
+CHECKED = {  # how terms of the account begin -> what was measured of them in one block
+    "4-bit codes": "base_bytes",
+    "scales": "base_bytes",
+    "A, B and m, fp32": "held_bytes",
+    "gathered: as received": "step_peak_fixed_bytes",
+    "gathered: copied out": "step_peak_fixed_bytes",
+    "the largest layer's weight": "step_peak_fixed_bytes",
+    "kept by the block": "saved_per_token",
 }
 MEMORY_VERSIONS = {"torch": "torch", "deepspeed": "DeepSpeed"}
 
@@ -73,9 +95,97 @@ def memory() -> str:
     return "\n\n".join(blocks) or "Not measured."
 
 
+def block() -> str:
+    """One table per device and case of block_memory.py: a row per term, a column per strategy."""
+    blocks = []
+    for case, record in records("block_memory"):
+        runs = list(record["strategies"].values())
+        names = [" + ".join(f"`{part}`" for part in run["strategy"].split("+")) for run in runs]
+        lines = [
+            f"{record['device']}, {case}, one block (torch {record['versions']['torch']}, {record['date']})",
+            "",
+            "| measured, and measured / counted | "
+            + " | ".join(f"{name} x{run['ranks']}" for name, run in zip(names, runs, strict=True)) + " |",
+            "|---" * (len(runs) + 1) + "|",
+        ]  # fmt: skip
+        for title, key in BLOCK_ROWS.items():
+            unit, name = (1e3, "kB") if key.startswith("saved") or key.endswith("token") else (1e6, "MB")
+            sizes = [f"{(run['counted'] | run['measured'])[key] / unit:.0f} {name}" for run in runs]
+            if all(key in run["counted"] and key in run["measured"] for run in runs):
+                ratios = [run["measured"][key] / run["counted"][key] for run in runs]
+                sizes = [f"{size}, {ratio:.2f}x" for size, ratio in zip(sizes, ratios, strict=True)]
+            lines.append(f"| {title} | " + " | ".join(sizes) + " |")
+        seconds = [f"{run['measured']['load_seconds']:.0f} s" for run in runs]
+        lines.append("| loading, one thread a rank | " + " | ".join(seconds) + " |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) or "Not measured."
+
+
+def host() -> str:
+    """What block_memory.py counts of the 70B model's host memory, and what it measured of that."""
+    found = real_block()
+    if found is None:
+        return "Not counted."
+    account, ranks, total = found["account"], found["account"]["settings"]["ranks"], found["account"]["host_total"]
+    lines = ["| host memory of one process | GB | as torch pins it, GB | |", "|---|---|---|---|"]
+    for name, term in account["host"].items():
+        lines.append(f"| {name} | {gb(term['bytes'])} | {gb(term['pinned'])} | {how_known(name, found)} |")
+    for name, n in (("one process", 1), (f"{ranks} processes", ranks)):
+        lines.append(f"| **{name}** | **{gb(n * total['bytes'])}** | **{gb(n * total['pinned'])}** | |")
+    offloaded = f"Without `cpu_offload` the {gb(total['bytes'])} GB would lie on each GPU."
+    twice = gb(account["reading"])
+    reading = f"While a rank reads its rows of the embeddings or the head, they lie there twice: {twice} GB"
+    more = f"{offloaded} {reading} more, when gradients and moments do not exist yet."
+    return "\n".join([*lines, "", *textwrap.wrap(more, 120)])
+
+
+def gpu() -> str:
+    """What block_memory.py counts of the 70B model's GPU memory: a row per term, a column per moment."""
+    found = real_block()
+    if found is None:
+        return "Not counted."
+    account = found["account"]
+    moments, tokens = list(account["gpu_total"]), account["settings"]["tokens"]
+    lines = [
+        f"| GB of each GPU, {tokens} tokens | " + " | ".join(moments) + " | |",
+        "|---" * (len(moments) + 2) + "|",
+    ]
+    for name, cells in account["gpu"].items():
+        sizes = " | ".join(gb(cells[m]) if cells.get(m) else "" for m in moments)
+        lines.append(f"| {name} | {sizes} | {how_known(name, found)} |")
+    for size, key in ((tokens, "gpu_total"), (2 * tokens, "gpu_total_doubled")):
+        sizes = " | ".join(f"**{gb(account[key][m])}**" for m in moments)
+        lines.append(f"| **all, {size} tokens** | {sizes} | |")
+    reserved = f"with {tokens} tokens it may reserve {gb(account['gpu_pools'])} GB."
+    return "\n".join([*lines, "", f"torch keeps a pool of memory for each stream: {reserved}"])
+
+
+def how_known(term: str, record: dict[str, Any]) -> str:
+    """Counted alone, or checked by what one block was measured to take."""
+    key = next((key for start, key in CHECKED.items() if term.startswith(start)), None)
+    if key is None:
+        return "counted"
+    run = next(iter(record["strategies"].values()))
+    return f"counted; in one block {run['measured'][key] / run['counted'][key]:.2f}x of it measured"
+
+
+def real_block() -> dict[str, Any] | None:
+    """The latest record of a block of the account's own shape."""
+    found = [
+        record
+        for _, record in records("block_memory")
+        if all(record["settings"][key] == record["account"]["settings"][key] for key in ("hidden", "intermediate"))
+    ]
+    return max(found, key=lambda record: record["date"], default=None)
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.2f}"
+
+
 def updated(page: str) -> str:
     """`page` with each table that it has marks for made anew."""
-    for make in (performance, memory):
+    for make in (performance, memory, block, host, gpu):
         begin, end = BEGIN.replace("performance", make.__name__), f"<!-- /{make.__name__} -->"
         if begin in page:
             head, _, rest = page.partition(begin)

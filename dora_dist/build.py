@@ -186,7 +186,7 @@ def _load(blueprint: Blueprint, shards: Shards, processes: Processes) -> None:
         return
     new = [n for n in missing_from(files, model) if n.startswith(tuple(f"{h}." for h in blueprint.head))]
     if missing_from(files, model) == new:
-        load_slices(model, files, shards)
+        load_slices(model, files, shards, processes.device)
         fill_random(model, new, seed, std, shards)
     elif files.four_bit:
         missing = missing_from(files, model)[0]

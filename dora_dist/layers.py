@@ -152,21 +152,14 @@ class DoraLayer(BaseWeight):
         merge_(merged, *self.factors, self.spec.scaling, ratio, self.magnitude_dim)
         return merged
 
+    def _kept_wide(self) -> list[Tensor]:
+        trained = [t for t in (self.lora_A, self.lora_B, self.magnitude, self.norm) if t is not None]
+        return trained + super()._kept_wide()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoraLayer":
-        kept = [t for t in (self.lora_A, self.lora_B, self.magnitude, self.norm) if t is not None]
-        if self.layout is not None:
-            kept += [t for t in self.weight_parts if t.is_floating_point()]
-        weight_dtype = self.weight.dtype
-
-        def keep_wide(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            wide = wide_dtype(moved.dtype)
-            if moved.dtype != wide and any(tensor is t or tensor is t.grad for t in kept):
-                return tensor.to(moved.device, wide)
-            return moved
-
-        super()._apply(keep_wide, recurse)
-        if self.weight.dtype != weight_dtype:
+        dtype = self.base_dtype
+        super()._apply(fn, recurse)
+        if self.base_dtype != dtype:
             self.mark_norm_stale()  # a rounded weight has another norm
         return self
 

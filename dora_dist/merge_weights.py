@@ -1,4 +1,4 @@
-"""The tensors of a merged model, read, merged and written one at a time.
+"""The tensors of a merged model, read, merged and written one at a time, and each adapted one checked in its file.
 
 Memory: one output file, one tensor with its copies (read, cast, merged) and the adapter; safetensors before 0.8
 copies a file once more while writing it.
@@ -6,11 +6,12 @@ copies a file once more while writing it.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,10 +21,12 @@ from dora_dist.errors import UserError
 from dora_dist.functional import merge_, norm_ratio, squared_norms
 from dora_dist.layers import DoraLayer
 from dora_dist.quant import Nf4, dequantize, quantize
-from dora_dist.shards import Rectangle, Whole
+from dora_dist.shards import Rectangle, Whole, named_generator
 from dora_dist.weights import SafetensorsFiles, aliases, base_tensors, missing_from, packed_layers
 
 _TILE_ELEMENTS = 1 << 20  # quantized or compared at a time
+# A weight changes by at most this part of itself when it is rounded; fp32 sums are rounded, too.
+_ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-10, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Entry:
 
     name: str
     source: str  # its name in the base's files
-    parameter: Tensor  # on the meta device unless it is trained in full
+    parameter: Tensor
     shape: tuple[int, ...]
     dtype: torch.dtype
     layer: DoraLayer | None  # what adapts it
@@ -69,14 +72,9 @@ def read_plan(blueprint: Blueprint, adapter: Path) -> tuple[list[Entry], bool]:
     for first, tensor in base_tensors(model).items():
         layers = {name: _adapting(model, name) for name in groups[first]}
         layout = packed[tensor].layout if tensor in packed else None
-        shape = (layout.rows, layout.columns) if layout else tuple(tensor.shape)
+        shape = layout.shape if layout else tuple(tensor.shape)
         kind = layout.dtype if layout else dtype if tensor.requires_grad else tensor.dtype
         source = next((name for name in layers if name in files.shapes), first)
-        if not tensor.requires_grad and files.shapes[source] != shape:  # a base that is stored in 4 bits, say
-            raise UserError(
-                f"model.path: merge reads 16-bit weights: {str(files.directory)!r} has {source!r} as "
-                f"{list(files.shapes[source])}, the model as {list(shape)}"
-            )
         parts = len(set(layers.values())) > 1
         unties |= parts
         for name in layers if parts else [source]:
@@ -97,16 +95,24 @@ def _adapting(model: nn.Module, name: str) -> DoraLayer | None:
 
 @torch.no_grad()
 def write_weights(entries: list[Entry], blueprint: Blueprint, out: Path, base: str, limit: int) -> int:
-    """Write the safetensors files and their index, and return how many files there are."""
+    """Write the safetensors files and their index, and return how many files there are.
+
+    Raises:
+        RuntimeError: an adapted weight, read back, does not act on vectors as base and adapter do.
+    """
     assert blueprint.files is not None
     groups, drift = list(_by_file(entries, limit)), Drift()
     where: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         name = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        tensors = {entry.name: _values(entry, blueprint.files, base, drift) for entry in group}
+        probes: dict[str, Probe] = {}
+        tensors = {entry.name: _values(entry, blueprint.files, base, drift, probes) for entry in group}
         save_file(tensors, out / name, {"format": "pt"})
         where |= dict.fromkeys(tensors, name)
         del tensors  # before the next file's are read
+        with safe_open(out / name, framework="pt") as file:
+            for key, probe in probes.items():
+                probe.check(key, file.get_tensor(key))
     index = {"metadata": {"total_size": sum(entry.bytes for entry in entries)}, "weight_map": where}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     if drift.weights:
@@ -127,24 +133,28 @@ def _by_file(entries: list[Entry], limit: int) -> Iterator[list[Entry]]:
     yield group
 
 
-def _values(entry: Entry, files: SafetensorsFiles, base: str, drift: "Drift") -> Tensor:
-    """The merged tensor."""
-    if not entry.parameter.is_meta:
+def _values(
+    entry: Entry, files: SafetensorsFiles, base: str, drift: "Drift", probes: "dict[str, Probe]"
+) -> Tensor:
+    """The merged tensor. Of an adapted one its probe is left in `probes`."""
+    if entry.parameter.requires_grad:
         return entry.parameter.detach().to(entry.dtype, copy=True)
     if not entry.shape:
         return files.read(entry.source, Rectangle(torch.empty(1, 1))).reshape(()).to(entry.dtype)
+    if entry.source in files.four_bit:
+        return _merged(entry, _stored_in_4_bits(entry, files), probes)
     read = files.rows(entry.source, slice(None))
     if entry.layout is None:
-        return _merged(entry, read.to(entry.dtype, copy=True))
-    trained_on = _merged(entry, _through_4_bits(read, entry.layout))
+        return _merged(entry, read.to(entry.dtype, copy=True), probes)
+    trained_on = _merged(entry, _through_4_bits(read, entry.layout), probes)
     if base == "dequantized":
         return trained_on
-    values = _merged(entry, read.to(entry.dtype, copy=True))
+    values = _merged(entry, read.to(entry.dtype, copy=True), probes)
     drift.add(values, trained_on)
     return values
 
 
-def _merged(entry: Entry, weight: Tensor) -> Tensor:
+def _merged(entry: Entry, weight: Tensor, probes: "dict[str, Probe]") -> Tensor:
     """(m/n) * (W + s B A), written over `weight` [N, K]."""
     layer = entry.layer
     if layer is not None:
@@ -152,16 +162,60 @@ def _merged(entry: Entry, weight: Tensor) -> Tensor:
         ratio = None
         if layer.magnitude is not None:
             ratio = norm_ratio(layer.magnitude, squared_norms(weight, *layer.factors, scaling, dim).sqrt_())
+        probes[entry.name] = Probe(entry.name, weight, layer, ratio)
         merge_(weight, *layer.factors, scaling, ratio, dim)
     return weight
 
 
+class Probe:
+    """What base and adapter make of a few random vectors, to be compared with what the merged weight makes."""
+
+    def __init__(self, name: str, weight: Tensor, layer: DoraLayer, ratio: Tensor | None):
+        vectors = torch.randn(weight.shape[1], 4, generator=named_generator(0, name))
+        self.vectors, (L_NR, U_RK) = vectors, layer.factors
+        if ratio is not None and layer.magnitude_dim == 1:
+            vectors = vectors * ratio[:, None]
+        self.expected = _product(weight, vectors)
+        if L_NR is not None and U_RK is not None:
+            self.expected += layer.spec.scaling * (L_NR @ (U_RK @ vectors))
+        if ratio is not None and layer.magnitude_dim == 0:
+            self.expected *= ratio[:, None]
+
+    def check(self, name: str, merged: Tensor) -> None:
+        """RuntimeError: more than rounding lies between them."""
+        error = (_product(merged, self.vectors) - self.expected).norm()
+        if not error <= 1.5 * _ROUNDING[merged.dtype] * _product(merged, self.vectors, squared=True).sum().sqrt():
+            raise RuntimeError(
+                f"the merged {name!r} does not compute what base and adapter do, so nothing was kept: on random "
+                f"vectors it differs by {error / self.expected.norm():.3g}, more than rounding explains"
+            )
+
+
+def _product(weight: Tensor, vectors: Tensor, squared: bool = False) -> Tensor:
+    """weight @ vectors in fp32, by tiles of rows; `squared`: of all their elements' squares."""
+    step = max(1, _TILE_ELEMENTS // weight.shape[1])
+    tiles = (rows.float() for rows in weight.split(step))
+    return torch.cat([rows.square() @ vectors.square() if squared else rows @ vectors for rows in tiles])
+
+
 def _through_4_bits(weight: Tensor, layout: Nf4) -> Tensor:
     """What the run computes with in place of `weight` [N, K], in the layout's dtype."""
-    out = torch.empty(layout.rows, layout.columns, dtype=layout.dtype)
+    return _by_tiles(layout, lambda rows: quantize(weight[rows], layout))
+
+
+def _stored_in_4_bits(entry: Entry, files: SafetensorsFiles) -> Tensor:
+    """The same of a base that is in 4 bits in its files."""
+    assert entry.layout is not None
+    stored = files.four_bit[entry.source]
+    return _by_tiles(entry.layout, lambda rows: stored.read(files, rows))
+
+
+def _by_tiles(layout: Nf4, parts: Callable[[slice], list[Tensor]]) -> Tensor:
+    out = torch.empty(layout.shape, dtype=layout.dtype)
     step = max(1, _TILE_ELEMENTS // layout.columns)
-    for rows, made in zip(weight.split(step), out.split(step), strict=True):
-        made.copy_(dequantize(quantize(rows, layout), layout))
+    for start in range(0, layout.rows, step):
+        rows = slice(start, min(start + step, layout.rows))
+        out[rows] = dequantize(parts(rows), layout)
     return out
 
 

@@ -13,6 +13,9 @@ from dora_dist.layers import DoraLinear
 from dora_dist.packed import PackedLinear
 from dora_dist.quant import Nf4
 
+_WEIGHT_READERS = ("dt_proj",)  # Mamba multiplies by its weight
+_LEAST_BLOCK = 32
+
 
 def pack_linears(
     model: nn.Module, config: QuantConfig, split: int = 1, stored: Mapping[str, int] | None = None
@@ -21,7 +24,8 @@ def pack_linears(
     trained in full. `split`: ranks among which flat memory will be divided (ZeRO-3); rows are filled up to it.
 
     `stored`: weights that the checkpoint holds in 4 bits already -> their block size. These keep it, and their
-    scales in fp32 whatever `config.double_quant` says: coding them anew would change the weights.
+    scales in fp32 whatever `config.double_quant` says: coding them anew would change the weights. What such a
+    checkpoint left in 16 bits stays so.
 
     Raises:
         UserError: a name of `skip` matches nothing, a layer's weight is tied to another module's, or one of
@@ -41,10 +45,14 @@ def pack_linears(
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, set()).add(module)
     stored = dict(stored or {})
+    chosen = {name.removesuffix(".weight") for name in stored}
+    wide = _read_by_the_model(model)
     made: dict[nn.Module, nn.Module] = {}
     for name, module in linears.items():
         # PEFT takes modules for ones trained in full by their last letters, and wants them in the adapter.
         if matches(name, config.skip) or inside(name, saved) or name.endswith(tuple(saved)):
+            continue
+        if (chosen and name not in chosen) or wide & set(name.split(".")):
             continue
         if module in made:  # used under another name, too
             set_module(model, name, made[module])
@@ -53,6 +61,10 @@ def pack_linears(
         if len(owners[weight]) > 1:
             raise UserError(f"quant.skip: {name!r} is tied to another module; name it here to keep it in 16 bits")
         block_size = stored.pop(f"{name}.weight", None)
+        if block_size and _transposed(module):
+            raise UserError(
+                f"model.path: {name!r} is a Conv1D, which bitsandbytes stores transposed; use a 16-bit checkpoint"
+            )
         made[module] = _packed(module, weight, _as_stored(config, block_size) if block_size else config, split)
         set_module(model, name, made[module])
     for name in stored:
@@ -62,15 +74,29 @@ def pack_linears(
         )
 
 
+def _read_by_the_model(model: nn.Module) -> set[str]:
+    """Parts of names of the layers whose weight the model's own code reads beside their forward."""
+    names = set(_WEIGHT_READERS)
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):  # T5 asks for the dtype of `wo`
+        names |= set(getattr(model, attribute, None) or ())
+    return names
+
+
 def _as_stored(config: QuantConfig, block_size: int) -> QuantConfig:
     return replace(config, block_size=block_size, double_quant=False)
 
 
 def _packed(module: nn.Module, weight: nn.Parameter, config: QuantConfig, split: int) -> nn.Module:
     rows, columns = weight.shape
-    layout = Nf4(rows, columns, weight.dtype, config.block_size, config.double_quant, -(-rows // split) * split)
+    block_size = min(config.block_size, max(_LEAST_BLOCK, 1 << (columns - 1).bit_length()))
+    layout = Nf4(rows, columns, weight.dtype, block_size, config.double_quant, -(-rows // split) * split)
     if isinstance(module, DoraLinear):
         module.pack(layout)
         return module
     bias: Any = module.bias
-    return PackedLinear(weight, bias, layout, transposed=not isinstance(module, nn.Linear))
+    return PackedLinear(weight, bias, layout, _transposed(module))
+
+
+def _transposed(module: nn.Module) -> bool:
+    """Whether it is a Conv1D, adapted or not."""
+    return module.transposed if isinstance(module, DoraLinear) else not isinstance(module, nn.Linear)

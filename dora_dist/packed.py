@@ -2,11 +2,12 @@
 adapted."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from dora_dist.functional import adapted_linear
+from dora_dist.functional import adapted_linear, wide_dtype
 from dora_dist.quant import Nf4, PackedMatrix, quantize
 from dora_dist.shards import Shards
 
@@ -61,19 +62,42 @@ class BaseWeight(nn.Module):
                 found.append((PackedMatrix(parts, self.layout), rows, slice(0, self.layout.columns)))
         return found
 
-    def write_rows(self, shards: Shards, read: Callable[[slice], Tensor]) -> None:
-        """Quantize this rank's rows, which `read` gives, into its part of the weight, a few at a time."""
+    def write_rows(
+        self, shards: Shards, read: Callable[[slice], Tensor], device: torch.device | None = None
+    ) -> None:
+        """Quantize this rank's rows, which `read` gives, into its part of the weight, a few at a time. `device` is
+        where to compute when the weight lies elsewhere."""
         assert self.layout is not None
         step = max(1, _READ_ELEMENTS // self.layout.columns)
         for matrix, rows, _ in self.own_rows(shards):
             assert isinstance(matrix, PackedMatrix)
             for start in range(rows.start, rows.stop, step):
                 stop = min(start + step, rows.stop)
-                made = quantize(read(slice(start, stop)).to(matrix.device), self.layout)
+                made = quantize(read(slice(start, stop)).to(device or matrix.device), self.layout)
                 for part, values in zip(matrix.parts, made, strict=True):
                     part[start - rows.start : stop - rows.start] = values
         for part in self.weight_parts:
             shards.written(part)
+
+    def _kept_wide(self) -> list[Tensor]:
+        """What stays fp32 under `model.to(dtype)`: scales, and what a subclass trains."""
+        return [] if self.layout is None else [part for part in self.weight_parts if part.is_floating_point()]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BaseWeight":
+        kept = self._kept_wide()
+
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            wide = wide_dtype(moved.dtype)
+            if moved.dtype != wide and any(tensor is t or tensor is t.grad for t in kept):
+                return tensor.to(moved.device, wide)
+            return moved
+
+        super()._apply(keep_wide, recurse)
+        if self.layout is not None:  # codes do not say what they stand for
+            dtype = fn(torch.empty(0, dtype=self.layout.dtype, device=self.weight.device)).dtype
+            self.layout = replace(self.layout, dtype=dtype)
+        return self
 
     @property
     def base_dtype(self) -> torch.dtype:

@@ -190,15 +190,19 @@ class Trainer:
 
 def describe(built: Built, strategy: Strategy) -> str:
     sizes = {p: built.shards.shape(p).numel() for p in built.model.parameters()}
+    packed = 0
     for layer in packed_layers(built.model).values():
         assert layer.layout is not None
         sizes |= dict.fromkeys(layer.weight_parts, 0)
         sizes[layer.weight] = layer.layout.rows * layer.layout.columns
+        packed += sizes[layer.weight]
     trained = sum(size for p, size in sizes.items() if p.requires_grad)
     total = sum(sizes.values())
     world = strategy.processes.world_size
+    in_4_bits = f", {packed / 1e6:,.1f} M in 4 bits" if packed else ""
     return (
-        f"model: {total / 1e6:,.1f} M parameters, {trained / 1e6:,.2f} M trained; strategy {strategy.name}, "
+        f"model: {total / 1e6:,.1f} M parameters{in_4_bits}, {trained / 1e6:,.2f} M trained; "
+        f"strategy {strategy.name}, "
         f"{world} process{'es' if world > 1 else ''} on {strategy.processes.device.type}"
     )
 

@@ -6,7 +6,7 @@ transformers loads the checkpoint on rank 0, which hands the tensors out one by 
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from dora_dist.packed import BaseWeight
 from dora_dist.prequantized import FourBit
 from dora_dist.quant import PackedMatrix
 from dora_dist.shards import Rectangle, Shards, as_matrix, named_generator, write_whole
+
+_READ_ELEMENTS = 1 << 24  # read at a time
 
 
 class SafetensorsFiles:
@@ -124,9 +126,9 @@ def check_shapes(files: SafetensorsFiles, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def load_slices(model: nn.Module, files: SafetensorsFiles, shards: Shards) -> None:
-    """Fill this rank's part of each tensor that a file holds, one at a time; weights are put into 4 bits here,
-    or copied where they are already."""
+def load_slices(model: nn.Module, files: SafetensorsFiles, shards: Shards, device: torch.device) -> None:
+    """Fill this rank's part of each tensor that a file holds, a few rows at a time; weights are put into 4 bits
+    here, on `device`, or copied where they are already."""
     groups, packed = aliases(model), packed_layers(model)
     for name, tensor in base_tensors(model).items():
         source = next((alias for alias in groups[name] if alias in files.shapes), None)
@@ -136,11 +138,20 @@ def load_slices(model: nn.Module, files: SafetensorsFiles, shards: Shards) -> No
             _copy_four_bit(packed[tensor], files, source, shards)
             continue
         if tensor in packed:
-            packed[tensor].write_rows(shards, partial(files.rows, source))
+            packed[tensor].write_rows(shards, partial(files.rows, source), device)
             continue
         for own in shards.rectangles(tensor):
-            own.values.copy_(files.read(source, own))
+            for piece in _pieces(own):
+                piece.values.copy_(files.read(source, piece))
         shards.written(tensor)
+
+
+def _pieces(own: Rectangle) -> Iterator[Rectangle]:
+    """Rows of a rectangle, few enough to be held twice."""
+    row = own.row
+    for values in own.values.split(max(1, _READ_ELEMENTS // max(1, own.values.shape[1]))):
+        yield Rectangle(values, row, own.col)
+        row += values.shape[0]
 
 
 def _copy_four_bit(layer: BaseWeight, files: SafetensorsFiles, source: str, shards: Shards) -> None:
@@ -168,7 +179,7 @@ def load_whole(model: nn.Module, load: Callable[[], nn.Module], shards: Shards, 
     packed = packed_layers(model)
     for name, tensor in base_tensors(model).items():
         layout = packed[tensor].layout if tensor in packed else None
-        shape = (layout.rows, layout.columns) if layout else shards.shape(tensor)
+        shape = layout.shape if layout else shards.shape(tensor)
         whole = torch.empty(shape, dtype=layout.dtype if layout else tensor.dtype, device=processes.device)
         if processes.is_main:
             whole.copy_(source[name])
@@ -183,7 +194,7 @@ def fill_random(model: nn.Module, names: Iterable[str], seed: int, std: float, s
     for name in names:
         tensor = tensors[name]
         layout = packed[tensor].layout if tensor in packed else None
-        shape = (layout.rows, layout.columns) if layout else shards.shape(tensor)
+        shape = layout.shape if layout else shards.shape(tensor)
         whole = torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
         if whole.dim() > 1:
             whole.normal_(0, std, generator=named_generator(seed, name))

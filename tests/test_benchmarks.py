@@ -54,6 +54,24 @@ def test_strategy_memory_writes_its_record(tmp_path):
     assert row["base_bytes"] > 0 and row["held_bytes"] <= row["step_peak_bytes"]
 
 
+def test_block_memory_writes_what_it_measured_beside_what_it_counted(tmp_path):
+    out = tmp_path / "cpu.json"
+    size = (
+        "--strategies fsdp --hidden 256 --intermediate 704 --heads 4 --kv-heads 2 --rank 4 --tokens 8 16".split()
+    )
+    run("block_memory.py", *size, "--out", str(out))
+    ((_, record),) = json.loads(out.read_text())["block_memory"].items()
+    (row,) = record["strategies"].values()
+    measured, counted = row["measured"], row["counted"]
+    assert (row["strategy"], row["ranks"]) == ("fsdp", 2)
+    assert set(counted) - {"loading_limit_bytes"} <= set(measured)
+    assert measured["base_bytes"] == counted["base_bytes"]
+    assert measured["saved_per_token"] == pytest.approx(counted["saved_per_token"], rel=0.05)
+    account = record["account"]
+    assert account["host_total"]["pinned"] * account["settings"]["ranks"] < 64e9
+    assert max(account["gpu_total"].values()) < 24564 * 2**20
+
+
 def test_gpu_says_in_a_line_that_there_is_no_gpu(tmp_path):
     out = tmp_path / "gpu.json"
     printed = run("gpu.py", "--out", str(out)).stdout

@@ -12,7 +12,7 @@ CONFIGS = ROOT / "configs"
 SIZES = [
     "dora.rank=2", "data.seq_len=64", "train.epochs=1", "train.accumulation=2", "log.every=1",
 ]  # fmt: skip
-RANKS = {"one-4090": 1, "two-gpus": 2, "eight-gpus": 2, "multi-node-zero3": 4}
+RANKS = {"one-4090": 1, "two-gpus": 2, "two-4090-70b": 2, "eight-gpus": 2, "multi-node-zero3": 4}
 MORE_SIZES = {"multi-node-zero3": ["parallel.deepspeed.zero_optimization.zero_hpz_partition_size=2"]}
 
 

@@ -1,7 +1,9 @@
 """The merge verb: its logits are the adapter run's, its directory is whole or absent."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import yaml
 from conftest import child_environment
 from safetensors.torch import load_file, save_file
 
-from dora_dist import merge, merge_weights
+from dora_dist import functional, merge, merge_weights
 from dora_dist.adapter import save_adapter
 from dora_dist.backends.process import Processes
 from dora_dist.backends.replicated import Single
@@ -95,7 +97,7 @@ CASES = {
 def test_merged_logits_are_the_adapters(run, tmp_path, capsys, case):
     path, adapted = run(**CASES[case])
     assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 0
-    assert "largest difference" in capsys.readouterr().out
+    assert "their logits differ by" in capsys.readouterr().out
     wanted, dtype = logits(adapted), torch.bfloat16 if "bfloat16" in case else torch.float32
     merged = load(tmp_path / "out", dtype=dtype)
     bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
@@ -162,12 +164,44 @@ def test_several_files_and_their_index(run, tiny_llama, tmp_path):
     assert {p.name for p in tiny_llama.iterdir()} - {p.name for p in out.iterdir()} == {"model.safetensors"}
 
 
-def test_a_wrong_merge_is_found(run, tmp_path, monkeypatch):
-    path, _ = run()
-    monkeypatch.setattr(merge_weights, "_merged", lambda _, weight: weight)
-    with pytest.raises(RuntimeError, match="does not compute what base and adapter do"):
+def without_magnitude(weight, L, U, scaling, ratio, dim):
+    functional.merge_(weight, L, U, scaling, None, dim)
+
+
+def half_of_B(weight, L, U, scaling, ratio, dim):
+    functional.merge_(weight, L, U, scaling / 2, ratio, dim)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wrong", [without_magnitude, half_of_B, lambda weight, *_: weight])
+def test_a_wrong_merge_is_found(run, tmp_path, monkeypatch, wrong, dtype):
+    """Tensor by tensor, in what was written."""
+    path, _ = run(dtype=dtype, quant=NF4)
+    monkeypatch.setattr(merge_weights, "merge_", wrong)
+    with pytest.raises(RuntimeError, match="random vectors"):
         merge.run_merge(load_config(path), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merge_of_another_base_is_found(run, tmp_path, monkeypatch, dtype):
+    """Where each tensor is what it should be, and the model is not: its logits tell."""
+    path, _ = run(dtype=dtype)
+    monkeypatch.setattr(
+        merge,
+        "write_weights",
+        lambda entries, *rest: merge_weights.write_weights([*entries[:-1], swapped(entries)], *rest),
+    )
+    with pytest.raises(RuntimeError, match="their logits differ"):
+        merge.run_merge(load_config(path), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def swapped(entries):
+    """The last tensor from the file's first one of its shape."""
+    last = entries[-1]
+    other = next(e for e in entries if e.shape == last.shape and e.name != last.name)
+    return dataclasses.replace(last, source=other.source)
 
 
 def test_an_error_half_way_leaves_nothing(run, tmp_path, monkeypatch):
@@ -213,6 +247,37 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "cannot be written" in told(tmp_path / "file" / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_another_base_than_the_adapters_is_told(run, tiny_llama, tmp_path, capsys):
+    path, _ = run()
+    other = shutil.copytree(tiny_llama, tmp_path / "other")
+    adapter = tmp_path / "run" / "adapter" / "adapter_config.json"
+    adapter.write_text(json.dumps({**json.loads(adapter.read_text()), "base_model_name_or_path": str(tiny_llama)}))
+    assert main(["merge", "--config", str(path), str(tmp_path / "right")]) == 0
+    assert "warning" not in capsys.readouterr().out
+    assert main(["merge", "--config", str(path), str(tmp_path / "out"), f"model.path={other}"]) == 0
+    assert f"trained on {str(tiny_llama)!r}; merging it into {str(other)!r}" in capsys.readouterr().out
+
+
+def test_buffers_are_the_checkpoints(run, tiny_llama, tmp_path, monkeypatch):
+    """A persistent buffer is not made anew."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+    made = LlamaModel.__init__
+
+    def with_buffer(self, config):
+        made(self, config)
+        self.register_buffer("scale", torch.tensor([1.0]))
+
+    monkeypatch.setattr(LlamaModel, "__init__", with_buffer)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_llama))
+    model.model.scale.fill_(3.0)
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    path, _ = run(tmp_path / "model", rank=2, targets=["q_proj"])
+    assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 0
+    assert load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")["model.scale"].item() == 3.0
 
 
 def test_files_with_other_names_are_refused(run, tiny_llama, tmp_path, capsys):

@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import torchrun
+import yaml
+from conftest import letter_tokenizer, torchrun
 from safetensors.torch import load_file, save_file
 
 from dora_dist.build import draw_blueprint
+from dora_dist.cli import main
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, QuantConfig, RunConfig
 from dora_dist.errors import UserError
 
@@ -200,3 +202,67 @@ def test_damage_is_named(dense, tmp_path):
     save_file({k: v for k, v in whole.items() if not k.endswith("nested_quant_map")}, path)
     with pytest.raises(UserError, match=r"nested_quant_map' is \[\]"):
         draw(directory)
+
+
+def test_what_the_checkpoint_left_in_16_bits_stays_so(dense, tmp_path):
+    directory = quantized(dense, tmp_path / "a")
+    tensors, wide = load_file(directory / "model.safetensors"), load_file(dense / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    kept = {key: value for key, value in tensors.items() if not key.startswith(name)}
+    save_file({**kept, name: wide[name]}, directory / "model.safetensors")
+    packed = draw(directory).model.model.layers[1].mlp
+    assert packed.down_proj.weight.dtype == torch.bfloat16
+    assert packed.up_proj.weight.dtype == torch.uint8
+
+
+def test_merging_into_such_a_base(dense, tmp_path, capsys):
+    """Gives the weights that bitsandbytes computes with, and the adapter's."""
+    directory = quantized(dense, tmp_path / "a")
+    letter_tokenizer().save_pretrained(directory)
+    (tmp_path / "rows.jsonl").write_text('{"text": "abc"}\n' * 4)
+    config = {
+        "model": {"path": str(directory), "dtype": "float32"},
+        "dora": {"rank": 2, "targets": ["q_proj", "k_proj", "down_proj"]},
+        "quant": {"scheme": "nf4"},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "seq_len": 16},
+        "train": {"steps": 2, "lr": 0.01},
+        "parallel": {"strategy": "single"},
+        "output_dir": str(tmp_path / "run"),
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert main(["train", "--config", str(path)]) == 0
+    assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 0
+    merged, base = load_file(next((tmp_path / "out").glob("*.safetensors"))), theirs(directory)
+    assert set(merged) == set(load_file(dense / "model.safetensors"))
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    for name, weight in base.items():
+        adapted = name.split(".")[-2] in config["dora"]["targets"]
+        assert torch.equal(merged[name], weight) != adapted
+        torch.testing.assert_close(merged[name], weight, rtol=0, atol=0.1)
+    capsys.readouterr()
+    assert main(["merge", "--config", str(path), "--base", "original", str(tmp_path / "other")]) == 2
+    assert "is in 4 bits itself" in capsys.readouterr().err
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_conv1d_layers_are_refused(tmp_path):
+    """transformers stores them transposed, which a square one would not show."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    directory = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=32, n_embd=64, n_layer=1, n_head=2)).save_pretrained(
+        directory
+    )
+    tensors = load_file(directory / "model.safetensors")
+    name = "transformer.h.0.attn.c_proj.weight"
+    codes, state = functional.quantize_4bit(tensors[name], blocksize=64, quant_type="nf4")
+    stored = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    save_file({**tensors, name: codes, **stored}, directory / "model.safetensors", {"format": "pt"})
+    set_quantization(directory, QUANTIZATION)
+    config = RunConfig(
+        ModelConfig(str(directory)), DataConfig("unused"), quant=QuantConfig(scheme="nf4"),
+        dora=DoraConfig(targets=["c_attn"]),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"c_proj' is a Conv1D, .* use a 16-bit checkpoint"):
+        draw_blueprint(config, directory)

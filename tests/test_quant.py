@@ -1,10 +1,13 @@
 """4-bit weights: the layout against a plain table look-up and bitsandbytes, the layers against dense ones."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT, child_environment, torchrun
+from support_memory import memory_profile
 from torch import nn
 
 from dora_dist import quant
@@ -51,7 +54,7 @@ def path(request, monkeypatch):
     if request.param == "kernels":
         pytest.importorskip("bitsandbytes")
     else:
-        monkeypatch.setattr(quant, "_has_kernels", lambda: False)
+        monkeypatch.setattr(quant, "_has_kernels", lambda _: False)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -73,6 +76,16 @@ def test_bytes_are_those_of_bitsandbytes():
     ours = quantize(W, Nf4(8, 256, torch.float32, double_quant=False))
     assert torch.equal(ours[0].flatten(), theirs.flatten())
     assert torch.equal(ours[1].flatten(), state.absmax)
+
+
+def test_the_nearest_code_is_found_up_to_the_last_bit():
+    codes = torch.tensor(CODES)
+    midpoints = (codes[1:] + codes[:-1]) / 2
+    edges = torch.linspace(-1, 1, 257)
+    exact = torch.cat([midpoints, codes, edges, torch.tensor([1.0001, -1.0001])])
+    up, down = torch.nextafter(exact, torch.tensor(2.0)), torch.nextafter(exact, torch.tensor(-2.0))
+    values = torch.cat([exact, up, down, torch.rand(100_000) * 2 - 1])
+    assert torch.equal(quant._nearest_codes(values), torch.bucketize(values, midpoints).to(torch.uint8))
 
 
 def test_double_quantization_costs_little():
@@ -122,6 +135,28 @@ def test_norms_of_the_packed_matrix(dim):
     V = dequantize(parts, layout).double() + 2 * L.double() @ U.double()
     got = squared_norms(PackedMatrix(parts, layout), L, U, 2.0, dim)
     torch.testing.assert_close(got.double(), V.square().sum(1 - dim), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "limit"), [((512, 28672), 384, 16e6), ((4096, 4096), 16, 2e6)], ids=["wide", "square"]
+)
+def test_scratch_of_the_norm(shape, rank, limit, tmp_path):
+    """Of a few rows at a time, however many there are: 512 for 8192 saves time."""
+    generator = torch.Generator().manual_seed(0)
+    layout = Nf4(*shape, torch.bfloat16)
+    packed, codes, ranges = parts = layout.empty(torch.device("cpu"))
+    packed.random_(0, 256, generator=generator)
+    codes.random_(0, 256, generator=generator)
+    ranges.uniform_(1e-5, 2e-5, generator=generator)
+    L, U = (torch.randn(s, generator=generator) * 1e-3 for s in ((shape[0], rank), (rank, shape[1])))
+    got = []
+    peak, _ = memory_profile(
+        lambda _: got.append(squared_norms(PackedMatrix(parts, layout), L, U, 2.0, 0)), tmp_path / "trace"
+    )
+    assert shape[1] * 4 <= peak <= limit
+    for rows in (slice(0, 3), slice(shape[0] - 3, None)):
+        V = dequantize([part[rows] for part in parts], layout).double() + 2 * L[rows].double() @ U.double()
+        torch.testing.assert_close(got[0][rows].double(), V.square().sum(1), rtol=1e-6, atol=0)
 
 
 SPECS = {
@@ -178,6 +213,35 @@ def test_no_dense_copy_is_kept_for_the_backward():
     assert kept and not any(t.is_floating_point() and t.numel() >= 96 * 128 for t in kept)
 
 
+@pytest.mark.parametrize("kind", ["dora", "in", "lora"])
+def test_memory_between_forward_and_backward(kind, tmp_path):
+    """A step over two layers holds one dense weight at a time, and between forward and backward none."""
+    size, tokens = 1024, 4
+    layout, dense = Nf4(size, size, torch.bfloat16), size * size * 2
+    layers = nn.Sequential()
+    for _ in range(2):
+        layer = DoraLinear(nn.Parameter(matrix(size, size, torch.bfloat16)), None, SPECS[kind])
+        layer.pack(layout)
+        layer.reset_parameters()
+        if layer.magnitude is not None:
+            layer.renew_norm(layer.current_norm())
+        layer.norm_is_cached = True
+        layers.append(layer)
+    x = torch.randn(tokens, size, dtype=torch.bfloat16)
+
+    def step(mark):
+        loss = layers(x).float().square().sum()
+        mark("between")
+        loss.backward()
+        mark("after")
+
+    step(lambda _: None)  # makes the gradients
+    peak, held = memory_profile(step, tmp_path / "trace")
+    assert dense <= peak < 1.6 * dense
+    assert 0 < held["between"] < 32 * tokens * size
+    assert held["after"] < held["between"]
+
+
 def test_linear_layers_are_packed_but_for_those_skipped():
     def model() -> nn.Module:
         blocks = nn.ModuleDict({name: nn.Linear(64, 64) for name in ("q", "k", "free", "kept", "lm_head")})
@@ -197,15 +261,51 @@ def test_linear_layers_are_packed_but_for_those_skipped():
     assert shared["again"] is shared["free"] and isinstance(shared["again"], PackedLinear)
     assert shared["q_again"] is shared["q"] and shared["q"].layout.columns == 64
     assert type(shared["pre_kept"]) is nn.Linear
+    x = torch.randn(3, 64)
+    wide = {name: packed[name](x) for name in ("q", "free")}
     packed.to(torch.bfloat16)
-    assert packed["q"].weight.dtype == torch.uint8 and packed["q"].weight_ranges.dtype == torch.float32
+    for name, before in wide.items():  # what the codes stand for is rounded, the scales are not
+        layer = packed[name]
+        assert layer.weight_ranges.dtype == torch.float32 and layer.base_dtype == torch.bfloat16
+        torch.testing.assert_close(layer(x.bfloat16()).float(), before, rtol=0, atol=2e-2)
+        assert layer.weight.dtype == torch.uint8
     with pytest.raises(UserError, match=r"quant\.skip: 'kk'.*did you mean 'k'"):
         pack_linears(model(), QuantConfig(scheme="nf4", skip=["kk"]))
     with pytest.raises(UserError, match="power of two"):
         QuantConfig(block_size=96)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+def test_layers_whose_weight_the_model_reads_stay_in_16_bits():
+    """T5 asks `wo` for its dtype, Mamba multiplies by `dt_proj.weight`."""
+    names = ("q", "wo", "wide", "dt_proj")
+    model = inject_dora(nn.ModuleDict({n: nn.Linear(64, 64) for n in names}), DoraConfig(rank=2, targets=["q"]))
+    model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict = ["wo"], ["wide"]
+    pack_linears(model, QuantConfig(scheme="nf4"))
+    assert {name for name in names if model[name].weight.dtype == torch.uint8} == {"q"}
+
+
+def test_blocks_are_no_longer_than_rows_need():
+    for columns, block_size in ((768, 1024), (1024, 1024), (40, 64), (3, 32), (9000, 4096)):
+        model = nn.ModuleDict({"q": nn.Linear(columns, 2)})
+        pack_linears(
+            inject_dora(model, DoraConfig(rank=1, targets=["q"])), QuantConfig(scheme="nf4", block_size=4096)
+        )
+        assert model["q"].layout.block_size == block_size
+
+
+@pytest.mark.parametrize("module", ["bitsandbytes = None", "class bitsandbytes: ..."])
+def test_an_old_or_absent_bitsandbytes_leaves_the_table(module):
+    script = (
+        "import sys, torch\nfrom dora_dist import quant\n"
+        f"{module}\nsys.modules['bitsandbytes'] = bitsandbytes\n"
+        "W, layout = torch.randn(2, 64), quant.Nf4(2, 64, torch.float32)\n"
+        "assert quant.dequantize(quant.quantize(W, layout), layout).shape == W.shape\n"
+        "assert not quant._has_kernels(64)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env=child_environment())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_rank_holds_its_share_of_half_a_byte_per_weight(ranks, tmp_path):
     out = tmp_path / "held.json"
     done = torchrun(ranks, ROOT / "tests" / "measure_packed.py", str(out), "fsdp", "zero3")
