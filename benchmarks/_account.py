@@ -69,15 +69,15 @@ class Shape:
     def kept_per_token(self, rank: int, masked: bool = False) -> int:
         """What one block keeps from its forward for its backward.
 
-        Per hidden feature: both norms' fp32 input and 16-bit output (12), the products of q, o and down before
-        their magnitudes (6), what attention takes as q and gives (4). Per kv feature: the products of k and v (4)
-        and what attention takes (4; with a mask that is repeated for every head). Per intermediate feature:
-        gate's and up's products, their results, SiLU's, and down's input (12). Of each layer x A^T (2 a rank), of
-        each norm and head an fp32 number.
+        Per hidden feature: both norms' fp32 input and 16-bit output (12), the outputs of q, o and down (6), what
+        attention takes as q and gives (4). Per kv feature: the outputs of k and v (4) and the keys that attention
+        takes (2; with a mask keys and values, for every head). Per intermediate feature: the outputs of gate and
+        up, which SiLU and the product take as they are, SiLU's, and down's input (8). Of each layer x A^T (2 a
+        rank), of each norm and head an fp32 number.
         """
-        attended = 2 * 2 * (self.hidden if masked else self.kv)
+        attended = 4 * self.hidden if masked else 2 * self.kv
         small = 2 * rank * len(self.linears()) + 4 * 2 + 4 * self.heads
-        return 22 * self.hidden + 4 * self.kv + attended + 12 * self.intermediate + small
+        return 22 * self.hidden + 4 * self.kv + attended + 8 * self.intermediate + small
 
     def counted(self, rank: int, ranks: int) -> Terms:
         """What one rank of `ranks` should hold of this shape, where everything is sharded: named as measured."""

@@ -47,6 +47,17 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def ratios(seconds: dict[str, list[float]], pairs: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
+    """Of the pairs that were measured: each round's own ratio, and that of the medians."""
+    found = {}
+    for name, other in pairs:
+        if name in seconds and other in seconds:
+            each_round = [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]
+            of_medians = statistics.median(seconds[name]) / statistics.median(seconds[other])
+            found[f"{name} / {other}"] = {**spread(each_round), "of_medians": of_medians}
+    return found
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that all benchmarks share."""
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")

@@ -95,6 +95,21 @@ def memory() -> str:
     return "\n\n".join(blocks) or "Not measured."
 
 
+def folded() -> str:
+    """One row per device and case of layer.py: the two ways to apply the ratio over a 4-bit weight."""
+    ways = ("qdora", "qdora, ratio apart")
+    lines = [
+        "| a layer, forward and backward | time, on the scales / apart | QDoRA / QLoRA | error of y, dx, dm | apart |",
+        "|---|---|---|---|---|",
+    ]
+    for case, record in records("layer"):
+        ratios = [record["ratios"][key]["median"] for key in ("qdora / qdora, ratio apart", "qdora / qlora")]
+        errors = [", ".join(f"{record['errors'][way][key]:.1e}" for key in ("y", "dx", "dm")) for way in ways]
+        about = f"{record['device']}, {case} (torch {record['versions']['torch']}, {record['date']})"
+        lines.append(f"| {about} | {ratios[0]:.2f} | {ratios[1]:.2f} | {errors[0]} | {errors[1]} |")
+    return "\n".join(lines)
+
+
 def block() -> str:
     """One table per device and case of block_memory.py: a row per term, a column per strategy."""
     blocks = []
@@ -185,7 +200,7 @@ def gb(size: float) -> str:
 
 def updated(page: str) -> str:
     """`page` with each table that it has marks for made anew."""
-    for make in (performance, memory, block, host, gpu):
+    for make in (performance, memory, block, host, gpu, folded):
         begin, end = BEGIN.replace("performance", make.__name__), f"<!-- /{make.__name__} -->"
         if begin in page:
             head, _, rest = page.partition(begin)

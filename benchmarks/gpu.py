@@ -61,6 +61,7 @@ def commands(out: Path | None) -> dict[str, list[str]]:
         "step, rank 16": step,
         "step, rank 384": [*step, "--rank", "384"],
         "step, rank 16, activation checkpointing": [*step, "--checkpointing"],
+        "layer": ["benchmarks/layer.py", *shared, "--dtypes", "bfloat16"],
         "norms": ["benchmarks/norm_time.py", *shared],
         "norms, rank 384": ["benchmarks/norm_time.py", *shared, "--rank", "384"],
     }

@@ -15,7 +15,7 @@ from _results import add_arguments, chosen_device, default_path, save, spread
 from step_time import time_once
 from torch import Tensor
 
-from dora_dist.functional import squared_norms
+from dora_dist.decomposition import squared_norms
 
 SHAPES = {"cpu": ["768x768", "2048x768"], "cuda": ["4096x4096", "14336x4096", "8192x28672"]}
 

@@ -14,7 +14,6 @@ rounds the magnitudes.
 
 import argparse
 import copy
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _results import add_arguments, chosen_device, default_path, save, spread
+from _results import add_arguments, chosen_device, default_path, ratios, save, spread
 from torch import Tensor, nn
 
 from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, refresh_norms
@@ -228,19 +227,14 @@ def peak_bytes(contender: Contender, ids: Tensor) -> int:
 
 
 def summarize(seconds: dict[str, list[float]], memory: dict[str, int], losses: dict[str, float]) -> dict[str, Any]:
-    ratios = {}
+    found = ratios(seconds, RATIOS)
     for name, other in RATIOS:
-        if name in seconds and other in seconds:
-            each_round = [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]
-            ratios[f"{name} / {other}"] = {
-                **spread(each_round),
-                "of_medians": statistics.median(seconds[name]) / statistics.median(seconds[other]),
-                **({"peak_memory": memory[name] / memory[other]} if memory else {}),
-            }
+        if memory and f"{name} / {other}" in found:
+            found[f"{name} / {other}"]["peak_memory"] = memory[name] / memory[other]
     return {
         "rounds": len(seconds["ours dora"]),
         "seconds": {name: spread(values) for name, values in seconds.items()},
-        "ratios": ratios,
+        "ratios": found,
         "peak_memory_bytes": memory,
         "first_loss": losses,
     }

@@ -18,132 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from dora_dist.quant import Nf4, PackedMatrix, dequantize
-
-# Scratch of the passes over a weight: on a CPU what its caches hold, on a GPU few launches. Fewer rows than these
-# would read the low-rank factor so often that a product of rank 384 took three times as long.
-_SCRATCH_BYTES = {"cpu": 1_000_000}
-_SCRATCH_BYTES_GPU = 8_000_000
-_LEAST_ROWS = 48
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which norms, ratios and trained tensors of a base of `dtype` are held: fp32, or fp64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _row_tiles(matrix: Tensor | PackedMatrix, dtype: torch.dtype, device: torch.device) -> list[slice]:
-    rows, cols = matrix.shape
-    budget = _SCRATCH_BYTES.get(device.type, _SCRATCH_BYTES_GPU)
-    step = max(_LEAST_ROWS, budget // max(1, cols * dtype.itemsize))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-# --------------------------------------------------------------------------------------------------------- norms
-
-
-@torch.no_grad()
-def squared_norms(
-    M_NK: Tensor | PackedMatrix,
-    L_NR: Tensor | None,
-    U_RK: Tensor | None,
-    scaling: float,
-    dim: int,
-    device: torch.device | None = None,
-) -> Tensor:
-    """Squared norms of V = M + s L U, accumulated in fp32 by tiles of rows: [N] for `dim` 0, [K] for `dim` 1.
-
-    V is never held whole: the scratch is one tile of 1 MB (8 MB on a GPU) or 48 rows, and the same rows of a 4-bit
-    M. `device` is where to compute when M lies elsewhere (offloaded weights). Direct sums, not the factored form,
-    which cancels (docs/math.md).
-    """
-    device = device or M_NK.device
-    dtype = wide_dtype(M_NK.dtype)
-    out = torch.zeros(M_NK.shape[dim], dtype=dtype, device=device)
-    if L_NR is not None and U_RK is not None:
-        L_NR, U_RK = L_NR.to(device, dtype), U_RK.to(device, dtype)
-    tiles = _row_tiles(M_NK, dtype, device)
-    scratch = torch.empty(tiles[0].stop if tiles else 0, M_NK.shape[1], dtype=dtype, device=device)
-    for rows in tiles:
-        V_tile = scratch[: rows.stop - rows.start]
-        V_tile.copy_(M_NK[rows] if isinstance(M_NK, Tensor) else M_NK.read(rows, device))
-        if L_NR is not None and U_RK is not None:
-            V_tile.addmm_(L_NR[rows], U_RK, alpha=scaling)
-        V_tile.square_()
-        if dim == 0:
-            torch.sum(V_tile, dim=1, out=out[rows])
-        else:
-            out += torch.sum(V_tile, dim=0)
-    return out
-
-
-def norm_ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """m / n, and 1 where the row of V is zero (real checkpoints have such rows; m/n would be 0/0 there, and
-    so would its gradient if n were not replaced before the division)."""
-    zero = norm == 0
-    return (magnitude / norm.masked_fill(zero, 1.0)).masked_fill(zero, 1.0)
-
-
-class _NormWithGradient(Function):
-    """Gives back the norm it is handed, and in backward the norm's gradient to L and U without forming V."""
-
-    @staticmethod
-    def forward(ctx, norm, L_NR, U_RK, scaling, dim, layout, *parts):
-        ctx.save_for_backward(norm, L_NR, U_RK, *parts)
-        ctx.scaling, ctx.dim, ctx.layout = scaling, dim, layout
-        return norm.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dnorm):
-        norm, L_NR, U_RK, *parts = ctx.saved_tensors
-        M_NK = parts[0] if ctx.layout is None else PackedMatrix(parts, ctx.layout)
-        s = ctx.scaling
-        # dV = diag(c) V (rows) or V diag(c) (columns), with c = dn / n; a zero row has no direction.
-        c = torch.where(norm == 0, 0.0, dnorm / norm)
-        c_row, c_col = (c[:, None], 1.0) if ctx.dim == 0 else (1.0, c)
-        Uc_RK, cL_NR = U_RK * c_col, L_NR * c_row
-        dL_NR = s * (cL_NR @ (U_RK @ Uc_RK.t()))
-        dU_RK = s * ((L_NR.t() @ cL_NR) @ Uc_RK)
-        for rows in _row_tiles(M_NK, norm.dtype, M_NK.device):
-            M_tile = M_NK[rows].to(norm.dtype)
-            c_tile = c[rows, None] if ctx.dim == 0 else 1.0
-            dL_NR[rows] += c_tile * (M_tile @ Uc_RK.t())
-            dU_RK += (cL_NR[rows].t() @ M_tile) * c_col
-        return None, s * dL_NR, s * dU_RK, *[None] * (3 + len(parts))
-
-
-def norm_with_gradient(
-    norm: Tensor,
-    M_NK: Tensor | Sequence[Tensor],
-    L_NR: Tensor,
-    U_RK: Tensor,
-    scaling: float,
-    dim: int,
-    layout: Nf4 | None = None,
-) -> Tensor:
-    """`norm`, the current norm of V, as a differentiable function of L and U (`norm_gradient: exact`). With
-    `layout` M is given as the parts of a 4-bit matrix."""
-    parts = (M_NK,) if isinstance(M_NK, Tensor) else tuple(M_NK)
-    return _NormWithGradient.apply(norm, L_NR, U_RK, scaling, dim, layout, *parts)
-
-
-@torch.no_grad()
-def merge_(
-    M_NK: Tensor, L_NR: Tensor | None, U_RK: Tensor | None, scaling: float, ratio: Tensor | None, dim: int
-) -> None:
-    """Overwrite M with (m/n) * (M + s L U) by tiles, computed in fp32 and rounded once."""
-    dtype = wide_dtype(M_NK.dtype)
-    for rows in _row_tiles(M_NK, dtype, M_NK.device):
-        V_tile = M_NK[rows].to(dtype)
-        if L_NR is not None and U_RK is not None:
-            V_tile = torch.addmm(V_tile, L_NR[rows].to(dtype), U_RK.to(dtype), alpha=scaling)
-        if ratio is not None:
-            V_tile = V_tile * (ratio[rows, None] if dim == 0 else ratio)
-        M_NK[rows] = V_tile.to(M_NK.dtype)
-
-
-# ------------------------------------------------------------------------------------------------------- products
+from dora_dist.decomposition import norm_ratio, row_tiles, wide_dtype
+from dora_dist.quant import Nf4, dequantize
 
 
 def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -154,7 +30,7 @@ def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b, out_dtype=torch.float32)
     out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     a = a.float()
-    for cols in _row_tiles(b.t(), torch.float32, b.device):  # CPUs have no such product: widen b tile by tile
+    for cols in row_tiles(b.t(), torch.float32, b.device):  # CPUs have no such product: widen b tile by tile
         out[:, cols] = a @ b[:, cols].float()
     return out
 
@@ -301,6 +177,51 @@ class _DoraOut(Function):
         return dx_TI, dA_RI, dB_OR, dm_O, dn_O, dbias, *[None] * (5 + len(parts))
 
 
+class _DoraOutFolded(Function):
+    """As _DoraOut, over a bf16 W that is stored in 4 bits: the ratio rides on the scales of W's rows and on B's
+    rows, so that no [T, O] tensor is multiplied by it, nor held in fp32.
+
+    Keeps x, z, the dropout mask and y before the bias: dm = sum_T(dy * y) / (g n). So that y can be divided by g,
+    g is kept a millionth away from zero, far less than what bf16 resolves beside a ratio of 1.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TI, A_RI, B_OR, m_O, n_O, bias, keep_TI, keep_scale, scaling, layout, *parts):
+        g_O = _away_from_zero(norm_ratio(m_O, n_O))
+        y_TO = x_TI @ dequantize(parts, layout, g_O).t()
+        z_TR = None
+        if A_RI is not None:
+            z_TR = _dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
+            y_TO.addmm_(z_TR, (g_O[:, None] * B_OR).t().to(y_TO.dtype), alpha=scaling)
+        ctx.save_for_backward(x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, y_TO, *parts)
+        ctx.keep_scale, ctx.scaling, ctx.layout = keep_scale, scaling, layout
+        return y_TO if bias is None else y_TO + bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TO):
+        x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, y_TO, *parts = ctx.saved_tensors
+        dA_RI = dB_OR = dx_TI = dz_TR = None
+        g_O = _away_from_zero(norm_ratio(m_O, n_O))
+        total_O = torch.sum(dy_TO.to(n_O.dtype) * y_TO, dim=0).div_(g_O)
+        dm_O, dn_O = _magnitude_grads(total_O, m_O, n_O, ctx.needs_input_grad[4])
+        if A_RI is not None:
+            x_kept_TI = _dropped(x_TI, keep_TI, ctx.keep_scale)
+            gB_OR = g_O[:, None] * B_OR
+            dA_RI, dB_OR, dz_TR = _low_rank_grads(dy_TO, x_kept_TI, z_TR, A_RI, gB_OR, ctx.scaling)
+            dB_OR.mul_(g_O[:, None])
+        if ctx.needs_input_grad[0]:
+            dx_TI = dy_TO @ dequantize(parts, ctx.layout, g_O)
+            if dz_TR is not None:
+                _add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
+        dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
+        return dx_TI, dA_RI, dB_OR, dm_O, dn_O, dbias, *[None] * (4 + len(parts))
+
+
+def _away_from_zero(ratio: Tensor) -> Tensor:
+    return torch.where(ratio.abs() < 1e-6, 1e-6, ratio)
+
+
 class _DoraIn(Function):
     """y_TO = (g_I * x) W^T + s (g_I * drop(x)) A^T B^T + bias with g = m / n per input feature.
 
@@ -374,7 +295,11 @@ def adapted_linear(
         keep_TI = torch.empty_like(x_TI, dtype=torch.bool).bernoulli_(1 - dropout)
         keep_scale = 1 / (1 - dropout)
     common = (bias, keep_TI, keep_scale, scaling, transposed, layout, *parts)
-    if magnitude is not None:
+    if magnitude is not None and axis == "out" and not transposed and layout and layout.dtype == torch.bfloat16:
+        y_TO = _DoraOutFolded.apply(
+            x_TI, A_RI, B_OR, magnitude, norm, bias, keep_TI, keep_scale, scaling, layout, *parts
+        )
+    elif magnitude is not None:
         function = _DoraOut if axis == "out" else _DoraIn
         y_TO = function.apply(x_TI, A_RI, B_OR, magnitude, norm, *common)
     elif A_RI is not None:

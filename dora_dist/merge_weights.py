@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from dora_dist.adapter import load_adapter
 from dora_dist.build import Blueprint, materialize
+from dora_dist.decomposition import merge_, norm_ratio, squared_norms
 from dora_dist.errors import UserError
-from dora_dist.functional import merge_, norm_ratio, squared_norms
 from dora_dist.layers import DoraLayer
 from dora_dist.quant import Nf4, dequantize, quantize
 from dora_dist.shards import Rectangle, Whole, named_generator

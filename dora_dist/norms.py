@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.backends import fsdp, zero
+from dora_dist.decomposition import squared_norms
 from dora_dist.errors import UserError
-from dora_dist.functional import squared_norms
 from dora_dist.layers import DoraLayer
 from dora_dist.shards import Shards, Whole, named_generator, write_whole
 

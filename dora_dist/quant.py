@@ -75,13 +75,16 @@ def quantize(W_NK: Tensor, layout: Nf4) -> list[Tensor]:
 
 
 @torch.no_grad()
-def dequantize(parts: Sequence[Tensor], layout: Nf4) -> Tensor:
+def dequantize(parts: Sequence[Tensor], layout: Nf4, row_factors: Tensor | None = None) -> Tensor:
     """The matrix of the parts' rows [n, columns], in the layout's dtype: code times scale in fp32, rounded once.
+    Row i comes multiplied by `row_factors[i]`, at no cost: its scales are.
 
     bitsandbytes' kernels do it where they are installed: the same to the bit, and four times as fast on a CPU.
     """
     packed, *stored = (part[: layout.rows] for part in parts)  # without the rows that fill up
     scales = _scales(stored)
+    if row_factors is not None:
+        scales = scales * row_factors[:, None]
     if layout.dtype in _KERNEL_DTYPES and _has_kernels(layout.block_size):
         filled = (packed.shape[0], layout.blocks * layout.block_size)
         flat = packed.reshape(-1, 1).contiguous(), scales.reshape(-1).contiguous()  # it ignores strides

@@ -36,6 +36,18 @@ def test_step_time_writes_its_record_beside_others(tmp_path):
         assert ratio["of_medians"] > 0
 
 
+def test_layer_writes_its_record(tmp_path):
+    pytest.importorskip("peft")
+    out = tmp_path / "cpu.json"
+    size = "--shapes 48x64 --ranks 4 --tokens 8 --rounds 2 --device cpu".split()
+    run("layer.py", *size, "--out", str(out))
+    both = json.loads(out.read_text())["layer"]
+    assert set(both) == {f"48x64 rank 4 tokens 8 {dtype}" for dtype in ("float32", "bfloat16")}
+    for record in both.values():
+        assert {"qdora / qdora, ratio apart", "qdora / qlora", "dora / peft dora"} <= set(record["ratios"])
+        assert set(record["errors"]["peft dora"]) == {"y", "dx", "dA", "dB", "dm"}
+
+
 def test_norm_time_writes_its_record(tmp_path):
     out = tmp_path / "cpu.json"
     run("norm_time.py", "--shapes", "24x16", "--rank", "4", "--rounds", "2", "--device", "cpu", "--out", str(out))

@@ -11,7 +11,8 @@ from torch import nn
 
 from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, refresh_norms
 from dora_dist.config import DataConfig, LogConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from dora_dist.functional import _SCRATCH_BYTES_GPU, _wide_mm, adapted_linear, squared_norms
+from dora_dist.decomposition import _SCRATCH_BYTES_GPU, squared_norms
+from dora_dist.functional import _wide_mm, adapted_linear
 from dora_dist.train import run_training
 
 pytestmark = [

@@ -12,6 +12,7 @@ LAYERS = [
     ["errors"],
     ["config"],
     ["quant"],
+    ["decomposition"],
     ["functional", "optim", "shards", "data", "deepspeed_config", "prequantized", "backends.process"],
     ["engine", "packed"],
     ["backends.replicated", "backends.fsdp", "backends.zero", "layers"],

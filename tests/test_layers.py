@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, load_adapter, refresh_norms, save_adapter
-from dora_dist.functional import norm_ratio
+from dora_dist.decomposition import norm_ratio
 from dora_dist.layers import DoraLayer
 from dora_dist.norms import dora_layers
 

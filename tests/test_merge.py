@@ -15,7 +15,7 @@ import yaml
 from conftest import child_environment
 from safetensors.torch import load_file, save_file
 
-from dora_dist import functional, merge, merge_weights
+from dora_dist import decomposition, merge, merge_weights
 from dora_dist.adapter import save_adapter
 from dora_dist.backends.process import Processes
 from dora_dist.backends.replicated import Single
@@ -165,11 +165,11 @@ def test_several_files_and_their_index(run, tiny_llama, tmp_path):
 
 
 def without_magnitude(weight, L, U, scaling, ratio, dim):
-    functional.merge_(weight, L, U, scaling, None, dim)
+    decomposition.merge_(weight, L, U, scaling, None, dim)
 
 
 def half_of_B(weight, L, U, scaling, ratio, dim):
-    functional.merge_(weight, L, U, scaling / 2, ratio, dim)
+    decomposition.merge_(weight, L, U, scaling / 2, ratio, dim)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -6,14 +6,16 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, child_environment, torchrun
 from support_memory import memory_profile
 from torch import nn
 
 from dora_dist import quant
 from dora_dist.config import DoraConfig, QuantConfig
+from dora_dist.decomposition import squared_norms
 from dora_dist.errors import UserError
-from dora_dist.functional import squared_norms
+from dora_dist.functional import adapted_linear
 from dora_dist.inject import inject_dora
 from dora_dist.layers import AdapterSpec, DoraLinear
 from dora_dist.pack import pack_linears
@@ -196,6 +198,56 @@ def test_a_layer_is_the_dense_one_over_the_dequantized_weight(path, kind, transp
         results.append([y.detach(), inputs.grad, *trained, layer.merged_weight()])
     for dense, four_bit in zip(*results, strict=True):
         torch.testing.assert_close(four_bit, dense, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [None, 50.0])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_ratio_on_the_scales(path, rank, bias):
+    """bf16, where the ratio rides on the scales: near fp64 of the dequantized weight, also where m is zero or
+    tiny, where V is, and beside a large bias."""
+    torch.manual_seed(0)
+    layout = Nf4(37, 130, torch.bfloat16, stored_rows=40)
+    W = matrix(37, 130, torch.bfloat16)
+    W[7] = 0
+    parts = [F.pad(part, (0, 0, 0, 3)) for part in quantize(W, layout)]
+    A, B = torch.randn(rank, 130) * 0.1, torch.randn(37, rank) * 0.1
+    B[7] = 0
+    V = dequantize(parts, layout).double() + 2 * (B @ A).double()
+    n = V.norm(dim=1)
+    m = n * (1 + 0.05 * torch.randn(37))
+    m[3], m[4], m[5] = 0, 1e-9, -1
+    x, dy = torch.randn(64, 130).bfloat16(), torch.randn(64, 37).bfloat16()
+    shift = None if bias is None else torch.full((37,), bias).bfloat16()
+    wide = [t.double().requires_grad_() for t in (x, A, B, m)]
+    V = dequantize(parts, layout).double() + 2 * wide[2] @ wide[1]
+    g = torch.where(n == 0, torch.ones_like(n), wide[3] / n.masked_fill(n == 0, 1))
+    want = wide[0] @ V.t() * g
+    wanted = torch.autograd.grad(want, wide if rank else [wide[0], wide[3]], dy.double())
+    own = [t.detach().clone().requires_grad_() for t in (x, A, B, m.float())]
+    factors = own[1:3] if rank else [None, None]
+    y = adapted_linear(own[0], parts, *factors, own[3], n.float(), shift, scaling=2.0, layout=layout)
+    got = torch.autograd.grad(y, own if rank else [own[0], own[3]], dy)
+    assert [grad.dtype for grad in got[1:]] == [torch.float32] * (len(got) - 1)
+    for one, other in zip((y if bias is None else y - shift, *got), (want, *wanted), strict=True):
+        if one is not y and bias is not None and one.shape == y.shape:
+            continue  # the sum with the bias is rounded to its size
+        assert (one.double() - other).norm() / other.norm() < 1e-2
+    dm = got[-1].double()
+    torch.testing.assert_close(dm, wanted[-1], rtol=2e-2, atol=2e-2 * wanted[-1].abs().median().item())
+    assert dm[7] == 0
+
+
+def test_a_ratio_of_1_001_on_the_scales_is_visible():
+    torch.manual_seed(0)
+    layout = Nf4(64, 4096, torch.bfloat16)
+    parts = quantize(matrix(64, 4096, torch.bfloat16), layout)
+    x, n = torch.randn(64, 4096).bfloat16(), dequantize(parts, layout).float().norm(dim=1)
+    at_one, above = (
+        adapted_linear(x, parts, None, None, n * g, n, None, scaling=1.0, layout=layout).double()
+        for g in (1, 1.001)
+    )
+    assert ((above * at_one).sum() / (at_one * at_one).sum() - 1).item() == pytest.approx(1e-3, rel=0.25)
+    assert torch.equal(at_one, (x @ dequantize(parts, layout).t()).double())
 
 
 def test_no_dense_copy_is_kept_for_the_backward():
