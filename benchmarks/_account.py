@@ -99,7 +99,7 @@ class Shape:
             "saved_per_token": kept,
             "between_per_token": kept,
             "between_fixed_bytes": with_states,
-            "step_peak_per_token": kept + 4 * self.intermediate,  # a CPU widens a layer's input to fp32
+            "step_peak_per_token": kept,
             "step_peak_fixed_bytes": with_states + gathered + self.dense,
         }
 
