@@ -9,7 +9,8 @@ GPU_PYTHON = $(if $(wildcard $(STAMP)),.venv/bin/python,$(PYTHON))
 else
 GPU_PYTHON = $(PYTHON)
 endif
-BENCHMARKS = $(filter-out benchmarks/gpu.py benchmarks/_%,$(wildcard benchmarks/*.py))
+# Of the others, strategy_memory and block_memory take several minutes each, and gpu.py is `make gpu`.
+BENCHMARKS = $(patsubst %,benchmarks/%.py,step_time memory layer norm_time step_profile)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test lint format gpu bench clean
@@ -54,7 +55,7 @@ format: $(STAMP) ## format the code and mend what ruff can
 gpu: ## run the GPU tests and benchmarks with a Python that has torch; installs nothing
 	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
-bench: $(STAMP) ## run the benchmarks that need no GPU, and renew the tables of README and docs
+bench: $(STAMP) ## run a five-minute selection of the benchmarks, and renew the tables of README and docs
 	@for script in $(BENCHMARKS); do echo "$$script"; .venv/bin/python "$$script" $(ARGS) || exit; done
 	.venv/bin/python benchmarks/_tables.py
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dora_dist.config import RunConfig
+from dora_dist.loss import _CHUNK_BYTES, _LEAST_ROWS
 
 Terms = dict[str, float]
 _READ = 17 << 20  # scratch while 2^20 weights are quantized: three fp32 copies, codes of 4 bytes and of 1
@@ -66,18 +67,17 @@ class Shape:
     def head(self) -> int:
         return 2 * self.vocabulary * self.hidden
 
-    def kept_per_token(self, rank: int, masked: bool = False) -> int:
+    def kept_per_token(self, rank: int) -> int:
         """What one block keeps from its forward for its backward.
 
         Per hidden feature: both norms' fp32 input and 16-bit output (12), the outputs of q, o and down (6), what
         attention takes as q and gives (4). Per kv feature: the outputs of k and v (4) and the keys that attention
-        takes (2; with a mask keys and values, for every head). Per intermediate feature: the outputs of gate and
-        up, which SiLU and the product take as they are, SiLU's, and down's input (8). Of each layer x A^T (2 a
-        rank), of each norm and head an fp32 number.
+        takes (2; the values are v's output). Per intermediate feature: the outputs of gate and up, which SiLU and
+        the product take as they are, SiLU's, and down's input (8). Of each layer x A^T (2 a rank), of each norm and
+        head an fp32 number.
         """
-        attended = 4 * self.hidden if masked else 2 * self.kv
         small = 2 * rank * len(self.linears()) + 4 * 2 + 4 * self.heads
-        return 22 * self.hidden + 4 * self.kv + attended + 8 * self.intermediate + small
+        return 22 * self.hidden + 6 * self.kv + 8 * self.intermediate + small
 
     def counted(self, rank: int, ranks: int) -> Terms:
         """What one rank of `ranks` should hold of this shape, where everything is sharded: named as measured."""
@@ -106,7 +106,7 @@ class Shape:
 
 NORMS = "norms"
 RECEIVED = ("gathered: own rows, from the host", "gathered: as received")
-MOMENTS = ("head, forward", "loss", "head, backward", "a block, backward", NORMS)
+MOMENTS = ("head and loss, forward", "head, backward", "a block, backward", NORMS)
 SHAPE_70B = Shape(hidden=8192, intermediate=28672, layers=80, heads=64, kv_heads=8, vocabulary=128256)
 
 
@@ -115,7 +115,7 @@ def account(shape: Shape, config: RunConfig, ranks: int) -> dict[str, Any]:
     memory, and what each GPU holds in the moments that may be its fullest."""
     rank, rows, length = config.dora.rank, config.train.micro_batch_size, config.data.seq_len
     host = host_terms(shape, rank, ranks)
-    gpu, doubled = (gpu_terms(shape, config, ranks, rows, size) for size in (length, 2 * length))
+    gpu, doubled = (gpu_terms(shape, config, ranks, rows * size) for size in (length, 2 * length))
     return {
         "settings": {"ranks": ranks, "tokens": rows * length, "rank": rank, **asdict(shape)},
         "host": host,
@@ -149,30 +149,29 @@ def host_terms(shape: Shape, rank: int, ranks: int) -> dict[str, Terms]:
     return terms
 
 
-def gpu_terms(shape: Shape, config: RunConfig, ranks: int, rows: int, length: int) -> dict[str, Terms]:
-    """Term -> moment -> bytes on each GPU, for `rows` of `length` tokens. A group (block, embedding, head) that is
+def gpu_terms(shape: Shape, config: RunConfig, ranks: int, tokens: int) -> dict[str, Terms]:
+    """Term -> moment -> bytes on each GPU. A group (block, embedding, head) that is
     gathered costs its own rows copied from the host, the buffer that all ranks' rows arrive in, and the parameters
     copied out of it."""
-    rank, tokens = config.dora.rank, rows * length
+    rank = config.dora.rank
     block, head, V, H = shape.block(rank), shape.head, shape.vocabulary, shape.hidden
     trained = sum(shape.parts(rank)["trained"]) * shape.layers
     norms = 4 * shape.layers * sum(out for out, _ in shape.linears().values())
     factors = 4 * rank * shape.layers * sum(columns for _, columns in shape.linears().values())
-    masked, accumulates = config.data.packing, config.train.accumulation > 1
-    in_use, forward, loss, backward, recompute = MOMENTS[:-1], *MOMENTS[:-1]
+    accumulates = config.train.accumulation > 1
+    in_use, forward, backward, recompute = MOMENTS[:-1], *MOMENTS[:-1]
+    chunk = min(tokens, max(_CHUNK_BYTES // (4 * V), _LEAST_ROWS))
     terms: dict[str, Terms] = {
         "norms of all layers, fp32": dict.fromkeys(MOMENTS, norms),
         "gradients of A, B and m, whole, until the last micro-batch": dict.fromkeys(in_use, trained * accumulates),
         "checkpoints: each block's input": dict.fromkeys(in_use, 2 * shape.layers * H * tokens),
-        "the mask of packed rows, as bool and in 16 bits": dict.fromkeys(in_use, 3 * rows * length**2 * masked),
-        "the final norm's input, 16-bit and fp32": dict.fromkeys((forward, loss, backward), 6 * H * tokens),
+        "the final norm's input, 16-bit and fp32": dict.fromkeys((forward, backward), 6 * H * tokens),
         RECEIVED[0]: {forward: head / ranks, backward: head / ranks, recompute: block / ranks},
         RECEIVED[1]: {forward: head + block, backward: head, recompute: block},
         "gathered: copied out": {forward: head, backward: head, recompute: block},
-        "logits, 16-bit; in the loss three times in fp32": {
-            forward: 2 * V * tokens, loss: 12 * V * tokens, backward: 2 * V * tokens,
-        },
-        "kept by the block that recomputes": {recompute: shape.kept_per_token(rank, masked) * tokens},
+        "logits of a chunk and their gradient, 16-bit and fp32": {forward: 12 * V * chunk},
+        "the gradient of the head's input, 16-bit": dict.fromkeys((forward, backward), 2 * H * tokens),
+        "kept by the block that recomputes": {recompute: shape.kept_per_token(rank) * tokens},
         "the largest layer's weight, dequantized": {recompute: shape.dense},
         "gradients inside the block, 16-bit and fp32": {recompute: 12 * shape.intermediate * tokens},
         "the block's gradients of A, B and m, whole, sent and received": {

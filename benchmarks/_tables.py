@@ -99,7 +99,7 @@ def folded() -> str:
     """One row per device and case of layer.py: the two ways to apply the ratio over a 4-bit weight."""
     ways = ("qdora", "qdora, ratio apart")
     lines = [
-        "| a layer, forward and backward | time, on the scales / apart | QDoRA / QLoRA | error of y, dx, dm | apart |",
+        "| a layer, forward and backward | time, on scales / apart | QDoRA / QLoRA | error of y, dx, dm | apart |",
         "|---|---|---|---|---|",
     ]
     for case, record in records("layer"):

@@ -27,6 +27,9 @@ PYTEST = [
     "-m",
     "gpu",
     "tests/test_gpu.py",
+    "tests/test_kernels.py",
+    "tests/test_attention.py",
+    "tests/test_host_waits.py",
 ]
 
 
@@ -61,6 +64,12 @@ def commands(out: Path | None) -> dict[str, list[str]]:
         "step, rank 16": step,
         "step, rank 384": [*step, "--rank", "384"],
         "step, rank 16, activation checkpointing": [*step, "--checkpointing"],
+        "step, 4-bit": [*step, "--four-bit"],
+        "step, compiled": [*step, "--compile"],
+        "memory": ["benchmarks/memory.py", *shared],
+        "memory, activation checkpointing": ["benchmarks/memory.py", *shared, "--checkpointing"],
+        "memory, 4-bit": ["benchmarks/memory.py", *shared, "--four-bit"],
+        "profile": ["benchmarks/step_profile.py", *shared],
         "layer": ["benchmarks/layer.py", *shared, "--dtypes", "bfloat16"],
         "norms": ["benchmarks/norm_time.py", *shared],
         "norms, rank 384": ["benchmarks/norm_time.py", *shared, "--rank", "384"],

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.adapter import check_adapter_files, load_adapter
+from dora_dist.attention import has_windows
 from dora_dist.backends.fsdp import Fsdp
 from dora_dist.backends.process import Processes
 from dora_dist.backends.replicated import Ddp, Single
@@ -27,6 +28,7 @@ from dora_dist.deepspeed_config import Sizes, deepspeed_config
 from dora_dist.engine import Engine
 from dora_dist.errors import UserError
 from dora_dist.inject import inject_dora
+from dora_dist.loss import HeadLoss, attach_head_loss, has_plain_logits
 from dora_dist.norms import attach_norm_refresh, initialize_adapters
 from dora_dist.optim import LossScale, make_optimizer, optimizer_class
 from dora_dist.pack import pack_linears
@@ -53,6 +55,7 @@ class Blueprint:
     model: nn.Module
     files: SafetensorsFiles | None  # None: random weights
     head: tuple[str, ...]  # a classifier's head: its modules outside the base model, trained in full
+    head_loss: HeadLoss | None = None  # a causal model's, where the loss may take the logits' place
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Built:
     engine: Engine
     shards: Shards
     optimizer: torch.optim.Optimizer
+    head_loss: HeadLoss | None = None  # see Blueprint
 
 
 def resolve_model(path: str) -> Path:
@@ -106,13 +110,15 @@ def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1) -> B
         if quantized:
             files.hold_four_bit(find_four_bit(files))
         check_shapes(files, model)
-    head = _classifier_head(model) if config.model.task == "sequence_classification" else ()
+    causal = config.model.task == "causal_lm"
+    plain_logits = causal and has_plain_logits(model)
+    head = () if causal else _classifier_head(model)
     saved = [*config.dora.modules_to_save, *(h for h in head if h not in config.dora.modules_to_save)]
     inject_dora(model, replace(config.dora, modules_to_save=saved))
     if config.quant.scheme == "nf4":
         split = world_size if config.parallel.strategy == "zero3" else 1
         pack_linears(model, config.quant, split, files.block_sizes() if files is not None else {})
-    return Blueprint(config, model, files, head)
+    return Blueprint(config, model, files, head, attach_head_loss(model) if plain_logits else None)
 
 
 def choose_strategy(config: RunConfig, model: nn.Module, processes: Processes) -> Strategy:
@@ -154,9 +160,13 @@ def build(blueprint: Blueprint, strategy: Strategy) -> Built:
     if config.dora.init_from is not None:
         load_adapter(model, config.dora.init_from, shards)
     attach_norm_refresh(model, None, shards)  # the training loop refreshes, and times it
+    if config.train.compile:
+        for block in blocks(model):
+            block.compile()
     optimizer = make_optimizer(model, config.train)
     loss_scale = LossScale(active=config.model.dtype == "float16")
-    return Built(model, strategy.engine(model, optimizer, config.train, loss_scale), shards, optimizer)
+    engine = strategy.engine(model, optimizer, config.train, loss_scale)
+    return Built(model, engine, shards, optimizer, blueprint.head_loss)
 
 
 @torch.no_grad()
@@ -255,8 +265,7 @@ def _check_model(config: RunConfig, model: nn.Module) -> None:
             f"model.task: causal_lm does not fit {hf_config.architectures[0]}, which sees the tokens it predicts; "
             "sequence_classification does"
         )
-    windows = [getattr(hf_config, "sliding_window", None), *(getattr(hf_config, "layer_types", None) or ())]
-    if config.data.packing and any(w for w in windows if w != "full_attention"):
+    if config.data.packing and has_windows(hf_config):
         raise UserError(f"data.packing: {type(model).__name__} has windowed attention, which packing would undo")
 
 

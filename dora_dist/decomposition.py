@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from dora_dist import kernels
 from dora_dist.quant import Nf4, PackedMatrix
 
 # Scratch of the passes over a weight: on a CPU what its caches hold, on a GPU few launches. Fewer rows than these
@@ -42,11 +43,13 @@ def squared_norms(
 ) -> Tensor:
     """Squared norms of V = M + s L U, accumulated in fp32 by tiles of rows: [N] for `dim` 0, [K] for `dim` 1.
 
-    V is never held whole: the scratch is one tile of 1 MB (8 MB on a GPU) or 48 rows, and the same rows of a 4-bit
-    M. `device` is where to compute when M lies elsewhere (offloaded weights). Direct sums, not the factored form,
-    which cancels (docs/math.md).
+    V is never held whole. On a GPU a kernel has it in registers; else the scratch is one tile of 1 MB (8 MB for
+    fp64 on a GPU) or 48 rows, and the same rows of a 4-bit M. `device` is where to compute when M lies elsewhere
+    (offloaded weights). Direct sums, not the factored form, which cancels (docs/math.md).
     """
     device = device or M_NK.device
+    if M_NK.device == device and kernels.available(device, M_NK.dtype):
+        return kernels.squared_norms(M_NK, L_NR, U_RK, scaling, dim)
     dtype = wide_dtype(M_NK.dtype)
     out = torch.zeros(M_NK.shape[dim], dtype=dtype, device=device)
     if L_NR is not None and U_RK is not None:

@@ -18,55 +18,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from dora_dist.decomposition import norm_ratio, row_tiles, wide_dtype
+from dora_dist import kernels
+from dora_dist.decomposition import norm_ratio, wide_dtype
+from dora_dist.products import add_low_rank_dx, dense, dropped, low_rank_dz, low_rank_grads, mm_wide_left, wide_mm
 from dora_dist.quant import Nf4, dequantize
 
-
-def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for operands of one dtype, the result not rounded to 16 bits: fp32 for bf16 and fp16."""
-    if a.dtype == wide_dtype(a.dtype):
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
-    a = a.float()
-    for cols in row_tiles(b.t(), torch.float32, b.device):  # CPUs have no such product: widen b tile by tile
-        out[:, cols] = a @ b[:, cols].float()
-    return out
-
-
-def _mm_wide_left(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32 for an fp32 a and a 16-bit b that must not be widened whole: a goes in as two 16-bit parts,
-    its rounding and the rest, which together keep twice the digits."""
-    if b.dtype == a.dtype:
-        return a @ b
-    high = a.to(b.dtype)
-    return _wide_mm(high, b).add_(_wide_mm((a - high).to(b.dtype), b))
-
-
-def _dropped(x_TI: Tensor, keep_TI: Tensor | None, keep_scale: float) -> Tensor:
-    """The low-rank path's input after dropout."""
-    return x_TI if keep_TI is None else x_TI * keep_TI * keep_scale
-
-
-def _low_rank_grads(
-    dh_TO: Tensor, x_kept_TI: Tensor, z_TR: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """From dh, the gradient at the low-rank product's output: dA, dB in fp32, and dz_TR."""
-    dz_TR = (dh_TO @ B_OR.to(dh_TO.dtype)).mul_(scaling)
-    dA_RI = _wide_mm(dz_TR.t(), x_kept_TI).to(A_RI.dtype)
-    # z^T dh rather than dh^T z: BLAS libraries are up to twice as fast with the long matrix on the right.
-    dB_OR = _wide_mm(z_TR.t(), dh_TO).t().mul(scaling).to(B_OR.dtype)
-    return dA_RI, dB_OR, dz_TR
-
-
-def _add_low_rank_dx(
-    dx_TI: Tensor, dz_TR: Tensor, A_RI: Tensor, keep_TI: Tensor | None, keep_scale: float
-) -> None:
-    if keep_TI is None:
-        dx_TI.addmm_(dz_TR.to(dx_TI.dtype), A_RI.to(dx_TI.dtype))
-    else:
-        dx_TI.add_(_dropped(dz_TR @ A_RI.to(dz_TR.dtype), keep_TI, keep_scale))
+_LEAST_RATIO = {torch.float16: 1e-4, torch.float64: 1e-100}  # else 1e-20: as far as exponents reach
 
 
 def _magnitude_grads(
@@ -78,10 +35,17 @@ def _magnitude_grads(
     return dm, -norm_ratio(magnitude, norm) * dm if needs_dn else None
 
 
-def _dense(parts: Sequence[Tensor], layout: Nf4 | None, transposed: bool) -> Tensor:
-    """W_IO of a weight that is stored dense (one part) or in 4 bits. Only the parts are kept for the backward."""
-    weight = parts[0] if layout is None else dequantize(parts, layout)
-    return weight if transposed else weight.t()
+def _nonzero_ratio(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """m / n, kept so far from zero that an output of `dtype` multiplied by it can be divided by it again."""
+    ratio, least = norm_ratio(magnitude, norm), _LEAST_RATIO.get(dtype, 1e-20)
+    return torch.where(ratio.abs() < least, least, ratio)
+
+
+def _output_magnitude_grads(
+    total_O: Tensor, m_O: Tensor, n_O: Tensor, dtype: torch.dtype, needs_dn: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dm and dn from sum_T(dy * g h) with an output of `dtype`."""
+    return _magnitude_grads(total_O / _nonzero_ratio(m_O, n_O, dtype), m_O, n_O, needs_dn)
 
 
 class _FrozenLinear(Function):
@@ -89,7 +53,7 @@ class _FrozenLinear(Function):
 
     @staticmethod
     def forward(ctx, x_TI, bias, transposed, layout, *parts):
-        W_IO = _dense(parts, layout, transposed)
+        W_IO = dense(parts, layout, transposed)
         ctx.save_for_backward(*parts)
         ctx.transposed, ctx.layout = transposed, layout
         return x_TI @ W_IO if bias is None else torch.addmm(bias, x_TI, W_IO)
@@ -98,7 +62,7 @@ class _FrozenLinear(Function):
     @once_differentiable
     def backward(ctx, dy_TO):
         dx_TI = (
-            dy_TO @ _dense(ctx.saved_tensors, ctx.layout, ctx.transposed).t() if ctx.needs_input_grad[0] else None
+            dy_TO @ dense(ctx.saved_tensors, ctx.layout, ctx.transposed).t() if ctx.needs_input_grad[0] else None
         )
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[1] else None
         return dx_TI, dbias, *[None] * (2 + len(ctx.saved_tensors))
@@ -109,9 +73,9 @@ class _LoraLinear(Function):
 
     @staticmethod
     def forward(ctx, x_TI, A_RI, B_OR, bias, keep_TI, keep_scale, scaling, transposed, layout, *parts):
-        W_IO = _dense(parts, layout, transposed)
+        W_IO = dense(parts, layout, transposed)
         y_TO = x_TI @ W_IO if bias is None else torch.addmm(bias, x_TI, W_IO)
-        z_TR = _dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
+        z_TR = dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
         y_TO.addmm_(z_TR, B_OR.t().to(y_TO.dtype), alpha=scaling)
         ctx.save_for_backward(x_TI, A_RI, B_OR, z_TR, keep_TI, *parts)
         ctx.keep_scale, ctx.scaling, ctx.transposed, ctx.layout = keep_scale, scaling, transposed, layout
@@ -121,12 +85,13 @@ class _LoraLinear(Function):
     @once_differentiable
     def backward(ctx, dy_TO):
         x_TI, A_RI, B_OR, z_TR, keep_TI, *parts = ctx.saved_tensors
-        x_kept_TI = _dropped(x_TI, keep_TI, ctx.keep_scale)
-        dA_RI, dB_OR, dz_TR = _low_rank_grads(dy_TO, x_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
+        x_kept_TI = dropped(x_TI, keep_TI, ctx.keep_scale)
+        dz_TR = low_rank_dz(dy_TO, B_OR, ctx.scaling)
+        dA_RI, dB_OR = low_rank_grads(dy_TO, dz_TR, x_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
         dx_TI = None
         if ctx.needs_input_grad[0]:
-            dx_TI = dy_TO @ _dense(parts, ctx.layout, ctx.transposed).t()
-            _add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
+            dx_TI = dy_TO @ dense(parts, ctx.layout, ctx.transposed).t()
+            add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[3] else None
         return dx_TI, dA_RI, dB_OR, dbias, *[None] * (5 + len(parts))
 
@@ -134,64 +99,87 @@ class _LoraLinear(Function):
 class _DoraOut(Function):
     """y_TO = g_O * h_TO + bias with h = x W^T + s (drop(x) A^T) B^T and g = m / n per output feature.
 
-    Keeps x, z, the dropout mask and h (16-bit where x is): dm = sum_T(dy * h) / n needs h, and deriving it from y
-    would divide by m and lose small outputs beside large biases.
+    Keeps x, z, the dropout mask and g h, which is the output itself where there is no bias and which most models
+    keep anyway: dm = sum_T(dy * g h) / (g n). So that g h can be divided by g, g is kept away from zero, by far
+    less than y's dtype resolves.
     """
 
     @staticmethod
     def forward(ctx, x_TI, A_RI, B_OR, m_O, n_O, bias, keep_TI, keep_scale, scaling, transposed, layout, *parts):
-        h_TO = _wide_mm(x_TI, _dense(parts, layout, transposed))
+        product_TO = wide_mm(x_TI, dense(parts, layout, transposed))
         z_TR = None
         if A_RI is not None:
-            z_TR = _dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
-            h_TO.addmm_(z_TR.to(h_TO.dtype), B_OR.t().to(h_TO.dtype), alpha=scaling)
-        g_O = norm_ratio(m_O, n_O)
-        y_TO = torch.empty_like(h_TO, dtype=x_TI.dtype)  # rounded as it is written: no wide y
-        if bias is None:
-            torch.mul(h_TO, g_O, out=y_TO)
-        else:
-            torch.addcmul(bias.to(h_TO.dtype), h_TO, g_O, out=y_TO)
-        needs_h = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        kept_h_TO = h_TO.to(x_TI.dtype) if needs_h else None
-        ctx.save_for_backward(x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, kept_h_TO, *parts)
+            z_TR = dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
+        g_O = _nonzero_ratio(m_O, n_O, x_TI.dtype)
+        y_TO, gh_TO = _composed(product_TO, z_TR, B_OR, g_O, bias, scaling, x_TI.dtype)
+        ctx.save_for_backward(x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, gh_TO, *parts)
         ctx.keep_scale, ctx.scaling, ctx.transposed, ctx.layout = keep_scale, scaling, transposed, layout
         return y_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TO):
-        x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, h_TO, *parts = ctx.saved_tensors
-        dA_RI = dB_OR = dm_O = dn_O = dx_TI = dz_TR = None
-        if h_TO is not None:
-            total_O = torch.sum(dy_TO.to(n_O.dtype) * h_TO, dim=0)
-            dm_O, dn_O = _magnitude_grads(total_O, m_O, n_O, ctx.needs_input_grad[4])
-        dh_TO = torch.mul(dy_TO, norm_ratio(m_O, n_O), out=torch.empty_like(dy_TO))
-        if A_RI is not None:
-            x_kept_TI = _dropped(x_TI, keep_TI, ctx.keep_scale)
-            dA_RI, dB_OR, dz_TR = _low_rank_grads(dh_TO, x_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
+        x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, gh_TO, *parts = ctx.saved_tensors
+        dA_RI = dB_OR = dx_TI = None
+        dh_TO, dz_TR, total_O = _decomposed(dy_TO, gh_TO, B_OR, norm_ratio(m_O, n_O), ctx.scaling)
+        dm_O, dn_O = _output_magnitude_grads(total_O, m_O, n_O, dy_TO.dtype, ctx.needs_input_grad[4])
+        if dz_TR is not None:
+            x_kept_TI = dropped(x_TI, keep_TI, ctx.keep_scale)
+            dA_RI, dB_OR = low_rank_grads(dh_TO, dz_TR, x_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
         if ctx.needs_input_grad[0]:
-            dx_TI = dh_TO @ _dense(parts, ctx.layout, ctx.transposed).t()
+            dx_TI = dh_TO @ dense(parts, ctx.layout, ctx.transposed).t()
             if dz_TR is not None:
-                _add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
+                add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
         return dx_TI, dA_RI, dB_OR, dm_O, dn_O, dbias, *[None] * (5 + len(parts))
 
 
+def _composed(
+    product_TO: Tensor,
+    z_TR: Tensor | None,
+    B_OR: Tensor | None,
+    g_O: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """y = g h + bias and g h, of `dtype`, with h = x W^T + s z B^T; one tensor where there is no bias.
+    `product_TO`, x W^T, may be overwritten."""
+    if kernels.available(product_TO.device, product_TO.dtype):
+        return kernels.compose(product_TO, z_TR, B_OR, g_O, bias, scaling, dtype)
+    if z_TR is not None and B_OR is not None:
+        product_TO.addmm_(z_TR.to(product_TO.dtype), B_OR.t().to(product_TO.dtype), alpha=scaling)
+    wide_TO = product_TO.mul_(g_O)
+    gh_TO = wide_TO.to(dtype)
+    return gh_TO if bias is None else torch.add(wide_TO, bias, out=torch.empty_like(gh_TO)), gh_TO
+
+
+def _decomposed(
+    dy_TO: Tensor, gh_TO: Tensor, B_OR: Tensor | None, g_O: Tensor, scaling: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """dh = g dy in dy's dtype, dz = s dh B, and sum_T(dy * g h)."""
+    if kernels.available(dy_TO.device, dy_TO.dtype):
+        dh_TO, dz_TR, total_O = kernels.backward(dy_TO, gh_TO, B_OR, g_O, scaling)
+        assert total_O is not None
+        return dh_TO, None if dz_TR is None else dz_TR.to(dy_TO.dtype), total_O
+    wide_TO = dy_TO.to(g_O.dtype) * gh_TO
+    total_O = torch.sum(wide_TO, dim=0)
+    dh_TO = torch.mul(dy_TO, g_O, out=wide_TO if wide_TO.dtype == dy_TO.dtype else torch.empty_like(dy_TO))
+    dz_TR = None if B_OR is None else low_rank_dz(dh_TO, B_OR, scaling)
+    return dh_TO, dz_TR, total_O
+
+
 class _DoraOutFolded(Function):
     """As _DoraOut, over a bf16 W that is stored in 4 bits: the ratio rides on the scales of W's rows and on B's
-    rows, so that no [T, O] tensor is multiplied by it, nor held in fp32.
-
-    Keeps x, z, the dropout mask and y before the bias: dm = sum_T(dy * y) / (g n). So that y can be divided by g,
-    g is kept a millionth away from zero, far less than what bf16 resolves beside a ratio of 1.
-    """
+    rows, so that no [T, O] tensor is multiplied by it, nor held in fp32."""
 
     @staticmethod
     def forward(ctx, x_TI, A_RI, B_OR, m_O, n_O, bias, keep_TI, keep_scale, scaling, layout, *parts):
-        g_O = _away_from_zero(norm_ratio(m_O, n_O))
+        g_O = _nonzero_ratio(m_O, n_O, x_TI.dtype)
         y_TO = x_TI @ dequantize(parts, layout, g_O).t()
         z_TR = None
         if A_RI is not None:
-            z_TR = _dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
+            z_TR = dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
             y_TO.addmm_(z_TR, (g_O[:, None] * B_OR).t().to(y_TO.dtype), alpha=scaling)
         ctx.save_for_backward(x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, y_TO, *parts)
         ctx.keep_scale, ctx.scaling, ctx.layout = keep_scale, scaling, layout
@@ -202,24 +190,21 @@ class _DoraOutFolded(Function):
     def backward(ctx, dy_TO):
         x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, y_TO, *parts = ctx.saved_tensors
         dA_RI = dB_OR = dx_TI = dz_TR = None
-        g_O = _away_from_zero(norm_ratio(m_O, n_O))
-        total_O = torch.sum(dy_TO.to(n_O.dtype) * y_TO, dim=0).div_(g_O)
-        dm_O, dn_O = _magnitude_grads(total_O, m_O, n_O, ctx.needs_input_grad[4])
+        g_O = _nonzero_ratio(m_O, n_O, x_TI.dtype)
+        total_O = torch.sum(dy_TO.to(n_O.dtype) * y_TO, dim=0)
+        dm_O, dn_O = _output_magnitude_grads(total_O, m_O, n_O, dy_TO.dtype, ctx.needs_input_grad[4])
         if A_RI is not None:
-            x_kept_TI = _dropped(x_TI, keep_TI, ctx.keep_scale)
+            x_kept_TI = dropped(x_TI, keep_TI, ctx.keep_scale)
             gB_OR = g_O[:, None] * B_OR
-            dA_RI, dB_OR, dz_TR = _low_rank_grads(dy_TO, x_kept_TI, z_TR, A_RI, gB_OR, ctx.scaling)
+            dz_TR = low_rank_dz(dy_TO, gB_OR, ctx.scaling)
+            dA_RI, dB_OR = low_rank_grads(dy_TO, dz_TR, x_kept_TI, z_TR, A_RI, gB_OR, ctx.scaling)
             dB_OR.mul_(g_O[:, None])
         if ctx.needs_input_grad[0]:
             dx_TI = dy_TO @ dequantize(parts, ctx.layout, g_O)
             if dz_TR is not None:
-                _add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
+                add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
         return dx_TI, dA_RI, dB_OR, dm_O, dn_O, dbias, *[None] * (4 + len(parts))
-
-
-def _away_from_zero(ratio: Tensor) -> Tensor:
-    return torch.where(ratio.abs() < 1e-6, 1e-6, ratio)
 
 
 class _DoraIn(Function):
@@ -231,10 +216,10 @@ class _DoraIn(Function):
     @staticmethod
     def forward(ctx, x_TI, A_RI, B_OR, m_I, n_I, bias, keep_TI, keep_scale, scaling, transposed, layout, *parts):
         gx_TI = x_TI * norm_ratio(m_I, n_I)
-        y_TO = _mm_wide_left(gx_TI, _dense(parts, layout, transposed))
+        y_TO = mm_wide_left(gx_TI, dense(parts, layout, transposed))
         z_TR = None
         if A_RI is not None:
-            z_TR = _dropped(gx_TI.to(x_TI.dtype), keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
+            z_TR = dropped(gx_TI.to(x_TI.dtype), keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
             y_TO.addmm_(z_TR.to(y_TO.dtype), B_OR.t().to(y_TO.dtype), alpha=scaling)
         if bias is not None:
             y_TO += bias
@@ -248,12 +233,13 @@ class _DoraIn(Function):
         x_TI, A_RI, B_OR, m_I, n_I, z_TR, keep_TI, *parts = ctx.saved_tensors
         g_I = norm_ratio(m_I, n_I)
         dA_RI = dB_OR = None
-        dgx_TI = _wide_mm(dy_TO, _dense(parts, ctx.layout, ctx.transposed).t())
+        dgx_TI = wide_mm(dy_TO, dense(parts, ctx.layout, ctx.transposed).t())
         if A_RI is not None:
             gx_TI = (x_TI * g_I).to(x_TI.dtype)
-            gx_kept_TI = _dropped(gx_TI, keep_TI, ctx.keep_scale)
-            dA_RI, dB_OR, dz_TR = _low_rank_grads(dy_TO, gx_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
-            _add_low_rank_dx(dgx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
+            gx_kept_TI = dropped(gx_TI, keep_TI, ctx.keep_scale)
+            dz_TR = low_rank_dz(dy_TO, B_OR, ctx.scaling)
+            dA_RI, dB_OR = low_rank_grads(dy_TO, dz_TR, gx_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
+            add_low_rank_dx(dgx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
         dm_I, dn_I = _magnitude_grads(torch.sum(dgx_TI * x_TI, dim=0), m_I, n_I, ctx.needs_input_grad[4])
         dx_TI = (dgx_TI * g_I).to(x_TI.dtype) if ctx.needs_input_grad[0] else None
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None

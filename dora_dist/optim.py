@@ -27,9 +27,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         "B": config.lr * (config.lora_plus_ratio or 1.0),
         "other": config.lr,
     }
-    return optimizer_class(config)(
+    made = optimizer_class(config)
+    return made(
         [{"params": params, "lr": rates[kind]} for kind, params in groups.items() if params],
         weight_decay=config.weight_decay,
+        **({"fused": True} if made is torch.optim.AdamW else {}),  # one kernel for all tensors of a group
     )
 
 

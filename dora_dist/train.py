@@ -8,18 +8,20 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_dist.adapter import save_adapter
+from dora_dist.attention import CausalAttention, to_device
 from dora_dist.backends.process import Processes
 from dora_dist.build import Built, Strategy, build, choose_strategy, draw_blueprint, resolve_model
 from dora_dist.config import RunConfig
-from dora_dist.data import GlobalBatch, additive_mask
+from dora_dist.data import GlobalBatch, additive_mask, packed_attention
 from dora_dist.errors import UserError
+from dora_dist.loss import summed_loss, supervised_positions
 from dora_dist.norms import refresh_norms
 from dora_dist.optim import lr_factor
 from dora_dist.progress import RunLog, Stopwatch, peak_memory
@@ -67,6 +69,10 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(built.optimizer, lr_factor(config.train, data.steps))
         self.norm_clock = Stopwatch(self.device)
         self.eager_dtype = getattr(torch, config.model.dtype) if config.model.attention == "eager" else None
+        # Compiled blocks would be compiled anew for each pack's lengths.
+        compiled_packs = config.train.compile and config.data.packing
+        without_mask = data.causal and not compiled_packs and CausalAttention.fits(built.model)
+        self.attention = CausalAttention(built.model) if without_mask else None
 
     def run(self) -> None:
         before = self.evaluate(0)
@@ -98,9 +104,10 @@ class Trainer:
         last = len(batch.micro_batches) - 1
         loss = torch.zeros((), device=self.device)
         for index, micro in enumerate(batch.micro_batches):
-            part = self._loss_sum(engine.module, micro)[0] / batch.targets
-            # Engines average gradients over the ranks; the loss is a sum over them.
-            engine.backward(part * self.processes.world_size, last=index == last)
+            with self._attention_over(micro):  # around the backward, too: it may run the forward again
+                part = self._loss_sum(engine.module, micro)[0] / batch.targets
+                # Engines average gradients over the ranks; the loss is a sum over them.
+                engine.backward(part * self.processes.world_size, last=index == last)
             loss += part.detach()
         grad_norm, taken = engine.step()
         if taken:
@@ -117,7 +124,8 @@ class Trainer:
         self.built.engine.module.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro in self.data.evaluation:
-            totals += torch.stack(self._loss_sum(self.built.model, micro)).double()
+            with self._attention_over(micro):
+                totals += torch.stack(self._loss_sum(self.built.model, micro)).double()
         loss, correct = (self.processes.sum_(totals) / self.data.evaluation.targets).tolist()
         metrics = {"eval_loss": loss} if self.data.causal else {"eval_loss": loss, "eval_accuracy": correct}
         self.log.evaluation(step, metrics)
@@ -145,15 +153,34 @@ class Trainer:
 
     def _loss_sum(self, module: nn.Module, micro: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(summed loss, number right) of one micro-batch; the second of classifiers alone."""
-        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro.items()}
-        targets = inputs.pop("targets" if self.data.causal else "labels")
-        mask = inputs.get("attention_mask")
-        if self.eager_dtype is not None and mask is not None and mask.dim() == 4:
-            inputs["attention_mask"] = additive_mask(mask, self.eager_dtype)
-        logits = module(**inputs).logits.float()
-        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="sum")
-        right = loss.new_zeros(()) if self.data.causal else (logits.argmax(-1) == targets).sum().to(loss.dtype)
-        return loss, right
+        host = dict(micro)
+        targets, lengths = host.pop("targets", None), host.pop("document_lengths", None)
+        inputs = {name: to_device(tensor, self.device) for name, tensor in host.items()}
+        if targets is None:
+            labels = inputs.pop("labels")
+            logits = module(**inputs).logits
+            return summed_loss(logits, labels), (logits.argmax(-1) == labels).sum().float()
+        if lengths is not None and self.attention is None:
+            inputs["attention_mask"] = self._dense_mask(lengths, targets.shape[1])
+        if self.built.head_loss is None:
+            loss = summed_loss(module(**inputs).logits, to_device(targets, self.device))
+        else:
+            positions = supervised_positions(targets)  # of the host's copy, so that nothing waits for the number
+            learned = (positions, targets.flatten()[positions])
+            with self.built.head_loss.of(*(to_device(tensor, self.device) for tensor in learned)):
+                loss = module(**inputs).logits
+        return loss, loss.new_zeros(())
+
+    def _attention_over(self, micro: dict[str, Tensor]) -> AbstractContextManager:
+        if self.attention is None:
+            return nullcontext()
+        lengths = micro.get("document_lengths")
+        documents = None if lengths is None else [[n for n in row if n] for row in lengths.tolist()]
+        return self.attention.over(documents)
+
+    def _dense_mask(self, lengths: Tensor, T: int) -> Tensor:
+        mask = packed_attention(to_device(lengths, self.device), T)
+        return mask if self.eager_dtype is None else additive_mask(mask, self.eager_dtype)
 
     def _start_clock(self, step: int, tokens: int) -> None:
         self._clock = (time.perf_counter(), step, tokens)

@@ -36,6 +36,24 @@ def test_step_time_writes_its_record_beside_others(tmp_path):
         assert ratio["of_medians"] > 0
 
 
+@pytest.mark.parametrize("more", [[], ["--four-bit"]])
+def test_memory_and_profile_write_their_records(tmp_path, more):
+    pytest.importorskip("peft")
+    out = tmp_path / "cpu.json"
+    size = "--hidden 64 --layers 1 --tokens 8 --batch 2 --rank 4 --rounds 1 --device cpu".split() + more
+    run("memory.py", *size, "--out", str(out))
+    run("step_profile.py", *size, "--out", str(out))
+    results = json.loads(out.read_text())
+    ((_, memory),), ((_, found),) = results["memory"].items(), results["step_profile"].items()
+    kept = {name: values["saved_bytes"] for name, values in memory["contenders"].items()}
+    assert set(kept) == {
+        f"{who} {'q' if more else ''}{what}" for who in ("ours", "peft") for what in ("dora", "lora")
+    }
+    ours, theirs = ("ours qdora", "peft qdora") if more else ("ours dora", "peft dora")
+    assert 0 < kept[ours] < kept[theirs]
+    assert found["floor_seconds"] > 0 and found["profile_seconds"]["products"] > 0
+
+
 def test_layer_writes_its_record(tmp_path):
     pytest.importorskip("peft")
     out = tmp_path / "cpu.json"

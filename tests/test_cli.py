@@ -203,7 +203,7 @@ def test_overrides_may_stand_on_both_sides_of_an_option(config, tmp_path):
 
 
 def test_yaml_merge_keys(tmp_path):
-    from dora_dist.config import parse_yaml
+    from dora_dist.schema import parse_yaml
 
     assert parse_yaml("a: &x {b: 1}\nc: {<<: *x, d: 2}") == {"a": {"b": 1}, "c": {"b": 1, "d": 2}}
 

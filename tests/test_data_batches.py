@@ -172,11 +172,12 @@ def test_pack():
 
 
 def test_packed_attention():
-    mask = packed_attention(torch.tensor([[0, 0, 1, -1, -1]]))
-    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+    mask = packed_attention(torch.tensor([[2, 1, 0], [1, 1, 3]]), 5)
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
     assert mask.dtype == torch.bool
     assert mask[0, 0].int().tolist() == expected
-    assert mask.shape == (1, 1, 5, 5)
+    assert mask[1, 0, 2:, 2:].equal(torch.ones(3, 3, dtype=torch.bool).tril())
+    assert mask.shape == (2, 1, 5, 5)
 
 
 def test_packed_positions_and_targets(examples):
@@ -186,6 +187,7 @@ def test_packed_positions_and_targets(examples):
     for b, unit in enumerate(units[:2]):
         lengths = [len(examples[row].ids) for row in unit]
         assert batch["position_ids"][b, : sum(lengths)].tolist() == [p for n in lengths for p in range(n)]
+        assert [n for n in batch["document_lengths"][b].tolist() if n] == lengths
         ends = np.cumsum(lengths) - 1
         assert set(batch["targets"][b, ends].tolist()) == {-100}  # none predicts the next document's first token
 
@@ -224,6 +226,7 @@ def test_packed_losses_equal_those_of_single_rows(examples, name, attention):
     single = list(evaluation(examples, size=1))
     compared = 0
     batch = stream.global_batch(0).micro_batches[0]
+    batch["attention_mask"] = packed_attention(batch.pop("document_lengths"), batch["input_ids"].shape[1])
     if attention == "eager":
         batch["attention_mask"] = additive_mask(batch["attention_mask"], torch.float32)
     for row, unit in enumerate(stream.unit_rows(0)[:2]):
@@ -272,7 +275,7 @@ def test_a_stream_packs(path):
     plan = stream(path, packing=True, world_size=1, micro_batch_size=4)
     batch = plan.global_batch(0)
     micro = batch.micro_batches[0]
-    assert micro["attention_mask"].shape[1:] == (1, micro["input_ids"].shape[1], micro["input_ids"].shape[1])
+    assert micro["document_lengths"].sum() == batch.tokens
     assert batch.targets == int((micro["targets"] != -100).sum())
     assert int((micro["position_ids"] == 0).sum()) > 4  # several documents in a pack
 

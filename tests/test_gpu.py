@@ -12,7 +12,8 @@ from torch import nn
 from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, refresh_norms
 from dora_dist.config import DataConfig, LogConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from dora_dist.decomposition import _SCRATCH_BYTES_GPU, squared_norms
-from dora_dist.functional import _wide_mm, adapted_linear
+from dora_dist.functional import adapted_linear
+from dora_dist.products import wide_mm
 from dora_dist.train import run_training
 
 pytestmark = [
@@ -99,11 +100,11 @@ def check_wide_products(device, dtype):
     want = a.double() @ b.double()
     layouts = [(a, b), (a.t().contiguous().t(), b), (a, b.t().contiguous().t())]
     for left, right in layouts:
-        got = _wide_mm(left, right)
+        got = wide_mm(left, right)
         assert got.dtype == torch.float32
         assert relative(got, want) < 3e-5
     thin = a[:, :16].t().contiguous()  # z^T dh of the gradient of B: few rows, strided both ways
-    assert relative(_wide_mm(thin, a), thin.double() @ a.double()) < 3e-5
+    assert relative(wide_mm(thin, a), thin.double() @ a.double()) < 3e-5
 
 
 @pytest.mark.parametrize("dtype", NARROW)

@@ -55,6 +55,12 @@ STRATEGIES = {
         "offload": {"parallel.strategy": "fsdp", "parallel.cpu_offload": True},
         "checkpointed": {"parallel.strategy": "fsdp", "train.activation_checkpointing": True},
         "packed": {"parallel.strategy": "fsdp", "data.packing": True},
+        "packed-checkpointed": {
+            "parallel.strategy": "fsdp",
+            "data.packing": True,
+            "train.activation_checkpointing": True,
+        },
+        "packed-zero3": {**ZERO3, "data.packing": True, "train.activation_checkpointing": True},
         "zero1": ZERO1,
         "zero2": ZERO2,
         "zero2-offload": {**ZERO2, "parallel.cpu_offload": True},
@@ -63,7 +69,14 @@ STRATEGIES = {
         "zero3-offload": {**ZERO3, "parallel.cpu_offload": True},
         "zero3-checkpointed": {**ZERO3, "train.activation_checkpointing": True},
         "saved": {**ZERO3, "dora.modules_to_save": ["lm_head", "model.norm"]},
+        "saved-ddp": {"parallel.strategy": "ddp", "dora.modules_to_save": ["lm_head", "model.norm"]},
+        "saved-fsdp": {"parallel.strategy": "fsdp", "dora.modules_to_save": ["lm_head", "model.norm"]},
+        "head": {"parallel.strategy": "fsdp", "dora.targets": ["all-linear", "lm_head"]},
+        "head-zero3": {**ZERO3, "dora.targets": ["all-linear", "lm_head"]},
         **nf4(ddp={"parallel.strategy": "ddp"}, fsdp={"parallel.strategy": "fsdp"}, zero2=ZERO2, zero3=ZERO3),
+        **nf4(
+            compiled={"parallel.strategy": "fsdp", "train.compile": True, "train.activation_checkpointing": True}
+        ),
     },
     4: {
         "ddp": {"parallel.strategy": "ddp"},
@@ -84,6 +97,7 @@ BF16 = {"fsdp": {"parallel.strategy": "fsdp"}, "zero1": ZERO1, "zero2": ZERO2, "
 ALONE = {  # what a strategy's reference run shares with it
     "packed": {"data.packing": True},
     "saved": {"dora.modules_to_save": ["lm_head", "model.norm"]},
+    "head": {"dora.targets": ["all-linear", "lm_head"]},
     "nf4": {"quant.scheme": "nf4"},
 }
 

@@ -15,7 +15,7 @@ import torch
 
 from dora_dist.data.encode import Example
 from dora_dist.data.examples import Examples
-from dora_dist.data.packing import pack, packed_attention
+from dora_dist.data.packing import pack
 from dora_dist.errors import UserError
 
 IGNORED = -100  # a target that no loss counts
@@ -57,10 +57,10 @@ class Collate:
     """Makes a micro-batch of units, each a list of examples (one, unless packing).
 
     causal: `input_ids` and `targets` [B, T] int64, `targets` being the id that follows each position (-100:
-    not supervised); with packing also `position_ids` [B, T] and `attention_mask` [B, 1, T, T] bool, see
-    `packing`. Otherwise `input_ids` and `attention_mask` [B, T], `labels` [B] int64, and `token_type_ids` [B,
-    T] where the tokenizer has them. T is the longest unit rounded up to a multiple of 8, at most seq_len;
-    padding is at the right, where causal attention never looks.
+    not supervised); with packing also `position_ids` [B, T] and `document_lengths` [B, D], each row's in their
+    order, then zeros. Otherwise `input_ids` and `attention_mask` [B, T], `labels` [B] int64, and
+    `token_type_ids` [B, T] where the tokenizer has them. T is the longest unit rounded up to a multiple of 8, at
+    most seq_len; padding is at the right, where causal attention never looks.
     """
 
     seq_len: int
@@ -82,20 +82,21 @@ class Collate:
         ids_BT = np.full(shape, self.pad_id, dtype=np.int64)
         targets_BT = np.full(shape, IGNORED, dtype=np.int64)
         positions_BT = np.zeros(shape, dtype=np.int64)
-        documents_BT = np.full(shape, -1, dtype=np.int64)
         for b, unit in enumerate(units):
             start = 0
-            for number, example in enumerate(unit):
+            for example in unit:
                 end = start + len(example.ids)
                 ids_BT[b, start:end] = example.ids
                 targets_BT[b, start : end - 1] = np.where(example.supervised[1:], example.ids[1:], IGNORED)
                 positions_BT[b, start:end] = np.arange(end - start)
-                documents_BT[b, start:end] = number
                 start = end
         batch = {"input_ids": torch.from_numpy(ids_BT), "targets": torch.from_numpy(targets_BT)}
         if self.packing:
             batch["position_ids"] = torch.from_numpy(positions_BT)
-            batch["attention_mask"] = packed_attention(torch.from_numpy(documents_BT))
+            lengths_BD = np.zeros((len(units), max(map(len, units))), dtype=np.int64)
+            for b, unit in enumerate(units):
+                lengths_BD[b, : len(unit)] = [len(example.ids) for example in unit]
+            batch["document_lengths"] = torch.from_numpy(lengths_BD)
         return batch
 
     def _labelled(self, units: Sequence[Sequence[Example]], shape: tuple[int, int]) -> MicroBatch:

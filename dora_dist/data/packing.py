@@ -44,23 +44,20 @@ def pack(lengths: Sequence[int] | np.ndarray, seq_len: int) -> list[list[int]]:
     return packs
 
 
-def packed_attention(documents_BT: torch.Tensor) -> torch.Tensor:
-    """The block-diagonal causal mask of packed sequences.
+def packed_attention(lengths_BD: torch.Tensor, T: int) -> torch.Tensor:
+    """The block-diagonal causal mask of packed sequences, for models that cannot go by lengths (attention.py).
 
     Args:
-        documents_BT: [B, T] the number of each token's document within its pack, -1 for padding.
+        lengths_BD: [B, D] the lengths of the documents in each row of T, in order, then zeros.
 
     Returns:
         [B, 1, T, T] bool, True where the query (dim 2) may attend to the key (dim 3). Padding attends to
-        itself
-        alone: a row of the mask without any True makes the softmax NaN.
+        padding: a row of the mask without any True makes the softmax NaN.
     """
-    T = documents_BT.shape[1]
+    ends_BD = lengths_BD.cumsum(1)
+    documents_BT = (torch.arange(T, device=lengths_BD.device)[:, None] >= ends_BD[:, None, :]).sum(-1)
     same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-    same_BTT &= (documents_BT >= 0)[:, None, :]
-    same_BTT.tril_()
-    same_BTT |= torch.eye(T, dtype=torch.bool)
-    return same_BTT[:, None]
+    return same_BTT.tril_()[:, None]
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
