@@ -55,9 +55,10 @@ format: $(STAMP) ## format the code and mend what ruff can
 gpu: ## run the GPU tests and benchmarks with a Python that has torch; installs nothing
 	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
-bench: $(STAMP) ## run a five-minute selection of the benchmarks, and renew the tables of README and docs
+bench: $(STAMP) ## run a five-minute selection of the benchmarks, and renew the tables and figures
 	@for script in $(BENCHMARKS); do echo "$$script"; .venv/bin/python "$$script" $(ARGS) || exit; done
 	.venv/bin/python benchmarks/_tables.py
+	.venv/bin/python benchmarks/_plots.py
 
 clean: ## remove .venv, caches and build outputs; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

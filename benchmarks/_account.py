@@ -73,8 +73,8 @@ class Shape:
         Per hidden feature: both norms' fp32 input and 16-bit output (12), the outputs of q, o and down (6), what
         attention takes as q and gives (4). Per kv feature: the outputs of k and v (4) and the keys that attention
         takes (2; the values are v's output). Per intermediate feature: the outputs of gate and up, which SiLU and
-        the product take as they are, SiLU's, and down's input (8). Of each layer x A^T (2 a rank), of each norm and
-        head an fp32 number.
+        the product take as they are, SiLU's, and down's input (8). Of each layer x A^T (2 a rank), of each norm
+        and head an fp32 number.
         """
         small = 2 * rank * len(self.linears()) + 4 * 2 + 4 * self.heads
         return 22 * self.hidden + 6 * self.kv + 8 * self.intermediate + small

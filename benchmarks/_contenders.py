@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _results import chosen_device
 from torch import Tensor, nn
 
 from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, refresh_norms
@@ -72,10 +73,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="every contender's blocks by torch.compile")
 
 
-def fill_defaults(args: argparse.Namespace, device: torch.device) -> None:
+def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    """The base model and the rows [batch, tokens + 1] of every step, on the chosen device. Fills up `args`."""
+    device = chosen_device(args.device)
     for name, default in DEFAULTS[device.type].items():
         if getattr(args, name) is None:
             setattr(args, name, default)
+    torch.manual_seed(0)
+    base = make_base(args, device)
+    return base, torch.randint(VOCABULARY, (args.batch, args.tokens + 1), device=device)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a record says of the model."""
+    return {k: v for k, v in vars(args).items() if k not in ("out", "device", "rounds")}
 
 
 def case_name(args: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/strategies.md", "docs/quantization.md")
+PAGES = ("README.md", "docs/strategies.md", "docs/quantization.md", "docs/performance.md")
 BEGIN = "<!-- performance: made by benchmarks/_tables.py -->"
 COLUMNS = {
     "DoRA / PEFT LoRA": "ours dora / peft lora",
@@ -63,7 +63,8 @@ def performance() -> str:
         devices.add(record["device"])
         when = f"torch {versions['torch']}, PEFT {versions['peft']}, {record['date']}"
         about = f"{record['device']}, {case} ({when})"
-        ratios = [record["ratios"].get(key) for key in COLUMNS.values()]
+        found = {key.replace("qdora", "dora").replace("qlora", "lora"): r for key, r in record["ratios"].items()}
+        ratios = [found.get(key) for key in COLUMNS.values()]
         lines.append(
             f"| {about} | " + " | ".join(f"{r['median']:.2f}" if r else "not measured" for r in ratios) + " |"
         )
@@ -93,6 +94,40 @@ def memory() -> str:
             )
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) or "Not measured."
+
+
+def profiles() -> str:
+    """One row per device and case of step_profile.py: the floor of the products, and what each kind takes."""
+    lines = []
+    for case, record in records("step_profile"):
+        kinds = list(record["profile_seconds"])
+        if not lines:
+            heads = ["a step", "floor of its products", "norms by themselves", *kinds]
+            lines = ["| ms | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+        values = [record["step_seconds"], record["floor_seconds"], record["norm_seconds"]]
+        values += [record["profile_seconds"][kind] for kind in kinds]
+        rate = f"{record['product_flops_per_second'] / 1e9:,.0f} GFLOP/s"
+        about = f"{record['device']}, {case}, {rate} (torch {record['versions']['torch']}, {record['date']})"
+        lines.append(f"| {about} | " + " | ".join(f"{value * 1e3:.0f}" for value in values) + " |")
+    return "\n".join(lines) or "Not measured."
+
+
+def kept() -> str:
+    """One row per device and case of memory.py: what autograd keeps between forward and backward."""
+    names = {
+        "ours DoRA": "ours {}dora",
+        "ours LoRA": "ours {}lora",
+        "PEFT DoRA": "peft {}dora",
+        "PEFT LoRA": "peft {}lora",
+    }
+    lines = ["| MB kept for the backward | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for case, record in records("memory"):
+        quant = "q" if record["settings"]["four_bit"] else ""
+        found = [record["contenders"].get(name.format(quant)) for name in names.values()]
+        about = f"{record['device']}, {case} ({record['date']})"
+        cells = " | ".join(f"{values['saved_bytes'] / 1e6:.0f}" if values else "not measured" for values in found)
+        lines.append(f"| {about} | {cells} |")
+    return "\n".join(lines)
 
 
 def folded() -> str:
@@ -200,7 +235,7 @@ def gb(size: float) -> str:
 
 def updated(page: str) -> str:
     """`page` with each table that it has marks for made anew."""
-    for make in (performance, memory, block, host, gpu, folded):
+    for make in (performance, memory, block, host, gpu, folded, profiles, kept):
         begin, end = BEGIN.replace("performance", make.__name__), f"<!-- /{make.__name__} -->"
         if begin in page:
             head, _, rest = page.partition(begin)

@@ -11,16 +11,8 @@ import argparse
 from typing import Any
 
 import torch
-from _contenders import (
-    VOCABULARY,
-    Contender,
-    add_model_arguments,
-    case_name,
-    fill_defaults,
-    make_base,
-    make_contenders,
-)
-from _results import add_arguments, chosen_device, default_path, save
+from _contenders import Contender, add_model_arguments, case_name, make_contenders, prepare, settings_of
+from _results import add_arguments, default_path, save
 from torch import Tensor
 
 BASELINES = ("ours lora", "ours qlora", "peft lora", "peft qlora")
@@ -28,16 +20,13 @@ BASELINES = ("ours lora", "ours qlora", "peft lora", "peft qlora")
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    device = chosen_device(args.device)
-    fill_defaults(args, device)
-    torch.manual_seed(0)
-    base = make_base(args, device)
-    ids = torch.randint(VOCABULARY, (args.batch, args.tokens + 1), device=device)
+    base, ids = prepare(args)
+    device = ids.device
     found: dict[str, dict[str, Any]] = {}
     for name, contender in make_contenders(base, args).items():
         contender.step(ids)  # makes the optimizer's state
         found[name] = {"saved_bytes": saved_bytes(contender, ids), "peak_bytes": peak_bytes(contender, ids)}
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "rounds")}
+    settings = settings_of(args)
     record = {"settings": settings, "contenders": found, "ratios": ratios(found)}
     save(args.out or default_path(device), "memory", case_name(args), device, record)
     print(f"{case_name(args)}: memory of a training step")

@@ -12,16 +12,8 @@ import argparse
 import statistics
 
 import torch
-from _contenders import (
-    VOCABULARY,
-    adapted,
-    add_model_arguments,
-    case_name,
-    fill_defaults,
-    make_base,
-    make_ours,
-)
-from _results import add_arguments, chosen_device, default_path, save
+from _contenders import adapted, add_model_arguments, case_name, make_ours, prepare, settings_of
+from _results import add_arguments, default_path, save
 from step_time import time_once
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -38,11 +30,8 @@ KINDS = {  # an operator belongs to the first kind that a part of its name names
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    device = chosen_device(args.device)
-    fill_defaults(args, device)
-    torch.manual_seed(0)
-    contender = make_ours(make_base(args, device), "dora", args.rank, args.four_bit)
-    ids = torch.randint(VOCABULARY, (args.batch, args.tokens + 1), device=device)
+    base, ids = prepare(args)
+    device, contender = ids.device, make_ours(base, "dora", args.rank, args.four_bit)
     for _ in range(2):
         contender.step(ids)
     seconds = [time_once(lambda: contender.step(ids), device) for _ in range(args.rounds)]
@@ -50,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     rate = product_rate(device, getattr(torch, args.dtype), args.rounds)
     flops = count_flops(contender.model, args.batch * args.tokens, args.checkpointing)
     record = {
-        "settings": {k: v for k, v in vars(args).items() if k not in ("out", "device", "rounds")},
+        "settings": settings_of(args),
         "step_seconds": statistics.median(seconds),
         "norm_seconds": statistics.median(norms),
         "flops": flops,

@@ -18,16 +18,15 @@ from typing import Any
 import torch
 from _contenders import (
     TOLERANCE,
-    VOCABULARY,
     Contender,
     add_model_arguments,
     case_name,
     check_losses,
-    fill_defaults,
-    make_base,
     make_contenders,
+    prepare,
+    settings_of,
 )
-from _results import add_arguments, chosen_device, default_path, ratios, save, spread
+from _results import add_arguments, default_path, ratios, save, spread
 from torch import Tensor
 
 RATIOS = [
@@ -39,17 +38,14 @@ RATIOS = [
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    device = chosen_device(args.device)
-    fill_defaults(args, device)
-    torch.manual_seed(0)
-    base = make_base(args, device)
-    ids = torch.randint(VOCABULARY, (args.batch, args.tokens + 1), device=device)
+    base, ids = prepare(args)
+    device = ids.device
     contenders = make_contenders(base, args)
     losses = {name: contender.loss(ids).item() for name, contender in contenders.items()}
     check_losses(losses, TOLERANCE[base.dtype])
     seconds, memory = measure(contenders, ids, args.rounds)
     record = summarize(seconds, memory, losses)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "rounds")}
+    settings = settings_of(args)
     save(args.out or default_path(device), "step_time", case_name(args), device, {"settings": settings, **record})
     print_table(case_name(args), record)
 
