@@ -26,6 +26,7 @@ def draw(results: dict[str, Any], out: Path) -> None:
             results.get("memory", {}).items()}  # fmt: skip
     bars(left, steps, "time of a training step, our DoRA / ...")
     bars(right, kept, "kept between forward and backward, our DoRA / ...")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     records = [r for script in results.values() for r in script.values()]
     figure.suptitle(f"{records[0]['device']}, torch {records[-1]['versions']['torch']}, {records[-1]['date']}")
     figure.savefig(out, dpi=110)
@@ -43,7 +44,6 @@ def bars(axes: Any, cases: dict[str, dict[str, float]], title: str) -> None:
     axes.set_yticks(range(len(cases)), [case.replace(" tokens", "\ntokens") for case in cases], fontsize=8)
     axes.invert_yaxis()
     axes.set_title(title)
-    axes.legend(loc="lower right", fontsize=8)
 
 
 def found(ratios: dict[str, float], name: str) -> float:

@@ -13,6 +13,7 @@ module, not in an argument: so they reach every model, and every recomputation, 
 Legend: B rows, N heads (M of keys and values), T positions, D features of a head.
 """
 
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,10 +47,12 @@ class CausalAttention:
         """Whether the model runs SDPA through transformers' interface, with transformers' masks, causal over all
         of a row."""
         config = model.config.get_text_config()
+        source = sys.modules[_own_type(model).__module__]
         return (
             model.config._attn_implementation == "sdpa"
             and model._supports_attention_backend
-            and hasattr(sys.modules[_own_type(model).__module__], "create_causal_mask")
+            and hasattr(source, "create_causal_mask")
+            and "allow_is_causal_skip" not in inspect.getsource(source)  # Doge adds to a mask that must be there
             and getattr(config, "is_causal", True)
             and not has_windows(model.config)
         )
@@ -124,10 +127,13 @@ def _attend(
     from transformers.integrations import sdpa_attention
 
     sdpa: Any = sdpa_attention.sdpa_attention_forward
+    if attention_mask is not None or (_packed is not None and options.get("position_bias") is not None):
+        raise RuntimeError(
+            "this model brings a mask of its own to its attention, which would undo causality; train it with "
+            "model.attention: eager and without data.packing"
+        )
     if _packed is None:
-        return sdpa(module, query, key, value, attention_mask, **options)
-    if attention_mask is not None or options.get("position_bias") is not None:
-        raise RuntimeError("this model brings a mask of its own to its attention; train it without data.packing")
+        return sdpa(module, query, key, value, None, **options)
     _packed.used = True
     if _fits_varlen(query, value, options):
         causal = options.get("is_causal")

@@ -6,6 +6,7 @@ Parameters stay on the meta device until they are sharded, so no rank ever holds
 tensor it is reading. Buffers (rotary frequencies) are real from the start: they are computed, not loaded.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -267,6 +268,10 @@ def _check_model(config: RunConfig, model: nn.Module) -> None:
         )
     if config.data.packing and has_windows(hf_config):
         raise UserError(f"data.packing: {type(model).__name__} has windowed attention, which packing would undo")
+    if config.data.packing and "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UserError(
+            f"data.packing: {type(model).__name__} takes no position_ids, by which rows are told apart"
+        )
 
 
 def _auto_class(config: ModelConfig) -> Any:

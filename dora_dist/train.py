@@ -139,15 +139,16 @@ class Trainer:
         texts = []
         for prompt in self.config.log.sample_prompts if self.data.causal else ():
             encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.device)
-            output = model.generate(  # type: ignore[operator]
-                **encoded,
-                max_new_tokens=self.config.log.sample_tokens,
-                do_sample=False,
-                use_cache=True,
-                synced_gpus=self.processes.world_size > 1,
-                pad_token_id=self.data.pad_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
+            with torch.compiler.set_stance("force_eager"):  # graphs for a cache would use up dynamo's limit
+                output = model.generate(  # type: ignore[operator]
+                    **encoded,
+                    max_new_tokens=self.config.log.sample_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                    synced_gpus=self.processes.world_size > 1,
+                    pad_token_id=self.data.pad_id,
+                    eos_token_id=tokenizer.eos_token_id,
+                )
             texts.append(tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
         return texts
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, DogeConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from dora_dist import attention
 from dora_dist.attention import CausalAttention
@@ -147,6 +147,7 @@ def test_which_models_fit():
         (MistralConfig(num_key_value_heads=2, sliding_window=4, **small), False),
         (MistralConfig(num_key_value_heads=2, sliding_window=None, **small), True),
         (Qwen2Config(num_key_value_heads=2, **small), True),
+        (DogeConfig(num_key_value_heads=2, **small), False),  # adds to the causal mask
         (Qwen2Config(num_key_value_heads=2, use_sliding_window=True, max_window_layers=1, **small), False),
     ):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")

@@ -1,11 +1,16 @@
 """torch.compile: a layer is one graph, and computes what it computes without."""
 
+from functools import partialmethod
+
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
+from dora_dist.cli import main
 from dora_dist.layers import AdapterSpec, DoraLinear
 from dora_dist.quant import Nf4
+from dora_dist.train import Trainer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -36,3 +41,32 @@ def test_a_layer_is_one_graph(spec, packed, dtype):
         results.append([y, *grads])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager)
+
+
+def test_sampling_compiles_nothing(tiny_llama, tiny_rows, tmp_path, monkeypatch):
+    """Graphs for a cache's layers, one each, would use up what dynamo keeps: training would run without any."""
+    graphs, seen = [], []
+
+    def counting(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def noted(trainer, sample=Trainer.sample):
+        before = len(graphs)
+        texts = sample(trainer)
+        seen.append((before, len(graphs), len(texts)))
+        return texts
+
+    monkeypatch.setattr(Trainer, "sample", noted)
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=counting))
+    torch.compiler.reset()
+    overrides = [
+        f"model.path={tiny_llama}", "model.dtype=float32", f"data.train={tiny_rows}", "data.seq_len=48",
+        "dora.rank=2", "train.steps=2", "train.compile=true", "parallel.strategy=single",
+        "log.sample_prompts=[alpha]", "log.sample_tokens=3", f"output_dir={tmp_path}",
+    ]  # fmt: skip
+    assert (
+        main(["train", "--config", str(ROOT / "configs" / "quickstart.yaml"), *overrides, "data.eval=null"]) == 0
+    )
+    (first, second) = seen
+    assert first == (0, 0, 1) and second[0] == second[1] > 0
