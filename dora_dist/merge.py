@@ -146,7 +146,9 @@ def _alone(config: RunConfig) -> RunConfig:
         config,
         parallel=ParallelConfig(strategy="single"),
         dora=replace(config.dora, init_from=None),
-        train=replace(config.train, activation_checkpointing=False, eval_every=None, optimizer="adamw"),
+        train=replace(
+            config.train, activation_checkpointing=False, compile=False, eval_every=None, optimizer="adamw"
+        ),
         log=replace(config.log, sample_prompts=[]),
     )
 
