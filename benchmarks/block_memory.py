@@ -52,7 +52,7 @@ from dora_dist.config import (
     load_config,
 )
 from dora_dist.data import GlobalBatch
-from dora_dist.train import Trainer
+from dora_dist.trainer import Trainer
 from dora_dist.weights import packed_layers
 
 RANKS = {"fsdp": 2, "fsdp+cpu_offload": 2, "zero3": 2}

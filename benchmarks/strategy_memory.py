@@ -42,7 +42,7 @@ from dora_dist.config import (
     load_config,
 )
 from dora_dist.data import GlobalBatch
-from dora_dist.train import Trainer
+from dora_dist.trainer import Trainer
 from dora_dist.weights import base_tensors
 
 RANKS = {

@@ -1,4 +1,5 @@
-"""The command line: `dora-dist VERB ...`. Exit status 0: done; 2: the user's mistake, told in one line."""
+"""The command line: `dora-dist VERB ...`. Exit status 0: done; 2: the user's mistake, told in one line;
+75: ended by a signal, with a checkpoint."""
 
 import argparse
 import os
@@ -8,8 +9,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dora_dist.config import load_config
-from dora_dist.errors import UserError
+from dora_dist.errors import Stopped, UserError
 
+STOPPED = 75  # exit status of a run that a signal ended after a checkpoint: EX_TEMPFAIL, try again
 _SECONDS_FOR_RANK_0 = 10
 
 
@@ -39,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.overrides += rest  # those after an option
     try:
         options.run(options)
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr, flush=True)
+        return STOPPED
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             # Rank 0 has the same to say, and when it ends the launcher ends all. Who ended first would silence it;

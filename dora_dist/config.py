@@ -119,6 +119,7 @@ class TrainConfig(Section):
     warmup_steps: int = setting(0, low=0)
     weight_decay: float = setting(0.0, low=0)
     max_grad_norm: float | None = setting(1.0, positive=True)  # None: no clipping
+    max_skipped_steps: int = setting(10, low=0)  # in a row, for gradients that are not finite; then the run ends
     seed: int = setting(0, low=0)
     activation_checkpointing: bool = False
     compile: bool = False  # each block by torch.compile
@@ -151,6 +152,16 @@ class ParallelConfig(Section):
 
 
 @dataclass(frozen=True)
+class CheckpointConfig(Section):
+    section: ClassVar[str] = "checkpoint"
+    every: int | None = setting(None, low=1)  # steps; None: only where a signal ends the run
+    keep: int = setting(2, low=1)  # the newest of them
+    resume: str = "auto"  # the newest in output_dir; none; or the directory of a checkpoint or of a run
+    force: bool = False  # resume although the model, the data or their settings have changed
+    on_failure: Literal["continue", "stop"] = "continue"  # where a checkpoint cannot be written
+
+
+@dataclass(frozen=True)
 class LogConfig(Section):
     section: ClassVar[str] = "log"
     every: int = setting(1, low=1)
@@ -170,6 +181,7 @@ class RunConfig(Section):
     quant: QuantConfig = field(default_factory=QuantConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     output_dir: str = "runs/my-run"
 

@@ -1,7 +1,8 @@
 """One optimizer step: what the training loop asks of an engine, and the engine of the torch strategies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -9,7 +10,10 @@ from torch import Tensor, nn
 
 from dora_dist.config import TrainConfig
 from dora_dist.optim import LossScale
-from dora_dist.shards import Shards
+from dora_dist.shards import Rectangle, Shards
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter, besides the number of its steps."""
 
 
 class Engine(Protocol):
@@ -18,12 +22,30 @@ class Engine(Protocol):
     module: nn.Module
     """What to call for a training forward: the model, or a wrapper around it."""
 
+    loss_scale: LossScale
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add to the gradients, which are averaged over the ranks; `last` of the step's micro-batches."""
 
-    def step(self) -> tuple[Tensor, bool]:
-        """Clip and update. Returns the global gradient norm before clipping, and whether the step was taken (not
-        where fp16 overflowed)."""
+    def step(self) -> Tensor:
+        """Clip and update, on all ranks or, where the gradient is not finite, on none: then nothing changes but
+        the loss scale. Returns the global gradient norm before clipping."""
+
+    def optimizer_state(self, parameter: nn.Parameter) -> "OptimizerState":
+        """What this rank holds of the optimizer's state of a parameter, to read or to write; zeros before the
+        first step."""
+
+    def sum_state_(self, flat: Tensor) -> None:
+        """Sum a vector over the ranks that share one copy of the optimizer's state, in place."""
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """This rank's part of one parameter's state."""
+
+    step: Tensor  # [] fp32: the steps taken
+    moments: Mapping[str, list[Rectangle]]  # fp32, by name, as rectangles of the parameter
+    counts: bool  # in a sum over the ranks: a whole copy does on one of them only
 
 
 class TorchEngine:
@@ -43,19 +65,36 @@ class TorchEngine:
         self.module, self.optimizer, self.shards = module, optimizer, shards
         self.max_grad_norm, self.loss_scale = config.max_grad_norm, loss_scale
         self.device, self.accumulating = device, accumulating
+        self.fused = bool(optimizer.defaults.get("fused"))
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
 
     def backward(self, loss: Tensor, last: bool) -> None:
         with nullcontext() if last else self.accumulating():
             (loss * self.loss_scale.value).backward()
 
-    def step(self) -> tuple[Tensor, bool]:
+    def step(self) -> Tensor:
         grad_norm = self._clip()
-        accepted = self.loss_scale.accepts(grad_norm)
-        if accepted:
-            self.optimizer.step()
+        if self.loss_scale.accepts(grad_norm):
+            if (
+                self.fused
+            ):  # it leaves everything as it is where this is 1, and nobody waits for the device to say so
+                self.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
+                self.optimizer.step()
+            elif torch.isfinite(grad_norm):
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm, accepted
+        return grad_norm
+
+    def optimizer_state(self, parameter: nn.Parameter) -> OptimizerState:
+        state = self.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state |= {name: torch.zeros_like(parameter.detach()) for name in MOMENTS}
+        moments = {name: self.shards.rectangles(state[name]) for name in MOMENTS}
+        return OptimizerState(state["step"], moments, self.shards.counts(parameter))
+
+    def sum_state_(self, flat: Tensor) -> None:
+        self.shards.sum_(flat)
 
     @torch.no_grad()
     def _clip(self) -> Tensor:

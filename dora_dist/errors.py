@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend: the command line prints it as one line and exits with 2."""
+"""The exceptions that the command line turns into one line and an exit status of their own."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """A mistake in a configuration, a file or a call: says which key or file, what is wrong, what is valid."""
+
+
+class Stopped(Exception):
+    """A signal ended the run after a step, with a checkpoint: not an error, but not the end of training either."""
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:

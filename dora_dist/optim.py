@@ -73,15 +73,15 @@ class LossScale:
     step is skipped), doubled after 1000 good ones. Always 1 for other dtypes."""
 
     def __init__(self, active: bool):
-        self.active, self.value, self._good = active, 2.0**14 if active else 1.0, 0
+        self.active, self.value, self.good_steps = active, 2.0**14 if active else 1.0, 0
 
     def accepts(self, grad_norm: Tensor) -> bool:
         if not self.active:
             return True
         finite = bool(torch.isfinite(grad_norm))
-        self._good = self._good + 1 if finite else 0
+        self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.value /= 2
-        elif self._good % 1000 == 0:
+        elif self.good_steps % 1000 == 0:
             self.value *= 2
         return finite

@@ -1,6 +1,7 @@
 """What a run shows and keeps: metrics.jsonl, TensorBoard, wandb, a progress bar. Only rank 0 does any of it."""
 
 import json
+import os
 import resource
 import time
 from contextlib import AbstractContextManager
@@ -19,6 +20,7 @@ from rich.progress import (
 )
 
 from dora_dist.config import LogConfig
+from dora_dist.durable import write_file
 from dora_dist.errors import UserError
 
 
@@ -29,28 +31,41 @@ class RunLog(AbstractContextManager):
     printed for every logged step.
     """
 
-    def __init__(self, config: LogConfig, output_dir: Path, total_steps: int, settings: dict, is_main: bool):
+    def __init__(
+        self,
+        config: LogConfig,
+        output_dir: Path,
+        total_steps: int,
+        settings: dict,
+        is_main: bool,
+        resumed: tuple[int, dict[str, Any]] | None = None,
+    ):
+        """`resumed`: the step after which the run goes on, and the log's `state()` then; None begins anew."""
         self._is_main = is_main
         self._console = Console(highlight=False, quiet=not is_main, soft_wrap=True)
         self._writers: list[Any] = []
         if not is_main:
             return
         self._total = total_steps
+        step, state = resumed if resumed is not None else (0, {})
+        path = output_dir / "metrics.jsonl"
         try:
-            self._metrics = (output_dir / "metrics.jsonl").open("w", encoding="utf-8")
+            if resumed is not None and path.is_file():
+                _cut_back(path, step)
+            self._metrics = path.open("a" if resumed is not None else "w", encoding="utf-8")
         except OSError as error:
             raise UserError(f"output_dir: {str(error.filename)!r} cannot be written: {error.strerror}") from None
         if config.tensorboard:
-            self._writers.append(_TensorBoard(output_dir))
+            self._writers.append(_TensorBoard(output_dir, step))
         if config.wandb:
-            self._writers.append(_Wandb(output_dir, settings))
+            self._writers.append(_Wandb(output_dir, settings, state.get("wandb")))
         columns = ("[bold]{task.description}", "{task.fields[status]}")
         self._bar = Progress(
             TextColumn(columns[0]), BarColumn(), MofNCompleteColumn(), TextColumn(columns[1]),
             TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
             console=self._console, disable=not self._console.is_terminal,
         )  # fmt: skip
-        self._task = self._bar.add_task("training", total=total_steps, status="")
+        self._task = self._bar.add_task("training", total=total_steps, completed=step, status="")
         self._bar.start()
 
     def say(self, text: str = "") -> None:
@@ -62,7 +77,8 @@ class RunLog(AbstractContextManager):
         if not self._is_main:
             return
         self._write(step, metrics)
-        status = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tok/s"
+        loss = "not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
+        status = f"loss {loss}  {metrics['tokens_per_second']:,.0f} tok/s"
         self._bar.update(self._task, completed=step, status=status)
         if not self._console.is_terminal:
             remaining = (self._total - step) * metrics["step_seconds"]
@@ -72,6 +88,15 @@ class RunLog(AbstractContextManager):
         if self._is_main:
             self._write(step, metrics)
             self.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+
+    def flush(self) -> None:
+        """Make what was written last, before a checkpoint that a run may go on from."""
+        if self._is_main:
+            os.fsync(self._metrics.fileno())
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with the same curves."""
+        return {"wandb": next((writer.id for writer in self._writers if isinstance(writer, _Wandb)), None)}
 
     def _write(self, step: int, metrics: dict[str, Any]) -> None:
         self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -86,6 +111,21 @@ class RunLog(AbstractContextManager):
             self._metrics.close()
             for writer in self._writers:
                 writer.close()
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Keep of metrics.jsonl what a run that goes on after `step` does not write again; an evaluation after `step`
+    is repeated. A last line that a killed run left unfinished goes, too."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            metrics = json.loads(line)
+            again = "eval_loss" in metrics and metrics["step"] == step and step > 0
+            if metrics["step"] <= step and not again:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_file(path, "".join(kept).encode())
 
 
 class Stopwatch:
@@ -128,14 +168,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 class _TensorBoard:
-    def __init__(self, output_dir: Path):
+    def __init__(self, output_dir: Path, step: int):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError(
                 "log.tensorboard: the package tensorboard is not installed (pip install tensorboard)"
             ) from None
-        self._writer = SummaryWriter(output_dir / "tensorboard")
+        self._writer = SummaryWriter(output_dir / "tensorboard", purge_step=step + 1 if step else None)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
@@ -146,12 +186,15 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, output_dir: Path, settings: dict):
+    def __init__(self, output_dir: Path, settings: dict, run_id: str | None):
         try:
             import wandb
         except ImportError:
             raise UserError("log.wandb: the package wandb is not installed (pip install wandb)") from None
-        self._run = wandb.init(dir=output_dir, name=output_dir.name, config=settings)
+        self._run = wandb.init(
+            dir=output_dir, name=output_dir.name, config=settings, id=run_id, resume="allow" if run_id else None
+        )
+        self.id: str = self._run.id
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         self._run.log(numbers, step=step)

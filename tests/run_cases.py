@@ -21,7 +21,7 @@ from dora_dist.config import load_config
 from dora_dist.norms import dora_layers
 from dora_dist.progress import RunLog
 from dora_dist.rundata import RunData, load_tokenizer
-from dora_dist.train import Trainer
+from dora_dist.trainer import Trainer
 
 
 def run_case(config, processes: Processes, adapter: Path) -> dict:

@@ -10,7 +10,7 @@ from torch import nn
 from dora_dist.cli import main
 from dora_dist.layers import AdapterSpec, DoraLinear
 from dora_dist.quant import Nf4
-from dora_dist.train import Trainer
+from dora_dist.trainer import Trainer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

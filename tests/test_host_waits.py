@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dora_dist import train
+from dora_dist import trainer as loop
 from dora_dist.backends.process import Processes
 from dora_dist.build import build, choose_strategy, draw_blueprint
 from dora_dist.config import DataConfig, DoraConfig, LogConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
@@ -75,7 +75,7 @@ def make_trainer(model, rows, scratch, packing=False, checkpointing=False, dtype
     strategy = choose_strategy(config, blueprint.model, processes)
     data = RunData(blueprint, load_tokenizer(model), processes)
     log = RunLog(config.log, scratch, data.steps, {}, is_main=False)
-    return train.Trainer(config, build(blueprint, strategy), strategy, data, log)
+    return loop.Trainer(config, build(blueprint, strategy), strategy, data, log)
 
 
 def watched_step(trainer, monkeypatch):
@@ -84,14 +84,14 @@ def watched_step(trainer, monkeypatch):
     batch = trainer.data.plan.global_batch(1)
     counts = [state["step"] for state in trainer.built.optimizer.state.values()]
     watch = Watch([*counts, *(t for micro in batch.micro_batches for t in micro.values())])
-    find = train.supervised_positions
+    find = loop.supervised_positions
 
     def on_the_host(targets):
         assert any(targets is micro["targets"] for micro in batch.micro_batches)
         with torch.utils._python_dispatch._disable_current_modes():
             return find(targets)
 
-    monkeypatch.setattr(train, "supervised_positions", on_the_host)
+    monkeypatch.setattr(loop, "supervised_positions", on_the_host)
     with watch.also_methods(monkeypatch):
         trainer.train_step(batch)
     return watch.reads

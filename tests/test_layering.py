@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dora_dist"
 # Lowest first. A file may import those of the lines above it; files of one line do not import each other.
 LAYERS = [
     ["errors"],
-    ["schema"],
+    ["schema", "durable"],
     ["config"],
     ["quant"],
     ["triton_kernels"],
@@ -25,6 +25,8 @@ LAYERS = [
         "attention",
         "loss",
         "deepspeed_config",
+        "health",
+        "identity",
         "prequantized",
         "backends.process",
     ],
@@ -34,8 +36,9 @@ LAYERS = [
     ["peft_format", "pack"],
     ["adapter"],
     ["build", "progress"],
-    ["rundata", "merge_weights"],
-    ["train", "merge"],
+    ["rundata", "merge_weights", "checkpoint"],
+    ["trainer", "merge"],
+    ["train"],
     ["cli"],
 ]
 OPTIONAL = {"deepspeed", "bitsandbytes", "peft", "datasets", "wandb", "tensorboard", "matplotlib", "lm_eval"}

@@ -102,7 +102,7 @@ def test_materialize_keeps_ties_and_buffers():
 def test_wandb_gets_the_metrics(monkeypatch, tmp_path):
     calls = []
     run = types.SimpleNamespace(
-        log=lambda numbers, step: calls.append((step, numbers)), finish=lambda: calls.append("end")
+        id="run-1", log=lambda numbers, step: calls.append((step, numbers)), finish=lambda: calls.append("end")
     )
     fake = types.SimpleNamespace(init=lambda **settings: calls.append(settings["config"]) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)

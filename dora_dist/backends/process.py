@@ -83,6 +83,12 @@ class Processes:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def agree(self, values: list[int]) -> "Agreement":
+        """Start to take the largest of each value over all ranks; nobody waits before `result()`."""
+        flat = torch.tensor(values)
+        work = dist.all_reduce(flat, dist.ReduceOp.MAX, async_op=True) if self.world_size > 1 else None
+        return Agreement(flat, work)
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -92,6 +98,16 @@ class Processes:
         if dist.is_initialized():
             self.barrier()
             dist.destroy_process_group()
+
+
+class Agreement:
+    def __init__(self, values: Tensor, work: Any):
+        self._values, self._work = values, work
+
+    def result(self) -> list[int]:
+        if self._work is not None:
+            self._work.wait()
+        return self._values.tolist()
 
 
 def _no_meeting(error: RuntimeError, timeout_s: int) -> str:

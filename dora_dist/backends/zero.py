@@ -9,7 +9,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dora_dist.backends.process import Processes
 from dora_dist.config import TrainConfig
-from dora_dist.engine import Engine
+from dora_dist.engine import MOMENTS, Engine, OptimizerState
 from dora_dist.errors import UserError
 from dora_dist.optim import LossScale
 from dora_dist.shards import Rectangle, Shards, Whole, as_matrix, flat_rectangles
@@ -205,15 +205,48 @@ class ZeroEngine:
         self.module.set_gradient_accumulation_boundary(last)
         self.module.backward(loss, scale_wrt_gas=False)
 
-    def step(self) -> tuple[Tensor, bool]:
+    def step(self) -> Tensor:
         self.module.step()
         norm = self.module.get_global_grad_norm()
         grad_norm = torch.as_tensor(norm, dtype=torch.float32).reshape(())
         self.loss_scale.accepts(grad_norm)
-        taken = self.module.was_step_applied()
-        if not taken and not self.loss_scale.active:  # DeepSpeed would go on skipping every step
-            raise RuntimeError("the gradients are infinite or NaN; no adapter was written")
-        return grad_norm, taken
+        return grad_norm
+
+    def optimizer_state(self, parameter: Any) -> OptimizerState:
+        zero = self.module.optimizer
+        flat, own = _state_range(zero, parameter)
+        state = zero.optimizer.state[flat]
+        if not state:
+            state["step"] = torch.zeros((), device=flat.device)
+            state |= {name: torch.zeros_like(flat) for name in MOMENTS}
+        shape = parameter.ds_shape if _is_partitioned(parameter) else parameter.shape
+        moments = {name: flat_rectangles(state[name][own.place], own.start, shape) for name in MOMENTS}
+        return OptimizerState(state["step"], moments, counts=True)
+
+    def sum_state_(self, flat: Tensor) -> None:
+        dist.all_reduce(flat, group=self.module.optimizer.dp_process_group)
+
+
+class _Range(NamedTuple):
+    """A rank's part of one parameter's optimizer state: `place` in a flat vector, `start` in the parameter."""
+
+    place: slice
+    start: int
+
+
+def _state_range(zero: Any, parameter: Any) -> tuple[Tensor, _Range]:
+    """The flat fp32 vector that the optimizer updates on this rank in the place of `parameter` and others."""
+    if _is_partitioned(parameter):
+        group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+        start = dist.get_rank(parameter.ds_process_group) * length
+        held = max(0, min(length, parameter.ds_numel - start))  # the end is padded
+        return zero.fp32_partitioned_groups_flat[group], _Range(slice(offset, offset + held), start)
+    group = next(i for i, owned in enumerate(zero.bit16_groups) if any(p is parameter for p in owned))
+    flat, mapping = zero.single_partition_of_fp32_groups[group], parameter._hp_mapping
+    if mapping is None:  # other ranks hold all of it
+        return flat, _Range(slice(0, 0), 0)
+    place, start = mapping.hp_fragment_address, mapping.lp_fragment_address.start
+    return flat, _Range(slice(place.start, place.start + place.numel), start)
 
 
 def import_deepspeed(processes: Processes) -> Any:

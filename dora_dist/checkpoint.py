@@ -1,0 +1,345 @@
+"""Checkpoints: one format for every strategy and world size, written from shards, whole or not there.
+
+A checkpoint is a directory `step-NNNNNNNN` of safetensors and JSON. Tensors are unsharded and go by the names of
+the parameters, so what one strategy wrote any other reads:
+
+    adapter_model.safetensors, adapter_config.json    the trained tensors: a PEFT adapter
+    optimizer.safetensors                             AdamW's moments and step of each of them
+    rng.safetensors                                   each rank's random state
+    manifest.json                                     sizes, SHA-256, counters, and the run that it belongs to
+
+The frozen base is not stored; the manifest has its fingerprint.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dora_dist.backends.process import Processes
+from dora_dist.build import Built
+from dora_dist.config import CheckpointConfig
+from dora_dist.durable import MANIFEST, Damaged, NewDirectory, remove, sweep, verify, write_tensors
+from dora_dist.engine import MOMENTS
+from dora_dist.errors import UserError
+from dora_dist.norms import refresh_norms
+from dora_dist.peft_format import frozen_tensors, to_peft_config, trained_tensors, zero_factors
+from dora_dist.shards import Rectangle, as_matrix
+
+_ADAPTER, _OPTIMIZER, _RNG = "adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors"
+_ADAPTER_CONFIG = "adapter_config.json"
+_BATCH_BYTES = 64 << 20  # of whole tensors at a time
+_NAME = re.compile(r"step-(\d{8,})")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a checkpoint, and this rank's part of it: rectangles to read from or to write to."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    own: list[Rectangle]
+    counts: bool  # in a sum over the ranks: a whole copy does on one of them only
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from, and its manifest."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+    @property
+    def counters(self) -> dict[str, Any]:
+        return self.manifest["counters"]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `directory`. Every rank calls each method at the same point."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        processes: Processes,
+        run: dict[str, Any],
+    ):
+        """`run`: what the manifests say of the run, as JSON."""
+        self.directory, self.config, self.processes, self.run = directory, config, processes, run
+
+    def find(self) -> tuple[Found | None, list[str]]:
+        """What `checkpoint.resume` names, verified, and lines for the person who watches. Checkpoints of this run
+        that come after it are set aside.
+
+        Raises:
+            UserError: it is none, or damaged, or every one of this run is damaged.
+        """
+        found, error = None, None
+        notices: list[str] = []
+        if self.processes.is_main:
+            try:
+                sweep(self.directory)
+                found = self._find(notices)
+                for path in _checkpoints(self.directory):
+                    if found is None or _step(path) > found.step:
+                        notices.append(_set_aside(path))
+            except UserError as mistake:
+                error = str(mistake)
+            except OSError as mistake:
+                error = f"output_dir: {str(mistake.filename)!r} cannot be written: {mistake.strerror}"
+        found, notices, error = self.processes.broadcast_object((found, notices, error))
+        if error is not None:
+            raise UserError(error)
+        return found, notices
+
+    def save(self, step: int, built: Built, counters: dict[str, Any], base_model: str) -> str | None:
+        """Write a checkpoint and delete those that `checkpoint.keep` spares no longer. Where it cannot be written
+        (a full disk), all older ones stand, and what is wrong is returned.
+
+        Raises:
+            RuntimeError: it cannot be written, and `checkpoint.on_failure` is stop.
+        """
+        files = self._files(built)
+        streams = [(name, pieces, _gathered(pieces, sum_, self.processes.device)) for name, pieces, sum_ in files]
+        failure = None
+        if self.processes.is_main:
+            manifest = {"format": FORMAT, "step": step, "counters": counters, "run": self.run}
+            constants = zero_factors(built.model)
+            try:
+                with NewDirectory(self.directory / f"step-{step:08}") as new:
+                    for name, pieces, values in streams:
+                        extra = constants if name == _ADAPTER else {}
+                        heads = [(p.name, p.dtype, p.shape) for p in pieces]
+                        heads += [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in extra.items()]
+                        with new.file(name) as file:
+                            write_tensors(file, heads, chain(values, extra.values()))
+                    with new.file(_ADAPTER_CONFIG) as file:
+                        file.write(json.dumps(to_peft_config(built.model, base_model), indent=2).encode() + b"\n")
+                    new.commit(manifest)
+                for path in _checkpoints(self.directory)[: -self.config.keep]:
+                    remove(path)
+            except OSError as error:
+                failure = f"{error.strerror} ({error.filename or self.directory})"
+        for _, _, values in streams:  # ranks that do not write, and the one that could not, take part all the same
+            for _ in values:
+                pass
+        failure = self.processes.broadcast_object(failure)
+        if failure is None:
+            return None
+        message = f"step {step}: the checkpoint was not written: {failure}; the ones before it stand"
+        if self.config.on_failure == "stop":
+            raise RuntimeError(message)
+        return message
+
+    def restore(self, found: Found, built: Built) -> None:
+        """Read the trained tensors, the optimizer's state and, where the ranks are as many as they were, each
+        rank's random state.
+
+        Raises:
+            UserError: the checkpoint's tensors are not this run's.
+        """
+        same_world = found.manifest["run"]["world_size"] == self.processes.world_size
+        for name, pieces, _ in self._files(built):
+            if name != _RNG or same_world:
+                _spread(found.path / name, pieces, self.processes)
+        for _, parameter in _trained(built.model):
+            built.shards.written(parameter)
+        if same_world:
+            _set_random_state(self._random_state)
+        refresh_norms(built.model, built.shards)
+        built.engine.loss_scale.value, built.engine.loss_scale.good_steps = found.counters["loss_scale"]
+
+    def _files(self, built: Built) -> list[tuple[str, list[Piece], Callable[[Tensor], object]]]:
+        """The files of tensors, and for each the sum over the ranks that share one copy of it."""
+        shards, engine = built.shards, built.engine
+        shards.settle(built.model)
+        self._random_state = _get_random_state()
+        return [
+            (_ADAPTER, list(_adapter_pieces(built)), shards.sum_),
+            (_OPTIMIZER, list(_optimizer_pieces(built)), engine.sum_state_),
+            (_RNG, list(_random_pieces(self._random_state, self.processes)), self.processes.sum_),
+        ]
+
+    def _find(self, notices: list[str]) -> Found | None:
+        resume = self.config.resume
+        if resume == "none":
+            return None
+        if resume != "auto":
+            return _read_named(Path(resume))
+        problems = []
+        for path in reversed(_checkpoints(self.directory)):
+            try:
+                return Found(path, verify(path))
+            except Damaged as damage:
+                problems.append(str(damage))
+                notices.append(f"warning: {path.name} is damaged ({damage}); trying the one before it")
+        if problems:
+            raise UserError(
+                f"checkpoint.resume: every checkpoint in {str(self.directory)!r} is damaged; the newest: "
+                f"{problems[0]}; to begin anew, set checkpoint.resume=none"
+            )
+        return None
+
+
+def _set_aside(path: Path) -> str:
+    number = 1
+    while (aside := path.with_name(f"aside-{number}-{path.name}")).exists():
+        number += 1
+    path.rename(aside)
+    return f"checkpoint {path.name}, from which this run does not go on, is set aside as {aside.name}"
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """In the order of their steps."""
+    paths = directory.iterdir() if directory.is_dir() else ()
+    return sorted((path for path in paths if _NAME.fullmatch(path.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _read_named(path: Path) -> Found:
+    """A checkpoint, or the newest of a run's directory."""
+    if not (path / MANIFEST).is_file():
+        inside = [p for place in (path / "checkpoints", path) for p in _checkpoints(place)]
+        if not inside:
+            raise UserError(
+                f"checkpoint.resume: {str(path)!r} is neither a checkpoint nor a run's directory with "
+                "checkpoints; valid are also auto and none"
+            )
+        path = inside[-1]
+    try:
+        return Found(path, verify(path))
+    except Damaged as damage:
+        raise UserError(f"checkpoint.resume: {damage}; name an older checkpoint") from None
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The trained parameters, tied ones once."""
+    first: dict[nn.Parameter, str] = {}
+    for key, parameter in trained_tensors(model):
+        first.setdefault(parameter, key)
+    return [(key, parameter) for parameter, key in first.items()]
+
+
+def _adapter_pieces(built: Built) -> Iterator[Piece]:
+    shards = built.shards
+    for key, parameter in chain(trained_tensors(built.model), frozen_tensors(built.model)):
+        own = shards.rectangles(parameter)
+        yield Piece(key, parameter.dtype, tuple(shards.shape(parameter)), own, shards.counts(parameter))
+
+
+def _optimizer_pieces(built: Built) -> Iterator[Piece]:
+    for key, parameter in _trained(built.model):
+        state = built.engine.optimizer_state(parameter)
+        shape = tuple(built.shards.shape(parameter))
+        for name in MOMENTS:
+            yield Piece(f"{key}.{name}", torch.float32, shape, state.moments[name], state.counts)
+        step = [Rectangle(as_matrix(state.step))]
+        yield Piece(f"{key}.step", torch.float32, (), step, built.shards.is_writer)
+
+
+def _random_pieces(own_state: Tensor, processes: Processes) -> Iterator[Piece]:
+    for rank in range(processes.world_size):
+        own = [Rectangle(as_matrix(own_state))] if rank == processes.rank else []
+        yield Piece(f"rank.{rank}", torch.uint8, tuple(own_state.shape), own, counts=True)
+
+
+def _get_random_state() -> Tensor:
+    """[bytes] of the CPU's generator, and of this rank's GPU."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states.append(torch.cuda.get_rng_state())
+    return torch.cat(states)
+
+
+def _set_random_state(state: Tensor) -> None:
+    length = len(torch.get_rng_state())
+    torch.set_rng_state(state[:length])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(state[length:])
+
+
+def _gathered(pieces: Iterable[Piece], sum_: Callable[[Tensor], object], device: torch.device) -> Iterator[Tensor]:
+    """The whole tensors, on the host. Each rank lays its part into zeros, and the bytes of all are summed: exact
+    for any dtype, one collective for many tensors, whatever the sharding."""
+    for batch in _batches(pieces):
+        flat, wholes = _buffer(batch, device)
+        for piece, whole in zip(batch, wholes, strict=True):
+            for own in piece.own if piece.counts else ():
+                as_matrix(whole)[own.rows, own.cols].copy_(own.values)
+        sum_(flat)
+        yield from (whole.cpu() for whole in wholes)
+
+
+@torch.no_grad()
+def _spread(path: Path, pieces: Sequence[Piece], processes: Processes) -> None:
+    """Fill each rank's part from a file that rank 0 reads."""
+    problem, file = None, None
+    if processes.is_main:
+        file = safe_open(path, framework="pt")
+        problem = _misfit(path, file, pieces)
+    problem = processes.broadcast_object(problem)
+    if problem is not None:
+        raise UserError(problem)
+    for batch in _batches(pieces):
+        flat, wholes = _buffer(batch, processes.device)
+        if file is not None:
+            for piece, whole in zip(batch, wholes, strict=True):
+                whole.copy_(file.get_tensor(piece.name))
+        processes.broadcast_(flat)
+        for piece, whole in zip(batch, wholes, strict=True):
+            for own in piece.own:
+                own.values.copy_(as_matrix(whole)[own.rows, own.cols])
+
+
+def _misfit(path: Path, file: Any, pieces: Sequence[Piece]) -> str | None:
+    names = set(file.keys())
+    for piece in pieces:
+        if piece.name not in names:
+            return f"{path}: holds no {piece.name!r}, which this run trains"
+        found = tuple(file.get_slice(piece.name).get_shape())
+        if found != piece.shape:
+            return f"{path}: {piece.name!r} is {list(found)}, this run's is {list(piece.shape)}"
+    return None
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    held = 0
+    for piece in pieces:
+        if batch and held + piece.bytes > _BATCH_BYTES:
+            yield batch
+            batch, held = [], 0
+        batch.append(piece)
+        held += piece.bytes
+    if batch:
+        yield batch
+
+
+def _buffer(batch: Sequence[Piece], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Zero bytes for a batch, and each tensor's place in them."""
+    lengths = [-(-piece.bytes // 8) * 8 for piece in batch]  # as views of other dtypes must begin
+    flat = torch.zeros(sum(lengths), dtype=torch.uint8, device=device)
+    places = zip(batch, flat.split(lengths), strict=True)
+    return flat, [part[: piece.bytes].view(piece.dtype).view(piece.shape) for piece, part in places]

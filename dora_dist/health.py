@@ -1,0 +1,120 @@
+"""What befalls a run while it trains: signals that ask it to end, steps that are not finite, losses that leap."""
+
+import math
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+_MEMORY = 0.98  # of the running mean and variance: about the last 50 steps
+_LEAP, _FIRST_STEPS = 6.0, 20  # standard deviations that are worth a warning; steps before the first
+
+
+class StopSignals(AbstractContextManager):
+    """Turns a first SIGTERM or SIGUSR1 into a wish, to be granted after a step; a second one ends the process."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._note) for number in _STOPPING}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = signal.Signals(number).name
+
+
+class StepCheck:
+    """Looks at every step's loss and gradient norm, one step later: by then they have reached the host without
+    anyone having waited for them.
+
+    Args:
+        rank: whose losses these are, for warnings.
+        max_skipped: steps in a row that may be skipped for gradients that are not finite.
+        warn: shows a line; called for the run as a whole on rank 0, for this rank's loss on any.
+    """
+
+    def __init__(self, rank: int, max_skipped: int, warn: Callable[[str], None]):
+        self.rank, self.max_skipped, self.warn = rank, max_skipped, warn
+        self.skipped = 0
+        self._pending: tuple[int, Tensor, Any] | None = None
+        self._seen, self._mean, self._variance = 0, 0.0, 0.0
+
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+        """Look at the step before, and take this one. `loss`: this rank's part, as a mean over its own tokens;
+        `grad_norm`: the same on every rank.
+
+        Raises:
+            RuntimeError: more than `max_skipped` steps in a row were skipped; on every rank at once.
+        """
+        self.finish()
+        values = torch.stack([loss.detach().float(), grad_norm.detach().float().to(loss.device)])
+        if values.is_cuda:
+            host = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._pending = (step, host, arrived)
+        else:
+            self._pending = (step, values, None)
+
+    def finish(self) -> None:
+        """Look at the latest step."""
+        if self._pending is None:
+            return
+        step, values, arrived = self._pending
+        self._pending = None
+        if arrived is not None:
+            arrived.synchronize()
+        loss, grad_norm = values.tolist()
+        if not math.isfinite(loss):
+            warn_of_rank(self.rank, f"step {step}: the loss is {loss}")
+        else:
+            self._compare(step, loss)
+        self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
+        if self.skipped > self.max_skipped:
+            raise RuntimeError(
+                f"step {step}: the gradient is not finite, for the {self.skipped}th step in a row "
+                f"(train.max_skipped_steps: {self.max_skipped}); A, B, m and the optimizer are as before the first"
+            )
+        if self.skipped:
+            self.warn(
+                f"step {step}: the gradient is not finite; no rank took the step ({self.skipped} skipped in a "
+                f"row; train.max_skipped_steps: {self.max_skipped})"
+            )
+
+    def _compare(self, step: int, loss: float) -> None:
+        """Warn of a loss far above the running mean, and add it to that, bounded."""
+        if self._seen >= _FIRST_STEPS:
+            limit = self._mean + _LEAP * math.sqrt(self._variance)
+            if loss > limit and loss > 1.2 * self._mean:
+                above = (loss - self._mean) / max(math.sqrt(self._variance), 1e-12)
+                warn_of_rank(
+                    self.rank,
+                    f"step {step}: the loss leapt to {loss:.4g}, {above:.0f} standard deviations above its mean "
+                    f"{self._mean:.4g}",
+                )
+                loss = limit
+        self._seen += 1
+        weight = max(1 - _MEMORY, 1 / self._seen)
+        difference = loss - self._mean
+        self._mean += weight * difference
+        self._variance = (1 - weight) * (self._variance + weight * difference * difference)
+
+
+def warn_of_rank(rank: int, text: str) -> None:
+    """A warning that concerns one rank, from that rank."""
+    print(f"warning: rank {rank}: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,76 @@
+"""Which run a checkpoint belongs to: what must be the same for training to go on from it, and what may change."""
+
+import dataclasses
+import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from dora_dist.config import RunConfig
+
+# What decides the numbers that training goes on with. The rest (learning rate, steps, logging, strategy, ...) may
+# change, which is told.
+_FIXED = ("model", "dora", "quant", "data", "train.seed", "train.optimizer")
+_FREE = ("model.path", "model.attention", "dora.init_from", "data.train", "data.eval", "output_dir")
+_FINGERPRINTS = {
+    "base": "model.path: the base model is another",
+    "tokenizer": "model.path: the tokenizer is another",
+    "data": "data.train: the rows are others",
+}
+
+
+def describe_run(config: RunConfig, world_size: int, strategy: str, fingerprints: Mapping[str, str]) -> dict:
+    """What a manifest says of its run; JSON."""
+    import transformers
+
+    import dora_dist
+
+    return {
+        "config": dataclasses.asdict(config),
+        "world_size": world_size,
+        "strategy": strategy,
+        "rows_per_step": config.train.micro_batch_size * config.train.accumulation * world_size,
+        "fingerprints": dict(fingerprints),
+        "versions": {
+            "dora_dist": dora_dist.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def contradictions(then: dict, now: dict) -> list[str]:
+    """Why a run cannot go on from a checkpoint of another: one line each."""
+    found = [f"{what} ({then['fingerprints'].get(key)}, now {now['fingerprints'].get(key)})" for key, what in
+             _FINGERPRINTS.items() if then["fingerprints"].get(key) != now["fingerprints"].get(key)]  # fmt: skip
+    if then["rows_per_step"] != now["rows_per_step"]:
+        found.append(
+            f"a step takes {now['rows_per_step']} rows (train.micro_batch_size x train.accumulation x processes), "
+            f"then {then['rows_per_step']}"
+        )
+    return found + [line for key, line in _changes(then["config"], now["config"]) if _is_fixed(key)]
+
+
+def free_changes(then: dict, now: dict) -> list[str]:
+    """What else is not as it was."""
+    changes = [line for key, line in _changes(then["config"], now["config"]) if not _is_fixed(key)]
+    for key in ("world_size", "strategy"):
+        if then[key] != now[key]:
+            changes.append(f"{key} {now[key]}, was {then[key]}")
+    return changes
+
+
+def _is_fixed(key: str) -> bool:
+    return key.startswith(_FIXED) and key not in _FREE
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """(key, what has changed) of two configurations."""
+    for name in sorted(then.keys() | now.keys()):
+        key, old, new = above + name, then.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and not above:
+            yield from _changes(old, new, f"{key}.")
+        elif old != new:
+            yield key, f"{key} {new!r}, was {old!r}"

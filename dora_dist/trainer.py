@@ -1,0 +1,274 @@
+"""The loop over optimizer steps: forward, backward, step, norms, evaluation. It never asks which strategy it has.
+
+The loss is the sum over supervised tokens divided by the number of such tokens in the *global* batch, which every
+rank knows from the data alone; so the same global batch gives the same loss and gradients however it is formed.
+"""
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dora_dist.attention import CausalAttention, to_device
+from dora_dist.build import Built, Strategy
+from dora_dist.checkpoint import Checkpoints, Found
+from dora_dist.config import RunConfig
+from dora_dist.data import GlobalBatch, additive_mask, packed_attention
+from dora_dist.errors import Stopped
+from dora_dist.health import StepCheck, StopSignals
+from dora_dist.loss import summed_loss, supervised_positions
+from dora_dist.norms import refresh_norms
+from dora_dist.optim import lr_factor
+from dora_dist.progress import RunLog, Stopwatch, peak_memory
+from dora_dist.rundata import RunData
+
+
+@dataclass
+class Progress:
+    """How far a run is; with the tensors, all that a checkpoint needs to go on."""
+
+    step: int = 0
+    tokens: int = 0
+    before: dict[str, float] = field(default_factory=dict)  # evaluation, before the first step
+    samples: list[str] = field(default_factory=list)  # completions, before the first step
+
+    @staticmethod
+    def of(found: Found) -> "Progress":
+        counters = {name: found.counters[name] for name in ("tokens", "before", "samples")}
+        return Progress(found.step, **counters)
+
+
+class Trainer:
+    """The loop over optimizer steps."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        built: Built,
+        strategy: Strategy,
+        data: RunData,
+        log: RunLog,
+        checkpoints: Checkpoints | None = None,
+        progress: Progress | None = None,
+    ):
+        """`checkpoints`: None writes none; `progress`: of a resumed run."""
+        self.config, self.built, self.strategy, self.data, self.log = config, built, strategy, data, log
+        self.checkpoints, self.progress = checkpoints, progress or Progress()
+        self.processes = strategy.processes
+        self.device = self.processes.device
+        self.base_rates = [group["lr"] for group in built.optimizer.param_groups]
+        self.lr_factor = lr_factor(config.train, data.steps)
+        self.norm_clock = Stopwatch(self.device)
+        self.eager_dtype = getattr(torch, config.model.dtype) if config.model.attention == "eager" else None
+        # Compiled blocks would be compiled anew for each pack's lengths.
+        compiled_packs = config.train.compile and config.data.packing
+        without_mask = data.causal and not compiled_packs and CausalAttention.fits(built.model)
+        self.attention = CausalAttention(built.model) if without_mask else None
+        self._saved_at = self._evaluated_at = -1
+
+    def run(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            Stopped: a signal ended it, with a checkpoint of where it was.
+        """
+        progress = self.progress
+        self._saved_at = progress.step
+        with StopSignals() as self.signals:
+            self._asked = self.processes.agree([0])
+            check = StepCheck(self.processes.rank, self.config.train.max_skipped_steps, self._warn)
+            if progress.step == 0:
+                progress.before, progress.samples = self.evaluate(0), self.sample()
+            elif self._evaluates_at(progress.step):  # a checkpoint is written before its step's evaluation
+                self.evaluate(progress.step)
+            self._start_clock()
+            while progress.step < self.data.steps:
+                self._next_step(check)
+            check.finish()
+            after = self.evaluate(self.data.steps)
+            self._summary(after, self.sample())
+
+    def _next_step(self, check: StepCheck) -> None:
+        """One step, and what is due after it."""
+        batch = self.data.plan.global_batch(self.progress.step)
+        loss, grad_norm = self.train_step(batch)
+        self.progress.tokens += batch.tokens
+        step = self.progress.step
+        check.add(step, loss * self.processes.world_size, grad_norm)
+        if step % self.config.log.every == 0 or step in (1, self.data.steps):
+            self._report(loss, grad_norm)
+            self._start_clock()
+        every = self.config.checkpoint.every
+        if every is not None and (step % every == 0 or step == self.data.steps):
+            self._save()
+        self._end_if_asked()
+        if self._evaluates_at(step):
+            self.evaluate(step)
+        if step in (self._saved_at, self._evaluated_at):
+            self._start_clock()
+
+    def train_step(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Returns this rank's part of the loss, and the global gradient norm. Where a rank's
+        loss or gradient is not finite, no rank changes anything."""
+        engine = self.built.engine
+        engine.module.train()
+        factor = self.lr_factor(self.progress.step)
+        for group, rate in zip(self.built.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * factor
+        last = len(batch.micro_batches) - 1
+        loss = torch.zeros((), device=self.device)
+        for index, micro in enumerate(batch.micro_batches):
+            with self._attention_over(micro):  # around the backward, too: it may run the forward again
+                part = self._loss_sum(engine.module, micro)[0] / batch.targets
+                loss += part.detach()
+                part = part * (part.detach() * 0 + 1)  # of an infinite loss every gradient shall be NaN
+                # Engines average gradients over the ranks; the loss is a sum over them.
+                engine.backward(part * self.processes.world_size, last=index == last)
+        grad_norm = engine.step()
+        with self.norm_clock:
+            refresh_norms(self.built.model, self.built.shards)
+        self.progress.step += 1
+        return loss, grad_norm
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Mean loss per supervised token (per row and with accuracy, for a classifier) over data.eval."""
+        if self.data.evaluation is None:
+            return {}
+        self.built.engine.module.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for micro in self.data.evaluation:
+            self._end_if_asked()
+            with self._attention_over(micro):
+                totals += torch.stack(self._loss_sum(self.built.model, micro)).double()
+        loss, correct = (self.processes.sum_(totals) / self.data.evaluation.targets).tolist()
+        metrics = {"eval_loss": loss} if self.data.causal else {"eval_loss": loss, "eval_accuracy": correct}
+        self.log.evaluation(step, metrics)
+        self._evaluated_at = step
+        return metrics
+
+    @torch.no_grad()
+    def sample(self) -> list[str]:
+        """Greedy completions of log.sample_prompts; all ranks compute them in step."""
+        model, tokenizer = self.built.model, self.data.tokenizer
+        model.eval()
+        texts = []
+        for prompt in self.config.log.sample_prompts if self.data.causal else ():
+            encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.device)
+            with torch.compiler.set_stance("force_eager"):  # graphs for a cache would use up dynamo's limit
+                output = model.generate(  # type: ignore[operator]
+                    **encoded,
+                    max_new_tokens=self.config.log.sample_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                    synced_gpus=self.processes.world_size > 1,
+                    pad_token_id=self.data.pad_id,
+                    eos_token_id=tokenizer.eos_token_id,
+                )
+            texts.append(tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
+        return texts
+
+    def _loss_sum(self, module: nn.Module, micro: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(summed loss, number right) of one micro-batch; the second of classifiers alone."""
+        host = dict(micro)
+        targets, lengths = host.pop("targets", None), host.pop("document_lengths", None)
+        inputs = {name: to_device(tensor, self.device) for name, tensor in host.items()}
+        if targets is None:
+            labels = inputs.pop("labels")
+            logits = module(**inputs).logits
+            return summed_loss(logits, labels), (logits.argmax(-1) == labels).sum().float()
+        if lengths is not None and self.attention is None:
+            inputs["attention_mask"] = self._dense_mask(lengths, targets.shape[1])
+        if self.built.head_loss is None:
+            loss = summed_loss(module(**inputs).logits, to_device(targets, self.device))
+        else:
+            positions = supervised_positions(targets)  # of the host's copy, so that nothing waits for the number
+            learned = (positions, targets.flatten()[positions])
+            with self.built.head_loss.of(*(to_device(tensor, self.device) for tensor in learned)):
+                loss = module(**inputs).logits
+        return loss, loss.new_zeros(())
+
+    def _attention_over(self, micro: dict[str, Tensor]) -> AbstractContextManager:
+        if self.attention is None:
+            return nullcontext()
+        lengths = micro.get("document_lengths")
+        documents = None if lengths is None else [[n for n in row if n] for row in lengths.tolist()]
+        return self.attention.over(documents)
+
+    def _dense_mask(self, lengths: Tensor, T: int) -> Tensor:
+        mask = packed_attention(to_device(lengths, self.device), T)
+        return mask if self.eager_dtype is None else additive_mask(mask, self.eager_dtype)
+
+    def _evaluates_at(self, step: int) -> bool:
+        """Whether an evaluation is due between two steps."""
+        every = self.config.train.eval_every
+        return every is not None and step % every == 0 and step < self.data.steps
+
+    def _end_if_asked(self) -> None:
+        """End the run, with a checkpoint, where any rank had received a signal when this was called last: every
+        rank has the same answer by now, and none has waited for it.
+
+        Raises:
+            Stopped: it had.
+        """
+        asked = self._asked.result()[0]
+        self._asked = self.processes.agree([int(self.signals.received is not None)])
+        if not asked:
+            return
+        told = f"stopped by {self.signals.received or 'a signal to another rank'} after step {self.progress.step}"
+        if self.checkpoints is None or self.progress.step == 0:
+            raise Stopped(told)
+        if self._saved_at != self.progress.step and not self._save():
+            raise Stopped(told)
+        raise Stopped(f"{told}; its checkpoint is written, and the same command goes on from there")
+
+    def _save(self) -> bool:
+        assert self.checkpoints is not None
+        self.log.flush()
+        scale = self.built.engine.loss_scale
+        counters = {
+            **asdict(self.progress),
+            "loss_scale": [scale.value, scale.good_steps],
+            "log": self.log.state(),
+        }
+        problem = self.checkpoints.save(self.progress.step, self.built, counters, self.config.model.path)
+        if problem is not None:
+            self._warn(problem)
+        self._saved_at = self.progress.step
+        return problem is None
+
+    def _warn(self, text: str) -> None:
+        self.log.say(f"warning: {text}")
+
+    def _start_clock(self) -> None:
+        self._clock = (time.perf_counter(), self.progress.step, self.progress.tokens)
+
+    def _report(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Log a step; its times are means over the steps since the clock was started."""
+        mean_loss, norm = self.processes.sum_(loss).item(), grad_norm.item()  # waits for the device
+        start, steps_before, tokens_before = self._clock
+        seconds = time.perf_counter() - start
+        step, tokens = self.progress.step, self.progress.tokens
+        self.log.training(
+            step,
+            {
+                "loss": mean_loss if math.isfinite(mean_loss) else None,
+                "grad_norm": norm if math.isfinite(norm) else None,
+                "lr": self.built.optimizer.param_groups[-1]["lr"],
+                "tokens": tokens,
+                "tokens_per_second": (tokens - tokens_before) / seconds,
+                "step_seconds": seconds / (step - steps_before),
+                "norm_seconds": self.norm_clock.seconds(),
+                "peak_memory_bytes": peak_memory(self.device),
+            },
+        )
+
+    def _summary(self, after: dict[str, float], last: list[str]) -> None:
+        before, first = self.progress.before, self.progress.samples
+        for name in after:
+            self.log.say(f"{name}: {before.get(name, math.nan):.4f} before, {after[name]:.4f} after")
+        for prompt, old, new in zip(self.config.log.sample_prompts, first, last, strict=False):
+            self.log.say(f"\n{prompt.rstrip()}\n  before: {old.strip()!r}\n  after:  {new.strip()!r}")
