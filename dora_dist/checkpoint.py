@@ -95,7 +95,8 @@ class Checkpoints:
         notices: list[str] = []
         if self.processes.is_main:
             try:
-                sweep(self.directory)
+                for place in (self.directory.parent, self.directory):
+                    sweep(place)
                 found = self._find(notices)
                 for path in _checkpoints(self.directory):
                     if found is None or _step(path) > found.step:

@@ -131,8 +131,12 @@ def remove(directory: Path) -> None:
 def sweep(parent: Path) -> None:
     """Delete what killed processes left in `parent`."""
     for path in parent.iterdir() if parent.is_dir() else ():
-        if path.name.startswith((_PARTIAL, _GONE)):
+        if not path.name.startswith((_PARTIAL, _GONE)):
+            continue
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_file(path: Path, data: bytes) -> None:
