@@ -20,6 +20,10 @@ def quickstart_model() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
+
+
+def make_tiny_llama(directory: Path) -> Path:
     """An awkward Llama: 17 intermediate features, 2 rows in k and v, biases, zero rows; the quickstart's words."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -37,7 +41,7 @@ def tiny_llama(tmp_path_factory) -> Path:
         model.model.layers[0].mlp.down_proj.weight[3].zero_()
         model.model.layers[1].self_attn.v_proj.weight[1].zero_()
         model.model.layers[1].mlp.up_proj.weight[:, 5].zero_()
-    return save_model(model, tmp_path_factory.mktemp("tiny_llama"))
+    return save_model(model, directory)
 
 
 @pytest.fixture(scope="session")
@@ -72,12 +76,15 @@ def letter_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_rows(tmp_path_factory) -> Path:
-    """24 prompt_completion rows of different lengths."""
-    path = tmp_path_factory.mktemp("rows") / "train.jsonl"
+    return make_rows(tmp_path_factory.mktemp("rows") / "train.jsonl", 24)
+
+
+def make_rows(path: Path, count: int) -> Path:
+    """prompt_completion rows of different lengths."""
     words = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split()
     rows = [
         {"prompt": f"{words[i % 12]} {i}:", "completion": " " + " ".join(words[i % 5 : i % 5 + 1 + i % 4])}
-        for i in range(24)
+        for i in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

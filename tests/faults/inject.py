@@ -4,18 +4,19 @@ usage: DORA_DIST_FAULTS="rank=1 step=5 point=backward kind=kill; ..." torchrun .
 
 point   forward, backward (their beginning), step (before the optimizer's), save, evaluate, write (a file-system
         operation of a checkpoint, the `nth` of the step's, from 0)
-kind    kill (SIGKILL), stop (SIGSTOP), term, usr1, launcher (SIGKILL to the parent), full (ENOSPC), slow (2 s);
-        nan, inf: at backward alone, in this rank's gradients
+kind    kill (SIGKILL), stop (SIGSTOP), term, usr1, launcher (SIGKILL to the parent), full (ENOSPC);
+        nan, inf: at backward alone, in this rank's gradients;
+        hash: no fault; prints a hash of all trained tensors, as this rank knows them
 rank    default: all
-always  1: also after torchrun has restarted the ranks; default: only before
+restart how often torchrun has restarted the ranks when it happens; default: 0
 """
 
 import errno
+import hashlib
 import os
 import shutil
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from dora_dist.trainer import Trainer
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
 VARIABLE = "DORA_DIST_FAULTS"
+RANK = int(os.environ.get("RANK", 0))
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Fault:
     step: int  # from 1, as in metrics.jsonl
     rank: int | None = None
     nth: int = 0
-    always: int = 0
+    restart: int = 0
 
     @staticmethod
     def read(text: str) -> "Fault":
@@ -44,9 +46,8 @@ class Fault:
         return Fault(point=values["point"], kind=values["kind"], **numbers)
 
     def is_here(self) -> bool:
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        mine = self.rank is None or self.rank == int(os.environ.get("RANK", 0))
-        return mine and (bool(self.always) or not restarted)
+        mine = self.rank is None or self.rank == RANK
+        return mine and self.restart == int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 class Injector:
@@ -67,14 +68,21 @@ class Injector:
         return factor
 
     def _do(self, kind: str) -> None:
+        if kind != "hash":
+            print(f"fault {kind} rank {RANK}", flush=True)
         if kind in SIGNALS:
             os.kill(os.getpid(), SIGNALS[kind])
         elif kind == "launcher":
             os.kill(os.getppid(), signal.SIGKILL)
         elif kind == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        elif kind == "slow":
-            time.sleep(2)
+        elif kind == "hash":
+            assert self.trainer is not None
+            built = self.trainer.built
+            built.shards.settle(built.model)
+            whole = built.shards.gather([p for p in built.model.parameters() if p.requires_grad])
+            digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in whole)).hexdigest()
+            print(f"hash rank {RANK} step {self.trainer.progress.step} {digest}", flush=True)
         else:
             raise ValueError(kind)
 

@@ -1,0 +1,83 @@
+"""A small training run for the faults: packing, shuffling, dropout and accumulation, a checkpoint every two steps."""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conftest import ROOT, make_rows, make_tiny_llama
+from support_launch import Launch, free_port
+
+INJECT = ROOT / "tests" / "faults" / "inject.py"
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class Ended:
+    status: int
+    output: str
+
+
+class Case:
+    """Runs in one scratch directory."""
+
+    def __init__(self, scratch: Path, **settings: object):
+        self.scratch = scratch
+        if not (scratch / "model").is_dir():
+            make_tiny_llama(scratch / "model")
+            make_rows(scratch / "rows.jsonl", 96)
+        self.config = scratch / "c.yaml"
+        tree = {
+            "model": {"path": str(scratch / "model"), "dtype": "float32"},
+            "dora": {"rank": 3, "targets": "all-linear", "dropout": 0.1},
+            "data": {"train": str(scratch / "rows.jsonl"), "seq_len": 64, "packing": True},
+            "train": {"steps": STEPS, "micro_batch_size": 1, "accumulation": 2, "lr": 0.02},
+            "parallel": {"timeout_s": 30},
+            "checkpoint": {"every": 2},
+        }
+        self.config.write_text(yaml.safe_dump(tree))
+        self.overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+    def command(
+        self, name: str, ranks: int, *overrides: str, restarts: int = 0, launcher: str = "torchrun"
+    ) -> list[str]:
+        arguments = [str(INJECT), "--config", str(self.config), f"output_dir={self.scratch / name}"]
+        arguments += [*self.overrides, *overrides]
+        if launcher == "python":
+            return [sys.executable, *arguments]
+        if launcher == "deepspeed":
+            start = ["deepspeed.launcher.runner", f"--num_gpus={ranks}", f"--master_port={free_port()}"]
+            return [sys.executable, "-m", *start, "--master_addr=127.0.0.1", *arguments]
+        start = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+        return [sys.executable, "-m", *start, *arguments]
+
+    def launch(self, name: str, ranks: int, *overrides: str, faults: str = "", **options) -> Launch:
+        os.environ["DORA_DIST_FAULTS"] = faults
+        return Launch(self.command(name, ranks, *overrides, **options), self.scratch / name)
+
+    def run(self, name: str, ranks: int, *overrides: str, faults: str = "", **options) -> Ended:
+        """One run to its end; none of its processes may outlive it."""
+        with self.launch(name, ranks, *overrides, faults=faults, **options) as launch:
+            return Ended(*launch.end())
+
+    def curve(self, name: str) -> list[tuple]:
+        """(step, loss, gradient norm) of every training line; each step must stand there once."""
+        path = self.scratch / name / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+    def steps(self, name: str) -> list[int]:
+        """Of the checkpoints."""
+        return sorted(int(p.name[5:]) for p in (self.scratch / name / "checkpoints").glob("step-*"))
+
+    def orphans(self, name: str) -> list[str]:
+        return [str(p) for p in (self.scratch / name).rglob(".*")]
+
+    def forget(self, name: str) -> None:
+        shutil.rmtree(self.scratch / name, ignore_errors=True)
