@@ -10,7 +10,7 @@ else
 GPU_PYTHON = $(PYTHON)
 endif
 # Of the others, strategy_memory and block_memory take several minutes each, and gpu.py is `make gpu`.
-BENCHMARKS = $(patsubst %,benchmarks/%.py,step_time memory layer norm_time step_profile)
+BENCHMARKS = $(patsubst %,benchmarks/%.py,step_time memory layer norm step_profile)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test lint format gpu bench clean

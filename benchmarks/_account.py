@@ -106,7 +106,7 @@ class Shape:
 
 NORMS = "norms"
 RECEIVED = ("gathered: own rows, from the host", "gathered: as received")
-MOMENTS = ("head and loss, forward", "head, backward", "a block, backward", NORMS)
+MOMENTS = ("head and loss, forward", "a block, backward", NORMS)
 SHAPE_70B = Shape(hidden=8192, intermediate=28672, layers=80, heads=64, kv_heads=8, vocabulary=128256)
 
 
@@ -159,18 +159,18 @@ def gpu_terms(shape: Shape, config: RunConfig, ranks: int, tokens: int) -> dict[
     norms = 4 * shape.layers * sum(out for out, _ in shape.linears().values())
     factors = 4 * rank * shape.layers * sum(columns for _, columns in shape.linears().values())
     accumulates = config.train.accumulation > 1
-    in_use, forward, backward, recompute = MOMENTS[:-1], *MOMENTS[:-1]
+    in_use, forward, recompute = MOMENTS[:-1], *MOMENTS[:-1]
     chunk = min(tokens, max(_CHUNK_BYTES // (4 * V), _LEAST_ROWS))
     terms: dict[str, Terms] = {
         "norms of all layers, fp32": dict.fromkeys(MOMENTS, norms),
         "gradients of A, B and m, whole, until the last micro-batch": dict.fromkeys(in_use, trained * accumulates),
         "checkpoints: each block's input": dict.fromkeys(in_use, 2 * shape.layers * H * tokens),
-        "the final norm's input, 16-bit and fp32": dict.fromkeys((forward, backward), 6 * H * tokens),
-        RECEIVED[0]: {forward: head / ranks, backward: head / ranks, recompute: block / ranks},
-        RECEIVED[1]: {forward: head + block, backward: head, recompute: block},
-        "gathered: copied out": {forward: head, backward: head, recompute: block},
+        "the final norm's input, 16-bit and fp32": {forward: 6 * H * tokens},
+        RECEIVED[0]: {forward: head / ranks, recompute: block / ranks},
+        RECEIVED[1]: {forward: head + block, recompute: block},
+        "gathered: copied out": {forward: head, recompute: block},
         "logits of a chunk and their gradient, 16-bit and fp32": {forward: 12 * V * chunk},
-        "the gradient of the head's input, 16-bit": dict.fromkeys((forward, backward), 2 * H * tokens),
+        "the gradient of the head's input, 16-bit": {forward: 2 * H * tokens},
         "kept by the block that recomputes": {recompute: shape.kept_per_token(rank) * tokens},
         "the largest layer's weight, dequantized": {recompute: shape.dense},
         "gradients inside the block, 16-bit and fp32": {recompute: 12 * shape.intermediate * tokens},

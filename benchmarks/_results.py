@@ -38,7 +38,7 @@ def save(path: Path, script: str, case: str, device: torch.device, record: dict[
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    versions = {name: _version(name) for name in ("torch", "transformers", "peft", "deepspeed")}
+    versions = {name: _version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "deepspeed")}
     return {"device": device_name(device), "date": datetime.date.today().isoformat(), "versions": versions}
 
 

@@ -40,6 +40,7 @@ CHECKED = {  # how terms of the account begin -> what was measured of them in on
     "the largest layer's weight": "step_peak_fixed_bytes",
     "kept by the block": "saved_per_token",
 }
+BLOCKS_8B = 32
 MEMORY_VERSIONS = {"torch": "torch", "deepspeed": "DeepSpeed"}
 
 
@@ -61,7 +62,11 @@ def performance() -> str:
     for case, record in records("step_time"):
         versions = record["versions"]
         devices.add(record["device"])
-        when = f"torch {versions['torch']}, PEFT {versions['peft']}, {record['date']}"
+        names = {"torch": "torch", "peft": "PEFT"}
+        if record["settings"]["four_bit"]:
+            names["bitsandbytes"] = "bitsandbytes"
+        stated = [f"{name} {versions[key]}" for key, name in names.items() if key in versions]
+        when = ", ".join([*stated, record["date"]])
         about = f"{record['device']}, {case} ({when})"
         found = {key.replace("qdora", "dora").replace("qlora", "lora"): r for key, r in record["ratios"].items()}
         ratios = [found.get(key) for key in COLUMNS.values()]
@@ -110,6 +115,60 @@ def profiles() -> str:
         about = f"{record['device']}, {case}, {rate} (torch {record['versions']['torch']}, {record['date']})"
         lines.append(f"| {about} | " + " | ".join(f"{value * 1e3:.0f}" for value in values) + " |")
     return "\n".join(lines) or "Not measured."
+
+
+def norms() -> str:
+    """One row per device and weight of norm.py."""
+    lines = [
+        "| one weight | ms, ours | ms, PEFT | ours reads W at | scratch, ours | scratch, PEFT |",
+        "|---|---|---|---|---|---|",
+    ]
+    devices = set()
+    for case, record in records("norm"):
+        if "norms" not in record:
+            continue
+        devices.add(record["device"])
+        ways = [record["norms"].get(name) for name in ("ours", "peft")]
+        seconds = [f"{way['seconds']['median'] * 1e3:,.1f}" if way else "not measured" for way in ways]
+        scratch = [f"{way['scratch_bytes'] / 1e6:.2f} MB" if way else "not measured" for way in ways]
+        rate = f"{ways[0]['weight_bytes_per_second'] / 1e9:.1f} GB/s"
+        versions = record["versions"]
+        when = f"torch {versions['torch']}, PEFT {versions['peft']}, {record['date']}"
+        about = f"{record['device']}, {case} ({when})"
+        lines.append(f"| {about} | {' | '.join([*seconds, rate, *scratch])} |")
+    if not any("CPU" not in device for device in devices):
+        lines.append("| any GPU" + " | not measured" * 5 + " |")
+    return "\n".join(lines)
+
+
+def refresh() -> str:
+    """One table per device and block of norm.py, one row per strategy and number of ranks."""
+    blocks = []
+    devices = set()
+    for case, record in records("norm"):
+        if "refresh" not in record:
+            continue
+        devices.add(record["device"])
+        sent = f"received, {BLOCKS_8B} blocks"
+        when = f"torch {record['versions']['torch']}, {record['date']}"
+        lines = [
+            f"{record['device']}, {case.removeprefix('refresh, ')} ({when})",
+            "",
+            f"| strategy | ranks | ms | scratch | collectives | {sent} | their weights, in the same step |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in record["refresh"].values():
+            received, weights = (BLOCKS_8B * row[key] for key in ("received_bytes", "weights_received_bytes"))
+            share = f"{weights / 1e9:.1f} GB, {weights / received:,.0f}x" if weights else ""
+            lines.append(
+                f"| `{row['strategy']}` | {row['ranks']} | {row['seconds']['median'] * 1e3:.1f} | "
+                f"{row['scratch_bytes'] / 1e6:.2f} MB | {sum(row['collectives'].values())} | "
+                f"{received / 1e6:.1f} MB | {share} |"
+            )
+        blocks.append("\n".join(lines))
+    if not any("CPU" not in device for device in devices):
+        blocks.append("Any GPU: not measured.")
+    return "\n\n".join(blocks)
 
 
 def kept() -> str:
@@ -235,7 +294,7 @@ def gb(size: float) -> str:
 
 def updated(page: str) -> str:
     """`page` with each table that it has marks for made anew."""
-    for make in (performance, memory, block, host, gpu, folded, profiles, kept):
+    for make in (performance, memory, block, host, gpu, folded, profiles, kept, norms, refresh):
         begin, end = BEGIN.replace("performance", make.__name__), f"<!-- /{make.__name__} -->"
         if begin in page:
             head, _, rest = page.partition(begin)

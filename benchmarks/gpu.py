@@ -71,8 +71,7 @@ def commands(out: Path | None) -> dict[str, list[str]]:
         "memory, 4-bit": ["benchmarks/memory.py", *shared, "--four-bit"],
         "profile": ["benchmarks/step_profile.py", *shared],
         "layer": ["benchmarks/layer.py", *shared, "--dtypes", "bfloat16"],
-        "norms": ["benchmarks/norm_time.py", *shared],
-        "norms, rank 384": ["benchmarks/norm_time.py", *shared, "--rank", "384"],
+        "norms": ["benchmarks/norm.py", *shared],
     }
 
 

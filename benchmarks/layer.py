@@ -3,7 +3,7 @@
 Every contender gets the same W, A, B, m and input, and its output and gradients are compared with plain fp64
 mathematics first; the norm errors are in the record. Over 4-bit weights there are two ways to apply the ratio m/n:
 riding on the scales of the weight's blocks before it is dequantized ("qdora", what bf16 layers do), and multiplied
-to the fp32 product ("qdora, ratio apart"). The norm is cached, as in training: norm_time.py times it. Contenders
+to the fp32 product ("qdora, ratio apart"). The norm is cached, as in training: norm.py times it. Contenders
 take turns within a process; ratios are medians over rounds of each round's own ratio.
 
     python benchmarks/layer.py [--shapes 2048x2048 ...] [--ranks 8 16 64 384] [--tokens 512] [--dtype bfloat16]

@@ -14,7 +14,7 @@ from dora_dist.quant import Nf4, PackedMatrix
 
 # Scratch of the passes over a weight: on a CPU what its caches hold, on a GPU few launches. Fewer rows than these
 # would read the low-rank factor so often that a product of rank 384 took three times as long.
-_SCRATCH_BYTES = {"cpu": 1_000_000}
+_SCRATCH_BYTES = {"cpu": 900_000}
 _SCRATCH_BYTES_GPU = 8_000_000
 _LEAST_ROWS = 48
 
@@ -43,7 +43,7 @@ def squared_norms(
 ) -> Tensor:
     """Squared norms of V = M + s L U, accumulated in fp32 by tiles of rows: [N] for `dim` 0, [K] for `dim` 1.
 
-    V is never held whole. On a GPU a kernel has it in registers; else the scratch is one tile of 1 MB (8 MB for
+    V is never held whole. On a GPU a kernel has it in registers; else the scratch is one tile of 0.9 MB (8 MB for
     fp64 on a GPU) or 48 rows, and the same rows of a 4-bit M. `device` is where to compute when M lies elsewhere
     (offloaded weights). Direct sums, not the factored form, which cancels (docs/math.md).
     """

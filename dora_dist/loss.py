@@ -47,6 +47,11 @@ class HeadLoss:
         finally:
             self._asked = None
 
+    @property
+    def leaves_no_backward(self) -> bool:
+        """Whether the head's weight is of no use after a forward now: sharded, it need not be gathered again."""
+        return self._frozen and self._asked is not None
+
     def _forward(self, hidden: Tensor) -> Tensor:
         if self._asked is None:
             return self._compute(hidden)
@@ -131,6 +136,12 @@ def attach_head_loss(model: nn.Module) -> HeadLoss | None:
     if head._forward_hooks or head._forward_pre_hooks:
         return None
     return HeadLoss(head, config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+
+
+def head_loss_of(module: nn.Module) -> HeadLoss | None:
+    """The one that is attached to this head, if any."""
+    attached = getattr(module.forward, "__self__", None)
+    return attached if isinstance(attached, HeadLoss) else None
 
 
 def has_plain_logits(model: nn.Module) -> bool:

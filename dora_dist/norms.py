@@ -1,7 +1,8 @@
 """Norms of all layers, each rank from its own shard: one gather of the small factors, one sum, once per step.
 
 Cost per rank: 1/N of one pass over the adapted weights, one gather of the factors that a rank does not have in
-full (A; for transposed weights B too) and one all-reduce of one fp32 vector with every layer's norms.
+full (A; for transposed weights B too) and one all-reduce of one fp32 vector with every layer's norms. Ranks that
+hold whole copies share the rows likewise, and gather nothing.
 """
 
 from collections.abc import Iterator
@@ -30,15 +31,16 @@ def find_shards(model: nn.Module) -> Shards:
 def refresh_norms(model: nn.Module, shards: Shards | None = None) -> None:
     """Recompute the cached norm of every DoRA layer from the local shards.
 
-    Two collectives whatever the number of layers (none where weights are whole). Every rank must call it, and
-    never between a forward and its backward. Call it after writing to weights, A or B by hand; after an
-    optimizer step, `load_adapter` or `merge_adapter` it has been called.
+    Two collectives whatever the number of layers; none where weights are whole, or one where `shards` divides the
+    rows of copies. Every rank must call it, and never between a forward and its backward. Call it after writing to
+    weights, A or B by hand; after an optimizer step, `load_adapter` or `merge_adapter` it has been called.
     """
     shards = shards or find_shards(model)
     layers = [layer for layer in dora_layers(model).values() if layer.magnitude is not None]
     if not layers:
         return
     shards.settle(model)
+    shards = shards.divided()
     factors = _gather_factors(layers, shards)
     norms = [layer.norm for layer in layers if layer.norm is not None]
     flat = torch.zeros(sum(n.numel() for n in norms), dtype=_widest(norms), device=norms[0].device)

@@ -7,7 +7,7 @@ collectives that do nothing.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,12 +63,16 @@ class Shards(Protocol):
     def sum_(self, flat: Tensor) -> None:
         """Sum a vector over the ranks that share one copy of the model, in place, by one collective."""
 
+    def divided(self) -> "Shards":
+        """The same for reading alone, where ranks that hold whole copies share the work: each has some rows."""
+
 
 class Whole:
-    """Every parameter is whole on this rank: one process, or data parallelism without sharding."""
+    """Every parameter is whole on this rank: one process, or data parallelism without sharding (`divided` says how
+    its ranks share work)."""
 
-    def __init__(self, is_writer: bool = True):
-        self.is_writer = is_writer
+    def __init__(self, is_writer: bool = True, divided: "RowsOfCopies | None" = None):
+        self.is_writer, self._divided = is_writer, divided
 
     def settle(self, model: nn.Module) -> None:
         pass
@@ -93,6 +97,29 @@ class Whole:
 
     def sum_(self, flat: Tensor) -> None:
         pass
+
+    def divided(self) -> Shards:
+        return self._divided or self
+
+
+class RowsOfCopies(Whole):
+    """Whole copies on `size` ranks seen as if each held its share of the rows. `sum_` sums over these ranks."""
+
+    def __init__(self, index: int, size: int, sum_: Callable[[Tensor], object]):
+        super().__init__(is_writer=False)
+        self.index, self.size, self._sum = index, size, sum_
+
+    def rectangles(self, parameter: Tensor) -> list[Rectangle]:
+        whole = as_matrix(parameter.detach())
+        step = -(-whole.shape[0] // self.size)
+        own = whole[self.index * step : (self.index + 1) * step]
+        return [Rectangle(own, row=self.index * step)] if own.numel() else []
+
+    def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
+        return weight.shape[0] == factor.shape[0]
+
+    def sum_(self, flat: Tensor) -> None:
+        self._sum(flat)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

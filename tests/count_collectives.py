@@ -1,6 +1,7 @@
 """Count one training step's collectives at a faked world size: real FSDP2 code, fake tensors, a fake group.
 
-usage: count_collectives.py WORLD_SIZE REPLICAS      prints {"METHOD/LAYERS": {"step": {...}, "refresh": {...}}}
+usage: count_collectives.py WORLD_SIZE STRATEGY     prints {"METHOD/LAYERS": {"step": {...}, "refresh": {...}}}
+STRATEGY is single, ddp, fsdp or hybrid (two replicas). Under ddp the step is that of the model alone.
 """
 
 import json
@@ -19,6 +20,10 @@ from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, refresh_norm
 from dora_dist.backends import fsdp, zero
 from dora_dist.backends.fsdp import Fsdp
 from dora_dist.backends.process import Processes
+from dora_dist.backends.replicated import Ddp, Single
+from dora_dist.loss import HeadLoss
+
+WORDS = 24
 
 
 class Block(nn.Module):
@@ -34,29 +39,45 @@ class Model(nn.Module):
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Block() for _ in range(layers))
+        self.head = nn.Linear(16, WORDS, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
 
     def forward(self, x):
         for layer in self.layers:
             x = layer(x)
-        return x.sum()
+        return self.head(x)
 
 
-def count(layers: int, method: str, strategy: Fsdp) -> dict[str, dict[str, int]]:
+def count(layers: int, method: str, strategy: Single | Fsdp) -> dict[str, dict[str, int]]:
     model = Model(layers)
     inject_dora(model, DoraConfig(method=method, rank=4, targets="all-linear"))
+    head_loss = HeadLoss(model.head, WORDS)
     strategy.shard(model)
-    attach_norm_refresh(model, None)
-    with CommDebugMode() as step:
-        model(torch.zeros(2, 16)).backward()
+    shards = strategy.shards(model)
+    attach_norm_refresh(model, None, shards)
+    step = step_after_evaluation(model, head_loss)
     with CommDebugMode() as refresh, watch() as received:
-        refresh_norms(model)
+        refresh_norms(model, shards)
     small = sum(p.numel() for n, p in model.named_parameters() if n.endswith("lora_A"))
     norms = sum(p.numel() for n, p in model.named_parameters() if n.endswith("magnitude"))
     return {
         "step": named(step),
         "refresh": named(refresh),
-        "bytes": {"received": sum(received), "floor": 4 * (small + norms)},
+        "bytes": {"received": sum(received), "norms": 4 * norms, "floor": 4 * (small + norms)},
     }
+
+
+def step_after_evaluation(model: nn.Module, head_loss: HeadLoss) -> CommDebugMode:
+    """The second of two steps with an evaluation before each."""
+    x, positions, targets = torch.zeros(2, 3, 16), torch.arange(2), torch.zeros(2, dtype=torch.long)
+    for _ in range(2):
+        with torch.no_grad():
+            model(x)
+        with CommDebugMode() as step, head_loss.of(positions, targets):
+            model(x).backward()
+    return step
 
 
 @contextmanager
@@ -88,11 +109,15 @@ def named(mode: CommDebugMode) -> dict[str, int]:
     return {str(op).rpartition(".")[2].strip("_"): n for op, n in mode.get_comm_counts().items() if n}
 
 
-def main(world_size: str, replicas: str) -> None:
+def main(world_size: str, name: str) -> None:
     os.environ.update(RANK="1", WORLD_SIZE=world_size)
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=int(world_size))
-    strategy = Fsdp(Processes(), replicas=int(replicas))
-    strategy.mesh  # noqa: B018 - made here, because a mesh cannot be made of fake tensors
+    processes = Processes()
+    if name in ("single", "ddp"):
+        strategy = {"single": Single, "ddp": Ddp}[name](processes)
+    else:
+        strategy = Fsdp(processes, replicas=2 if name == "hybrid" else 1)
+        strategy.mesh  # noqa: B018 - made here, because a mesh cannot be made of fake tensors
     with FakeTensorMode():
         counts = {f"{method}/{n}": count(n, method, strategy) for method in ("dora", "lora") for n in (1, 3)}
     print(json.dumps(counts))

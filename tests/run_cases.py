@@ -33,6 +33,10 @@ def run_case(config, processes: Processes, adapter: Path) -> dict:
     processes.start(60, needed=strategy.needs_group)
     built = build(blueprint, strategy)
     shards = built.shards
+    layers = dora_layers(built.model)
+    magnitudes = shards.gather([layer.magnitude for layer in layers.values()])
+    for layer, magnitude in zip(layers.values(), magnitudes, strict=True):
+        assert torch.equal(magnitude, layer.norm)  # to the bit: step 0 is the base model
     named = {n: p for n, p in built.model.named_parameters() if p.requires_grad}
     first: dict[str, torch.Tensor] = {}
     take_step = built.engine.step
@@ -54,10 +58,14 @@ def run_case(config, processes: Processes, adapter: Path) -> dict:
         trainer = Trainer(config, built, strategy, data, log)
         losses, norms = [], []
         for step in range(data.steps):
+            if step == 1:
+                trainer.evaluate(step)  # leaves nothing behind in the steps that follow
             loss, grad_norm = trainer.train_step(data.plan.global_batch(step))
             losses.append(processes.sum_(loss).item())
             norms.append(grad_norm.item())
-    cached = {name: layer.norm.clone() for name, layer in dora_layers(built.model).items()}
+    cached = {name: layer.norm.clone() for name, layer in layers.items()}
+    for norm in cached.values():
+        assert torch.equal(processes.broadcast_(norm.clone()), norm)  # ranks that differ would drift apart
     shards.settle(built.model)
     weights = dict(zip(named, shards.gather(list(named.values())), strict=True))
     save_adapter(built.model, adapter, "base", shards)

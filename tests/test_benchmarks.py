@@ -66,12 +66,25 @@ def test_layer_writes_its_record(tmp_path):
         assert set(record["errors"]["peft dora"]) == {"y", "dx", "dA", "dB", "dm"}
 
 
-def test_norm_time_writes_its_record(tmp_path):
+def test_norm_writes_its_records(tmp_path):
     out = tmp_path / "cpu.json"
-    run("norm_time.py", "--shapes", "24x16", "--rank", "4", "--rounds", "2", "--device", "cpu", "--out", str(out))
-    ((case, record),) = json.loads(out.read_text())["norm_time"].items()
+    size = "--weights 24x16x4 --ranks 1 2 8 --hidden 256 --intermediate 64 --rank 4 --rounds 2".split()
+    run("norm.py", *size, "--device", "cpu", "--out", str(out))
+    (case, one), (_, block) = json.loads(out.read_text())["norm"].items()
     assert case == "24x16 rank 4 float32"
-    assert record["norms"]["ours"]["seconds"]["median"] > 0
+    assert 0 < one["norms"]["ours"]["scratch_bytes"] < one["norms"]["peft"]["scratch_bytes"]
+    found = block["refresh"]
+    assert list(found) == ["single x1", "ddp x2", "fsdp x2", "ddp x8", "fsdp x8"]
+    # q, o of 256 rows, k, v of 128 (one head), gate, up of 64, down of 256; six A's of 4 x 256 and one of 4 x 64.
+    norms, factors = 4 * (3 * 256 + 2 * 128 + 2 * 64), 4 * 4 * (6 * 256 + 64)
+    received = {name: values["received_bytes"] for name, values in found.items()}
+    assert received == {
+        "single x1": 0,
+        "ddp x2": norms,
+        "fsdp x2": norms + factors / 2,
+        "ddp x8": 2 * norms * 7 / 8,
+        "fsdp x8": 2 * norms * 7 / 8 + factors * 2 * 7 / 8,
+    }
 
 
 def test_strategy_memory_writes_its_record(tmp_path):

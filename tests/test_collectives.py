@@ -1,4 +1,5 @@
-"""The norm refresh is two collectives whatever the number of layers and ranks; forward and backward have none."""
+"""The norm refresh is two collectives whatever the number of layers and ranks, one where ranks hold copies.
+Forward and backward have none for the norms, and gather a frozen output head once."""
 
 import json
 import subprocess
@@ -8,12 +9,16 @@ import pytest
 from conftest import ROOT, child_environment
 
 
-@pytest.mark.parametrize(("world", "replicas"), [(4, 1), (4, 2), (1024, 1)])
-def test_refresh_adds_exactly_two_collectives(world, replicas):
-    command = [sys.executable, str(ROOT / "tests" / "count_collectives.py"), str(world), str(replicas)]
+def count(world: int, strategy: str) -> dict:
+    command = [sys.executable, str(ROOT / "tests" / "count_collectives.py"), str(world), strategy]
     done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
-    counts = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("world", "strategy"), [(4, "fsdp"), (4, "hybrid"), (1024, "fsdp")])
+def test_refresh_adds_exactly_two_collectives(world, strategy):
+    counts = count(world, strategy)
     for layers in (1, 3):
         dora, lora = counts[f"dora/{layers}"], counts[f"lora/{layers}"]
         assert sum(dora["refresh"].values()) == 2
@@ -22,4 +27,15 @@ def test_refresh_adds_exactly_two_collectives(world, replicas):
         assert dora["bytes"]["received"] <= 2 * dora["bytes"]["floor"]
         assert lora["refresh"] == {}
         assert dora["step"] == lora["step"]  # nothing in forward and backward is due to the norm
-        assert sum(dora["step"].values()) > 0
+        # Each block for its forward and its backward; the head, whose gradient is made in its forward, once.
+        assert dora["step"]["allgather_base"] == 2 * layers + 1
+
+
+@pytest.mark.parametrize(("strategy", "collectives"), [("ddp", {"allreduce": 1}), ("single", {})])
+def test_refresh_of_copies_is_one_sum_of_the_norms(strategy, collectives):
+    counts = count(4, strategy)
+    for layers in (1, 3):
+        dora = counts[f"dora/{layers}"]
+        assert dora["refresh"] == collectives
+        assert dora["bytes"]["received"] == (dora["bytes"]["norms"] if collectives else 0)
+        assert counts[f"lora/{layers}"]["refresh"] == {}

@@ -106,7 +106,7 @@ def base_config(model: Path, rows: Path, scratch: Path) -> dict:
     return {
         "model": {"path": str(model), "dtype": "float32"},
         "dora": {"rank": 3, "alpha": 6, "targets": "all-linear", "rank_pattern": {"k_proj": 2, "v_proj": 2}},
-        "data": {"train": str(rows), "seq_len": 48},
+        "data": {"train": str(rows), "eval": str(rows), "seq_len": 48},
         "train": {"steps": 20, "lr": 0.01, "warmup_steps": 2, "max_grad_norm": 0.5},
         "output_dir": str(scratch),
     }

@@ -20,6 +20,7 @@ from dora_dist.backends.process import Processes
 from dora_dist.config import TrainConfig
 from dora_dist.engine import Engine, TorchEngine
 from dora_dist.errors import UserError
+from dora_dist.loss import HeadLoss, head_loss_of
 from dora_dist.optim import LossScale
 from dora_dist.shards import Rectangle, Shards, as_matrix, blocks
 
@@ -69,6 +70,9 @@ class FsdpShards:
 
     def sum_(self, flat: Tensor) -> None:
         dist.all_reduce(flat, group=self.group)
+
+    def divided(self) -> Shards:
+        return self
 
     def _gather_sharded(self, parameters: list[DTensor]) -> list[Tensor]:
         """One collective for all parameters.
@@ -164,6 +168,9 @@ class Fsdp:
             offload = CPUOffloadPolicy(pin_memory=self.processes.device.type == "cuda")
         for module in _groups(model):
             fully_shard(module, mesh=self.mesh, offload_policy=offload)
+            head_loss = head_loss_of(module)
+            if head_loss is not None:
+                module.register_forward_pre_hook(partial(_gather_again_if_needed, head_loss))
         fully_shard(model, mesh=self.mesh, offload_policy=offload)
 
     def parameter(self, meta: nn.Parameter) -> nn.Parameter:
@@ -190,6 +197,10 @@ def _accumulating(module: FSDPModule) -> Iterator[None]:
         yield
     finally:
         module.set_requires_gradient_sync(True)
+
+
+def _gather_again_if_needed(head_loss: HeadLoss, head: FSDPModule, _: object) -> None:
+    head.set_unshard_in_backward(not head_loss.leaves_no_backward)
 
 
 def _groups(model: nn.Module) -> Iterator[nn.Module]:

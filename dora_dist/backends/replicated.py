@@ -11,7 +11,7 @@ from dora_dist.backends.process import Processes
 from dora_dist.config import TrainConfig
 from dora_dist.engine import Engine, TorchEngine
 from dora_dist.optim import LossScale
-from dora_dist.shards import Shards, Whole
+from dora_dist.shards import RowsOfCopies, Shards, Whole
 
 
 class Single:
@@ -43,10 +43,14 @@ class Single:
 
 
 class Ddp(Single):
-    """Each rank holds the whole model; the gradients of A, B and m are averaged."""
+    """Each rank holds the whole model; the gradients of A, B and m are averaged, and each computes some norms."""
 
     name = "ddp"
     needs_group = True
+
+    def shards(self, model: nn.Module) -> Shards:
+        divided = RowsOfCopies(self.processes.rank, self.processes.world_size, self.processes.sum_)
+        return Whole(self.processes.is_main, divided)
 
     def engine(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, loss_scale: LossScale

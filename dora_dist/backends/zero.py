@@ -20,7 +20,7 @@ from dora_dist.config import TrainConfig
 from dora_dist.engine import MOMENTS, Engine, OptimizerState
 from dora_dist.errors import UserError
 from dora_dist.optim import LossScale
-from dora_dist.shards import Rectangle, Shards, Whole, as_matrix, flat_rectangles
+from dora_dist.shards import Rectangle, RowsOfCopies, Shards, Whole, as_matrix, flat_rectangles
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 
@@ -74,6 +74,9 @@ class ZeroShards:
 
     def sum_(self, flat: Tensor) -> None:
         dist.all_reduce(flat, group=self.group)
+
+    def divided(self) -> Shards:
+        return self
 
     def _gather_partitions(self, parameters: list[Any]) -> list[Tensor]:
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
@@ -184,7 +187,11 @@ class Zero:
         return parameter
 
     def shards(self, model: nn.Module) -> Shards:
-        return find_shards(model) or _WholeWithMasters(is_writer=self.processes.is_main)
+        found = find_shards(model)
+        if found is not None:
+            return found
+        divided = RowsOfCopies(self.processes.rank, self.processes.world_size, self.processes.sum_)
+        return _WholeWithMasters(self.processes.is_main, divided)
 
     def engine(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, loss_scale: LossScale
