@@ -110,9 +110,17 @@ class Checkpoints:
             raise UserError(error)
         return found, notices
 
-    def save(self, step: int, built: Built, counters: dict[str, Any], base_model: str) -> str | None:
+    def save(
+        self,
+        step: int,
+        built: Built,
+        counters: dict[str, Any],
+        base_model: str,
+        before: Callable[[], None] = lambda: None,
+    ) -> str | None:
         """Write a checkpoint and delete those that `checkpoint.keep` spares no longer. Where it cannot be written
-        (a full disk), all older ones stand, and what is wrong is returned.
+        (a full disk), all older ones stand, and what is wrong is returned. `before` is called on the rank that
+        writes, and may fail likewise.
 
         Raises:
             RuntimeError: it cannot be written, and `checkpoint.on_failure` is stop.
@@ -124,6 +132,7 @@ class Checkpoints:
             manifest = {"format": FORMAT, "step": step, "counters": counters, "run": self.run}
             constants = zero_factors(built.model)
             try:
+                before()
                 with NewDirectory(self.directory / f"step-{step:08}") as new:
                     for name, pieces, values in streams:
                         extra = constants if name == _ADAPTER else {}

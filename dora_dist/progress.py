@@ -90,9 +90,9 @@ class RunLog(AbstractContextManager):
             self.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
     def flush(self) -> None:
-        """Make what was written last, before a checkpoint that a run may go on from."""
-        if self._is_main:
-            os.fsync(self._metrics.fileno())
+        """Make what was written last, before a checkpoint that a run may go on from. On rank 0 alone."""
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same curves."""
@@ -100,7 +100,10 @@ class RunLog(AbstractContextManager):
 
     def _write(self, step: int, metrics: dict[str, Any]) -> None:
         self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.flush()
+        except OSError as error:  # the next flush tries again
+            self.say(f"warning: step {step}: metrics.jsonl cannot be written: {error.strerror}")
         numbers = {name: value for name, value in metrics.items() if value is not None}
         for writer in self._writers:
             writer.write(step, numbers)

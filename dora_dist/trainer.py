@@ -227,14 +227,15 @@ class Trainer:
 
     def _save(self) -> bool:
         assert self.checkpoints is not None
-        self.log.flush()
         scale = self.built.engine.loss_scale
         counters = {
             **asdict(self.progress),
             "loss_scale": [scale.value, scale.good_steps],
             "log": self.log.state(),
         }
-        problem = self.checkpoints.save(self.progress.step, self.built, counters, self.config.model.path)
+        problem = self.checkpoints.save(
+            self.progress.step, self.built, counters, self.config.model.path, before=self.log.flush
+        )
         if problem is not None:
             self._warn(problem)
         self._saved_at = self.progress.step

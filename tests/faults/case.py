@@ -35,7 +35,7 @@ class Case:
         self.config = scratch / "c.yaml"
         tree = {
             "model": {"path": str(scratch / "model"), "dtype": "float32"},
-            "dora": {"rank": 3, "targets": "all-linear", "dropout": 0.1},
+            "dora": {"rank": 2, "targets": "all-linear", "dropout": 0.1},
             "data": {"train": str(scratch / "rows.jsonl"), "seq_len": 64, "packing": True},
             "train": {"steps": STEPS, "micro_batch_size": 1, "accumulation": 2, "lr": 0.02},
             "parallel": {"timeout_s": 30},

@@ -1,0 +1,167 @@
+"""Faults of one process that writes checkpoints: killed, its files damaged, its disk full."""
+
+import dataclasses
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from case import Case
+from test_durable import in_child
+
+from dora_dist.backends.process import Processes
+from dora_dist.build import build, choose_strategy, draw_blueprint
+from dora_dist.checkpoint import Checkpoints
+from dora_dist.config import load_config
+from dora_dist.identity import describe_run
+from dora_dist.progress import RunLog
+from dora_dist.rundata import RunData, load_tokenizer
+from dora_dist.trainer import Trainer
+
+Counted = tuple[int, int, str]  # held, tried, note
+
+
+def make_trainer(case: Case, place: Path) -> Trainer:
+    torch.set_num_threads(1)  # a forked child has no thread pool
+    config = load_config(case.config, [f"output_dir={place}", "parallel.strategy=single"])
+    directory, processes = Path(config.model.path), Processes()
+    blueprint = draw_blueprint(config, directory)
+    strategy = choose_strategy(config, blueprint.model, processes)
+    data = RunData(blueprint, load_tokenizer(directory), processes)
+    place.mkdir(parents=True, exist_ok=True)
+    run = describe_run(config, 1, strategy.name, {})
+    checkpoints = Checkpoints(place / "checkpoints", config.checkpoint, processes, run)
+    quiet = dataclasses.replace(config.log, every=10**6)
+    log = RunLog(quiet, place, data.steps, {}, is_main=True)
+    return Trainer(config, build(blueprint, strategy), strategy, data, log, checkpoints)
+
+
+def train_and_save(trainer: Trainer) -> bool:
+    trainer.train_step(trainer.data.plan.global_batch(trainer.progress.step))
+    return trainer._save()
+
+
+def is_clean(trainer: Trainer) -> bool:
+    """No orphans."""
+    directory = trainer.checkpoints.directory
+    return not [path for path in directory.parent.rglob("*") if path.name.startswith(".")]
+
+
+def killed_saves(case: Case, random_kills: int = 50) -> Counted:
+    trainer = make_trainer(case, case.scratch / "killed-saves")
+    directory, held = trainer.checkpoints.directory, 0
+    train_and_save(trainer)
+    trainer.train_step(trainer.data.plan.global_batch(1))
+    operations = in_child(trainer._save)
+    shutil.rmtree(directory / "step-00000002")
+    for n in range(operations):
+        assert in_child(trainer._save, kill_before=n) == -1
+        found, _ = trainer.checkpoints.find()
+        held += found is not None and found.step in (1, 2) and is_clean(trainer)
+        shutil.rmtree(directory / "step-00000002", ignore_errors=True)
+    chance = random.Random(4)
+    for _ in range(random_kills):
+        reported = killed_at(trainer, chance.uniform(0.0, 0.1))
+        found, _ = trainer.checkpoints.find()
+        held += found is not None and found.step >= reported and is_clean(trainer)
+    tried = operations + random_kills
+    return held, tried, f"{operations} operations, {random_kills} random moments"
+
+
+def killed_at(trainer: Trainer, seconds: float) -> int:
+    """Save again and again in a child, kill it, and return the last step that it had reported as saved."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            trainer.progress.step += 1
+            trainer._save()
+            os.write(write, b"%d\n" % trainer.progress.step)
+    os.close(write)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with os.fdopen(read) as pipe:
+        steps = pipe.read().split()
+    return int(steps[-1]) if steps else 0
+
+
+def damaged_checkpoints(case: Case, flips: int = 200) -> Counted:
+    trainer = make_trainer(case, case.scratch / "damaged")
+    directory = trainer.checkpoints.directory
+    train_and_save(trainer)
+    train_and_save(trainer)
+    newest, whole = directory / "step-00000002", directory.parent / "whole"
+    newest.rename(whole)
+    files = sorted(path.name for path in whole.iterdir())
+    chance = random.Random(5)
+    damages = [(name, kind) for name in files for kind in ("deleted", "half", "shorter", "empty", "longer")]
+    damages += [(chance.choice(files), "flipped") for _ in range(flips)]
+    held = 0
+    for name, kind in damages:
+        shutil.copytree(whole, newest)
+        damage(newest / name, kind, chance)
+        found, notices = trainer.checkpoints.find()
+        held += found is not None and found.step == 1 and any(name in notice for notice in notices)
+        for path in directory.glob("aside-*"):
+            shutil.rmtree(path)
+    return held, len(damages), f"{len(files)} files, {flips} bit flips"
+
+
+def damage(path: Path, kind: str, chance: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    if kind == "deleted":
+        path.unlink()
+        return
+    if kind == "flipped":
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    kept = {"half": data[: len(data) // 2], "shorter": data[:-1], "empty": b"", "longer": data + b"\0"}
+    path.write_bytes(kept.get(kind, data))
+
+
+def full_disks(case: Case, times: int = 20) -> Counted:
+    """On a small file system of its own, filled so far that no checkpoint fits."""
+    place = case.scratch / "small-disk"
+    held, chance = 0, random.Random(6)
+    with small_disk(place) as kind:
+        trainer = make_trainer(case, place / "run")
+        assert train_and_save(trainer)
+        size = sum(path.stat().st_size for path in (trainer.checkpoints.directory / "step-00000001").iterdir())
+        for _ in range(times):
+            with filled(place, leaving=chance.randrange(size)):
+                failed = not train_and_save(trainer)
+            found, _ = trainer.checkpoints.find()
+            held += failed and found is not None and found.step == 1 and is_clean(trainer)
+        held -= not train_and_save(trainer)  # with room again
+    return held, times, kind
+
+
+@contextmanager
+def small_disk(place: Path):
+    place.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(place)], check=True)
+    try:
+        yield "a tmpfs of 2 MB"
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@contextmanager
+def filled(place: Path, leaving: int):
+    ballast = place / "ballast"
+    free = os.statvfs(place)
+    with ballast.open("wb") as file:
+        file.write(b"\0" * max(0, free.f_bavail * free.f_frsize - leaving))
+    try:
+        yield
+    finally:
+        ballast.unlink()
