@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from dora_dist.config import load_config
 from dora_dist.errors import Stopped, UserError
+from dora_dist.launcher import end_with_launcher
 
 STOPPED = 75  # exit status of a run that a signal ended after a checkpoint: EX_TEMPFAIL, try again
 _SECONDS_FOR_RANK_0 = 10
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """What launch/train.py and the console script run: `main`, then the end of the process."""
+    end_with_launcher()
     leave(main())
 
 

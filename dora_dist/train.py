@@ -9,6 +9,7 @@ import torch
 
 from dora_dist.adapter import save_adapter
 from dora_dist.backends.process import Processes
+from dora_dist.backends.watchdog import Watchdog
 from dora_dist.build import Blueprint, Built, Strategy, build, choose_strategy, draw_blueprint, resolve_model
 from dora_dist.checkpoint import Checkpoints, Found
 from dora_dist.config import RunConfig
@@ -30,14 +31,16 @@ def run_training(config: RunConfig) -> None:
     """
     processes = Processes()
     try:
-        _run(config, processes)
+        with Watchdog(processes, config.parallel.timeout_s) as watch:
+            _run(config, processes, watch)
     except Stopped:
         processes.stop()
         raise
     processes.stop()  # once the model is gone: DDP's last breath would wait for a group that waits for it
 
 
-def _run(config: RunConfig, processes: Processes) -> None:
+def _run(config: RunConfig, processes: Processes, watch: Watchdog) -> None:
+    watch.at(0, "loading the model", watched=False)
     directory = resolve_model(config.model.path)
     blueprint = draw_blueprint(config, directory, processes.world_size)
     tokenizer = load_tokenizer(directory)
@@ -64,7 +67,8 @@ def _run(config: RunConfig, processes: Processes) -> None:
         if found is not None:
             checkpoints.restore(found, built)
             progress = Progress.of(found)
-        Trainer(config, built, strategy, data, log, checkpoints, progress).run()
+        Trainer(config, built, strategy, data, log, watch, checkpoints, progress).run()
+        watch.at(data.steps, "saving the adapter", watched=False)
         save_adapter(built.model, output_dir / "adapter", config.model.path, built.shards)
         log.say(f"adapter: {output_dir / 'adapter'}")
 

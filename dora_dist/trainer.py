@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.attention import CausalAttention, to_device
+from dora_dist.backends.watchdog import Watchdog
 from dora_dist.build import Built, Strategy
 from dora_dist.checkpoint import Checkpoints, Found
 from dora_dist.config import RunConfig
@@ -51,12 +52,14 @@ class Trainer:
         strategy: Strategy,
         data: RunData,
         log: RunLog,
+        watch: Watchdog | None = None,
         checkpoints: Checkpoints | None = None,
         progress: Progress | None = None,
     ):
-        """`checkpoints`: None writes none; `progress`: of a resumed run."""
+        """`watch`: is told what the loop does; `checkpoints`: None writes none; `progress`: of a resumed run."""
         self.config, self.built, self.strategy, self.data, self.log = config, built, strategy, data, log
         self.checkpoints, self.progress = checkpoints, progress or Progress()
+        self.watch = watch or Watchdog(strategy.processes, config.parallel.timeout_s)
         self.processes = strategy.processes
         self.device = self.processes.device
         self.base_rates = [group["lr"] for group in built.optimizer.param_groups]
@@ -67,6 +70,7 @@ class Trainer:
         compiled_packs = config.train.compile and config.data.packing
         without_mask = data.causal and not compiled_packs and CausalAttention.fits(built.model)
         self.attention = CausalAttention(built.model) if without_mask else None
+        self.first_step = self.current = self.progress.step  # `current`: the step that is made, or was made last
         self._saved_at = self._evaluated_at = -1
 
     def run(self) -> None:
@@ -93,6 +97,8 @@ class Trainer:
 
     def _next_step(self, check: StepCheck) -> None:
         """One step, and what is due after it."""
+        self.current = self.progress.step + 1
+        self._at("data")
         batch = self.data.plan.global_batch(self.progress.step)
         loss, grad_norm = self.train_step(batch)
         self.progress.tokens += batch.tokens
@@ -115,6 +121,7 @@ class Trainer:
         loss or gradient is not finite, no rank changes anything."""
         engine = self.built.engine
         engine.module.train()
+        compiles = self.config.train.compile and self.progress.step == self.first_step
         factor = self.lr_factor(self.progress.step)
         for group, rate in zip(self.built.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
@@ -122,12 +129,16 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         for index, micro in enumerate(batch.micro_batches):
             with self._attention_over(micro):  # around the backward, too: it may run the forward again
+                self._at(f"forward of micro-batch {index + 1}", watched=not compiles)
                 part = self._loss_sum(engine.module, micro)[0] / batch.targets
                 loss += part.detach()
                 part = part * (part.detach() * 0 + 1)  # of an infinite loss every gradient shall be NaN
+                self._at(f"backward of micro-batch {index + 1}", watched=not compiles)
                 # Engines average gradients over the ranks; the loss is a sum over them.
                 engine.backward(part * self.processes.world_size, last=index == last)
+        self._at("gradient norm and optimizer step")
         grad_norm = engine.step()
+        self._at("norm refresh")
         with self.norm_clock:
             refresh_norms(self.built.model, self.built.shards)
         self.progress.step += 1
@@ -140,8 +151,9 @@ class Trainer:
             return {}
         self.built.engine.module.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for micro in self.data.evaluation:
+        for index, micro in enumerate(self.data.evaluation):
             self._end_if_asked()
+            self._at(f"evaluation, batch {index + 1}")
             with self._attention_over(micro):
                 totals += torch.stack(self._loss_sum(self.built.model, micro)).double()
         loss, correct = (self.processes.sum_(totals) / self.data.evaluation.targets).tolist()
@@ -157,6 +169,7 @@ class Trainer:
         model.eval()
         texts = []
         for prompt in self.config.log.sample_prompts if self.data.causal else ():
+            self._at("sampling")
             encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.device)
             with torch.compiler.set_stance("force_eager"):  # graphs for a cache would use up dynamo's limit
                 output = model.generate(  # type: ignore[operator]
@@ -214,7 +227,8 @@ class Trainer:
         Raises:
             Stopped: it had.
         """
-        asked = self._asked.result()[0]
+        self._at("agreement on whether to end")
+        asked = self._asked.read()[0]
         self._asked = self.processes.agree([int(self.signals.received is not None)])
         if not asked:
             return
@@ -227,6 +241,7 @@ class Trainer:
 
     def _save(self) -> bool:
         assert self.checkpoints is not None
+        self._at("saving the checkpoint", watched=False)
         scale = self.built.engine.loss_scale
         counters = {
             **asdict(self.progress),
@@ -241,6 +256,10 @@ class Trainer:
         self._saved_at = self.progress.step
         return problem is None
 
+    def _at(self, operation: str, watched: bool = True) -> None:
+        """Tell the watchdog what comes next."""
+        self.watch.at(self.current, operation, watched)
+
     def _warn(self, text: str) -> None:
         self.log.say(f"warning: {text}")
 
@@ -249,6 +268,7 @@ class Trainer:
 
     def _report(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Log a step; its times are means over the steps since the clock was started."""
+        self._at("mean of the loss")
         mean_loss, norm = self.processes.sum_(loss).item(), grad_norm.item()  # waits for the device
         start, steps_before, tokens_before = self._clock
         seconds = time.perf_counter() - start

@@ -18,7 +18,12 @@ OPERATIONS = [(durable.NewFile, "write"), (os, "mkdir"), (os, "fsync"), (os, "re
 def write_state(parent, step, seed=0):
     """A directory of two files of tensors."""
     torch.manual_seed(seed)
-    tensors = {"a": torch.randn(3, 5), "b": torch.randn(2).bfloat16(), "none": torch.zeros(0, 4), "n": torch.ones(())}
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(2).bfloat16(),
+        "none": torch.zeros(0, 4),
+        "n": torch.ones(()),
+    }
     heads = [(name, t.dtype, t.shape) for name, t in tensors.items()]
     with NewDirectory(parent / f"step-{step}") as new:
         for name in ("one.safetensors", "two.safetensors"):

@@ -1,73 +1,20 @@
 """launch/train.py under `deepspeed` and `torchrun`: on one node and on two, mistakes, a dead rank, a busy port.
 
-No test may leave a process behind: see `Launch`.
+No test may leave a process behind: see `support_launch.Launch`.
 """
 
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, child_environment
-
-SECONDS = 120  # after which something hangs; nothing here takes nearly as long
-
-
-class Launch:
-    """One run of a launcher. Where the `with` block ends, all its processes must have ended; the others are killed
-    then."""
-
-    def __init__(self, command: list[str], output_dir: Path):
-        self.output_dir = output_dir
-        environment = {**child_environment(), "DORA_DIST_RUN": str(output_dir)}  # inherited by all that it starts
-        self.launcher = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
-
-    def end(self) -> tuple[int, str]:
-        """Wait for the launcher's end: its exit status, and what it and the ranks printed."""
-        output, _ = self.launcher.communicate(timeout=SECONDS)
-        return self.launcher.returncode, output
-
-    def processes(self) -> dict[int, dict[str, str]]:
-        """Those that live: pid -> environment."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            with suppress(OSError):  # it ended just now, or is another user's
-                words = path.read_bytes().decode(errors="replace").split("\0")
-                found[int(path.parent.name)] = dict(word.split("=", 1) for word in words if "=" in word)
-        return {pid: e for pid, e in found.items() if e.get("DORA_DIST_RUN") == str(self.output_dir)}
-
-    def __enter__(self) -> "Launch":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        ended = self.launcher.poll() is not None and wait_until(lambda: not self.processes(), 10)
-        for pid in () if ended else self.processes():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.launcher.communicate()
-        assert ended, f"processes of {self.output_dir} outlived their launcher"
-
-
-def wait_until(condition, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return bool(condition())
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+from conftest import ROOT
+from support_launch import SECONDS, Launch, free_port, wait_until
 
 
 @pytest.fixture(scope="module", params=["deepspeed", "torchrun"])

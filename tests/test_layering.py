@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dora_dist"
 
 # Lowest first. A file may import those of the lines above it; files of one line do not import each other.
 LAYERS = [
-    ["errors"],
+    ["errors", "launcher"],
     ["schema", "durable"],
     ["config"],
     ["quant"],
@@ -28,9 +28,10 @@ LAYERS = [
         "health",
         "identity",
         "prequantized",
-        "backends.process",
+        "backends.rendezvous",
     ],
-    ["engine", "packed"],
+    ["backends.process"],
+    ["engine", "packed", "backends.watchdog"],
     ["backends.replicated", "backends.fsdp", "backends.zero", "layers"],
     ["weights", "inject", "norms"],
     ["peft_format", "pack"],

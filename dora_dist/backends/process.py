@@ -3,13 +3,32 @@
 import datetime
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dora_dist.backends.rendezvous import meet, no_meeting
 from dora_dist.errors import UserError
+
+LATER_S = 5
+"""By how much the collectives' own time limit is above parallel.timeout_s."""
+
+
+class Agreement:
+    """What `Processes.agree` has begun."""
+
+    def __init__(self, values: Tensor, work: dist.Work | None):
+        self._values, self._work = values, work
+
+    def read(self) -> list[int]:
+        """The same on every rank."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return [int(value) for value in self._values.tolist()]
 
 
 class Processes:
@@ -32,6 +51,7 @@ class Processes:
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
+        self.store: dist.Store | None = None  # where a group was made: that of this life of the run
 
     @property
     def is_main(self) -> bool:
@@ -46,23 +66,25 @@ class Processes:
         if not needed or dist.is_initialized():
             return
         cuda = self.device.type == "cuda"
-        alone: dict[str, Any] = {}
-        if "MASTER_ADDR" not in os.environ:  # plain python: a group of one needs no address
-            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        if not cuda and self.local_world_size == self.world_size:
-            _use_loopback()
-        timeout = datetime.timedelta(seconds=timeout_s)
+        one_node = self.local_world_size == self.world_size
+        if one_node:
+            _use_loopback(cuda)
+        self.store = meet(self.rank, self.world_size, one_node, datetime.timedelta(seconds=timeout_s))
+        # Later than our watchdog, which names the rank that is missing: NCCL's own aborts without doing so.
+        timeout = datetime.timedelta(seconds=timeout_s + LATER_S)
         # Also of the groups that DeepSpeed and device meshes make later without naming one.
         dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
         try:
             dist.init_process_group(
                 backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=self.store,
+                rank=self.rank,
+                world_size=self.world_size,
                 timeout=timeout,
                 device_id=self.device if cuda else None,
-                **alone,
             )
         except (dist.DistNetworkError, dist.DistStoreError) as error:
-            raise UserError(_no_meeting(error, timeout_s)) from None
+            raise UserError(no_meeting(error, timeout_s)) from None
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
@@ -83,11 +105,48 @@ class Processes:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def agree(self, values: list[int]) -> "Agreement":
-        """Start to take the largest of each value over all ranks; nobody waits before `result()`."""
-        flat = torch.tensor(values)
-        work = dist.all_reduce(flat, dist.ReduceOp.MAX, async_op=True) if self.world_size > 1 else None
-        return Agreement(flat, work)
+    def agree(self, values: Sequence[int]) -> "Agreement":
+        """Start to find the largest of each value over all ranks; the next step reads it, so that none waits.
+
+        Every rank calls this at the same point with as many values. It needs no group of its own: a group orders
+        its collectives by the order of the calls, which is the same on all ranks.
+        """
+        tensor = torch.tensor(values, dtype=torch.int64)  # on the host: gloo, beside NCCL
+        if self.world_size == 1:
+            return Agreement(tensor, None)
+        return Agreement(tensor, dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True))
+
+    def gather_bytes(self, data: bytes) -> list[bytes] | None:
+        """Every rank's few bytes, in the order of the ranks, on rank 0; None elsewhere."""
+        if self.world_size == 1:
+            return [data]
+        lengths = self._lengths(data)
+        padded = _byte_tensor(data.ljust(max(1, *lengths), b"\0"))
+        parts = [torch.empty_like(padded) for _ in lengths] if self.is_main else None
+        dist.gather(padded, parts, dst=0)
+        if parts is None:
+            return None
+        return [part.numpy().tobytes()[:n] for part, n in zip(parts, lengths, strict=True)]
+
+    def first_error(self, message: str | None) -> str | None:
+        """On every rank the message of the first rank that has one, as "rank 3: ..." where there are several."""
+        if self.world_size == 1:
+            return message
+        data = b"" if message is None else (message or "error").encode()
+        lengths = self._lengths(data)
+        failed = next((rank for rank, n in enumerate(lengths) if n), None)
+        if failed is None:
+            return None
+        told = _byte_tensor(data) if self.rank == failed else torch.empty(lengths[failed], dtype=torch.uint8)
+        dist.broadcast(told, src=failed)
+        return f"rank {failed}: {told.numpy().tobytes().decode()}"
+
+    def _lengths(self, data: bytes) -> list[int]:
+        """How many bytes each rank has."""
+        lengths = torch.zeros(self.world_size, dtype=torch.int64)
+        lengths[self.rank] = len(data)
+        dist.all_reduce(lengths)
+        return [int(n) for n in lengths.tolist()]
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -100,28 +159,13 @@ class Processes:
             dist.destroy_process_group()
 
 
-class Agreement:
-    def __init__(self, values: Tensor, work: Any):
-        self._values, self._work = values, work
-
-    def result(self) -> list[int]:
-        if self._work is not None:
-            self._work.wait()
-        return self._values.tolist()
+def _use_loopback(cuda: bool) -> None:
+    """On one host the loopback serves: no other machine reaches it, and gloo is kept off interfaces whose address
+    does not lead back here (sandboxes, laptops on a VPN)."""
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if cuda else ("GLOO_SOCKET_IFNAME",):
+            os.environ.setdefault(variable, "lo")
 
 
-def _no_meeting(error: RuntimeError, timeout_s: int) -> str:
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if "EADDRINUSE" in str(error):
-        return f"port {port} is already in use on {address}; give the launcher a free one with --master_port"
-    return (
-        f"the processes did not meet at {address}:{port} within {timeout_s} s (parallel.timeout_s): "
-        f"{str(error).splitlines()[0]}"
-    )
-
-
-def _use_loopback() -> None:
-    """Keep gloo off interfaces whose address does not lead back here (sandboxes, laptops on a VPN): on one host
-    the loopback serves."""
-    if "GLOO_SOCKET_IFNAME" not in os.environ and any(name == "lo" for _, name in socket.if_nameindex()):
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+def _byte_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)

@@ -54,7 +54,12 @@ class Case:
         if launcher == "deepspeed":
             start = ["deepspeed.launcher.runner", f"--num_gpus={ranks}", f"--master_port={free_port()}"]
             return [sys.executable, "-m", *start, "--master_addr=127.0.0.1", *arguments]
-        start = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+        start = [
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            f"--max-restarts={restarts}",
+        ]
         return [sys.executable, "-m", *start, *arguments]
 
     def launch(self, name: str, ranks: int, *overrides: str, faults: str = "", **options) -> Launch:
@@ -64,7 +69,7 @@ class Case:
     def run(self, name: str, ranks: int, *overrides: str, faults: str = "", **options) -> Ended:
         """One run to its end; none of its processes may outlive it."""
         with self.launch(name, ranks, *overrides, faults=faults, **options) as launch:
-            return Ended(*launch.end())
+            return Ended(*launch.end(600))
 
     def curve(self, name: str) -> list[tuple]:
         """(step, loss, gradient norm) of every training line; each step must stand there once."""

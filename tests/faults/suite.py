@@ -85,7 +85,7 @@ def chain(case: Case, name: str, ranks: int, faults: list[str], *overrides: str,
     ends, expected = [], reference(case, ranks, *overrides)
     for fault in [*faults, ""]:
         with case.launch(name, ranks, *overrides, faults=fault, **options) as launch:
-            ends.append(Ended(*launch.end()))
+            ends.append(Ended(*launch.end(600)))
     count = Count()
     equal = ends[-1].status == 0 and case.curve(name) == expected and not case.orphans(name)
     for end, fault in zip(ends, faults, strict=False):
@@ -168,14 +168,16 @@ def stopped_rank(case: Case, launchers: tuple = ("torchrun", "deepspeed")) -> Co
             faults="rank=1 step=5 point=backward kind=stop",
             launcher=launcher,
         ) as launch:
-            while "fault" not in launch.seen() and time.monotonic() - begun < 120:
+            while "fault" not in launch.printed() and time.monotonic() - begun < 120:
                 time.sleep(0.1)
             begun = time.monotonic()
             status, output = launch.end()
         seconds = time.monotonic() - begun
         slowest = max(slowest, seconds)
         named = re.search(r"rank 1\b.*backward|backward.*rank 1\b", output)
-        count.add(status != 0 and bool(named) and seconds <= timeout + 35, f"{launcher} {seconds}: {output[-3000:]}")
+        count.add(
+            status != 0 and bool(named) and seconds <= timeout + 35, f"{launcher} {seconds}: {output[-3000:]}"
+        )
     count.note = f"{slowest:.0f} s at most, with a timeout of {timeout} s"
     return count
 
@@ -219,7 +221,12 @@ def moved(case: Case, chains: tuple = ("4 2 1 4", "fsdp zero3 single zero2 fsdp"
         for n, place in enumerate(stages):
             ranks = int(place) if place.isdigit() else 1 if place == "single" else 2
             strategy = ("single" if ranks == 1 else "fsdp") if place.isdigit() else place
-            words = [*same, "data.packing=false", f"train.accumulation={4 // ranks}", f"parallel.strategy={strategy}"]
+            words = [
+                *same,
+                "data.packing=false",
+                f"train.accumulation={4 // ranks}",
+                f"parallel.strategy={strategy}",
+            ]
             last = n == len(stages) - 1
             fault = "" if last else f"rank=0 step={4 * n + 3} point=forward kind=term"
             ended = case.run("moved", ranks, *words, faults=fault, launcher="python" if ranks == 1 else "torchrun")

@@ -1,0 +1,262 @@
+"""A run of several ranks in which one hangs ends, and says which: one thread a rank tells the others where it is.
+
+Collectives have a time limit of their own, but its error names a socket. Here every rank writes a count of its
+beats and its place in the step into the run's store, and a rank that has waited too long reads those of all.
+"""
+
+import dataclasses
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NoReturn, TypeVar
+
+import torch.distributed as dist
+
+from dora_dist.backends.process import Processes
+
+_BEAT_S = 1.0
+_MEETING_S = 0.1  # between two looks for the store, before the processes have met
+_LISTEN_S = 3.0  # a rank without a beat for as long is not there
+_EARLY_S = 8.0  # before the limit: to listen, to speak, and to end before a collective's own limit does it mutely
+_ASLEEP_S = 5.0  # a thread that overslept by as much was stopped itself, and its waiting does not count
+_STORE_S = 2.0  # for an answer of the store, whose host may be the one that is gone
+_NAMED = 4  # ranks that a line names
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank's training loop is. `index` counts the operations of a step, which are the same on all ranks,
+    so that the lesser (step, index) is behind."""
+
+    step: int
+    index: int
+    operation: str
+    watched: bool = True
+    since: float = dataclasses.field(default_factory=time.monotonic)
+
+    def __str__(self) -> str:
+        return f"step {self.step}, {self.operation}"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank last told of itself."""
+
+    count: int
+    place: Place
+    host: str
+
+
+Beats = dict[int, Beat]  # by rank
+
+
+class Watchdog:
+    """Ends this process where its training loop stands still for `timeout_s` seconds (or 5 s less, see _EARLY_S),
+    after one rank has said on stderr which is missing. It goes around the whole run:
+
+        with Watchdog(processes, timeout_s) as watch:
+            watch.at(0, "loading the model", watched=False)
+            ...
+            watch.at(step, "forward of micro-batch 2")
+
+    An error of a collective that a missing rank has caused ends the process in the same way. A single process is
+    not watched. On GPUs an operation is the one that the host is in: the device may be behind it.
+    """
+
+    def __init__(self, processes: Processes, timeout_s: float):
+        self.processes, self.timeout_s = processes, timeout_s
+        self._place = Place(0, 0, "start", watched=False)
+        self._over = threading.Event()
+        self._board = _Board(processes)
+
+    def __enter__(self) -> "Watchdog":
+        if self.processes.world_size > 1:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        line = None if error is None else self.explain(error)
+        self._over.set()
+        if line is not None:
+            _leave(line)
+
+    @property
+    def _me(self) -> str:
+        return f"rank {self.processes.rank} ({self._board.host})"
+
+    def at(self, step: int, operation: str, watched: bool = True) -> None:
+        """What the training loop does next: the same operations in the same order on every rank. `watched=False`
+        where it may take any time, such as loading weights."""
+        index = self._place.index + 1 if self._place.step == step else 0
+        self._place = Place(step, index, operation, watched)
+
+    def explain(self, error: BaseException) -> str | None:
+        """One line on which rank is missing, for an error of a collective; "" where another rank says it. None for
+        an error that no missing rank has caused. Takes the seconds that it needs to hear who lives."""
+        of_collective = isinstance(error, RuntimeError) and (
+            isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo's name the file of gloo's that raised
+        )
+        if self.processes.world_size == 1 or self.processes.store is None or not of_collective:
+            return None
+        place = self._place
+        self._place = dataclasses.replace(place, watched=False)  # the thread goes on to beat, and says nothing
+        before = self._board.read()
+        time.sleep(_LISTEN_S)
+        missing = describe_missing(
+            self.processes.rank, self.processes.world_size, place, before, self._board.read()
+        )
+        return None if missing is None else self._one_voice(f"error: {place}: {self._me} has lost {missing}")
+
+    def _watch(self) -> None:
+        """The thread: a beat a second; shortly before the limit a look at the others' beats, then a second."""
+        last, awake = time.monotonic(), 0.0
+        look: tuple[Place, float, Beats | None] | None = None  # where this rank stood, when, and what it saw
+        pause = 0.0
+        while not self._over.wait(pause):
+            now, place = time.monotonic(), self._place
+            awake = now if now - last > _BEAT_S + _ASLEEP_S else awake
+            last, pause = now, _BEAT_S if self._board.write(place) else _MEETING_S
+            waited = now - max(place.since, awake)
+            if not place.watched or waited < max(self.timeout_s / 2, self.timeout_s - _EARLY_S):
+                continue
+            if look is None or look[0] is not place:
+                look = (place, now, self._board.read())
+            left = look[1] + _LISTEN_S - now
+            if left <= 0:
+                self._give_up(place, waited, look[2])
+            pause = min(_BEAT_S, max(left, 0.01))
+
+    def _give_up(self, place: Place, waited: float, before: Beats | None) -> None:
+        missing = describe_missing(
+            self.processes.rank, self.processes.world_size, place, before, self._board.read()
+        )
+        missing = (
+            f"missing is {missing}" if missing else "no rank is missing (does the network between them work?)"
+        )
+        limit = f"parallel.timeout_s: {self.timeout_s:g}"
+        line = f"error: {place}: {self._me} has waited for {waited:.0f} s ({limit}); {missing}"
+        line = self._one_voice(line)
+        if self._place is place:  # else the loop has gone on in the meantime, or speaks itself
+            _leave(line)
+
+    def _one_voice(self, line: str) -> str:
+        """The line on one rank, the lowest that lives, since that asks first; "" on the others."""
+        rank = self.processes.rank
+        time.sleep(0 if rank == 0 else 0.5 + 0.05 * min(rank, 10))
+        return line if self._board.claim() else ""
+
+
+class _Board:
+    """What the ranks tell each other, over a connection of its own to the run's store: the training loop's is
+    locked for as long as a rank waits for an answer there."""
+
+    def __init__(self, processes: Processes):
+        self.rank, self.world_size, self._processes = processes.rank, processes.world_size, processes
+        self.host = socket.gethostname()
+        self._store: dist.Store | None = None
+        self._gone = False
+        self._beats = 0
+
+    def write(self, place: Place) -> bool:
+        """Once the processes have met. Does not wait for an answer. False before they have."""
+        try:
+            if self._store is None and not self._gone and self._processes.store is not None:
+                self._store = self._processes.store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+            if self._store is not None:
+                self._beats += 1
+                text = json.dumps([self._beats, place.step, place.index, place.operation, self.host])
+                self._store.set(f"watchdog/{self.rank}", text)
+        except RuntimeError:
+            self._store, self._gone = None, True
+        return self._store is not None or self._gone
+
+    def read(self) -> Beats | None:
+        """Each rank's last beat, of those that had one; None where the store does not answer."""
+        return self._ask(self._read)
+
+    def claim(self) -> bool:
+        """Whether nobody has before; also where the store does not answer, as then nobody knows."""
+        return self._ask(lambda store: store.add("watchdog/spoken", 1)) in (1, None)
+
+    def _read(self, store: dist.Store) -> Beats:
+        keys = {rank: f"watchdog/{rank}" for rank in range(self.world_size)}
+        there = keys if store.check(list(keys.values())) else {r: k for r, k in keys.items() if store.check([k])}
+        beats = {}
+        for rank, text in zip(there, store.multi_get(list(there.values())), strict=True):
+            count, step, index, operation, host = json.loads(text)
+            beats[rank] = Beat(count, Place(step, index, operation), host)
+        return beats
+
+    def _ask(self, question: Callable[[dist.Store], T]) -> T | None:
+        """In a thread, as nothing else ends a request to a host that is gone: the store's own limit does not."""
+        store = self._store
+        if store is None:
+            return None
+        answers: list[T] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                answers.append(question(store))
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(_STORE_S)
+        if not answers:
+            self._store, self._gone = None, True
+        return answers[0] if answers else None
+
+
+def describe_missing(
+    rank: int, world_size: int, place: Place, before: Beats | None, now: Beats | None
+) -> str | None:
+    """The ranks that `rank` waits for, by two looks at the beats: those without a beat in between, or else those
+    at an earlier operation than the others; None where it is none of them."""
+    if before is None or now is None:
+        return f"{_store_host()}, which keeps the run's store and no longer answers"
+    others = [other for other in range(world_size) if other != rank]
+    silent = [r for r in others if r not in now or (r in before and now[r].count == before[r].count)]
+    living = {r: beat.place for r, beat in now.items() if r not in silent} | {rank: place}
+    furthest = max((p.step, p.index) for p in living.values())
+    behind = [r for r, p in sorted(living.items()) if (p.step, p.index) < furthest]
+    if silent:
+        return _names(silent, now, "which no longer answers and was last heard of in")
+    if rank in behind:
+        return "this rank, for which others wait"
+    return _names(behind, now, "which is still in") if behind else None
+
+
+def _names(ranks: list[int], beats: Beats, state: str) -> str:
+    parts = []
+    for rank in ranks[:_NAMED]:
+        beat = beats.get(rank)
+        parts.append(
+            f"rank {rank} ({beat.host}), {state} {beat.place}" if beat else f"rank {rank}, never heard of"
+        )
+    more = [f"{len(ranks) - _NAMED} more"] if len(ranks) > _NAMED else []
+    return "; ".join(parts + more)
+
+
+def _store_host() -> str:
+    host = os.environ.get("MASTER_ADDR", "?")
+    return (
+        f"torchrun on {host}" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else f"rank 0 ({host})"
+    )
+
+
+def _leave(line: str) -> NoReturn:
+    """End this process, whatever its main thread does."""
+    if line:
+        with suppress(OSError):  # the launcher that read it may be gone
+            print(line, file=sys.stderr, flush=True)
+    os._exit(1)

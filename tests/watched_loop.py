@@ -1,0 +1,48 @@
+"""Run under a launcher: all-reduces under the watchdog, and one mishap of rank 1 in the run's first life.
+
+usage: watched_loop.py DIR TIMEOUT_S STEPS [MISHAP at step 20: kill, leave or dawdle]     DIR gets rank 0's step
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dora_dist.backends.process import Processes
+from dora_dist.backends.watchdog import Watchdog
+from dora_dist.cli import leave
+from dora_dist.launcher import end_with_launcher
+
+MISHAPS = {
+    "none": lambda: None,
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "leave": lambda: os._exit(0),
+    "dawdle": lambda: time.sleep(600),
+}
+
+
+def main(directory: str, timeout_s: str, steps: str, mishap: str = "none") -> None:
+    processes = Processes()
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    with Watchdog(processes, float(timeout_s)) as watch:
+        processes.start(60, needed=processes.world_size > 1)
+        for step in range(int(steps)):
+            watch.at(step, "pause")
+            time.sleep(0.01)
+            if (processes.rank, step, life) == (1, 20, "0"):
+                MISHAPS[mishap]()
+            watch.at(step, "sum")
+            assert processes.sum_(torch.ones(1000)).eq(processes.world_size).all()
+            if processes.is_main:
+                (Path(directory) / f"life-{life}").write_text(str(step))
+    processes.stop()
+
+
+if __name__ == "__main__":
+    end_with_launcher()
+    arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]  # deepspeed's
+    main(*arguments)
+    leave(0)
