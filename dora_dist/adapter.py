@@ -1,28 +1,26 @@
 """Adapters as files in PEFT's format: written from shards without gathering the base, read, and merged.
 
-`adapter_model.safetensors` and `adapter_config.json`; peft_format.py knows what stands in them.
+adapter_files.py reads and writes the two files; peft_format.py knows what stands in them.
 """
 
 import copy
-import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dora_dist.adapter_files import CONFIG, TENSORS, AdapterFiles, check_base, read_adapter, write_adapter
+from dora_dist.durable import TensorHead
 from dora_dist.errors import UserError, nearest
+from dora_dist.files import check_path
+from dora_dist.fingerprint import Base
 from dora_dist.inject import forget_injection, inject_dora, injection_of, is_sharded
 from dora_dist.layers import DoraEmbedding, DoraLayer
 from dora_dist.norms import dora_layers, find_shards, refresh_norms
 from dora_dist.peft_format import (
-    OWN_TYPE,
     PREFIX,
     adapted_layers,
     from_peft_config,
@@ -34,7 +32,6 @@ from dora_dist.peft_format import (
 )
 from dora_dist.shards import Shards, as_matrix, write_whole
 
-_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _GATHER_BYTES = 256 << 20  # of whole tensors at a time: a large trained embedding is not all gathered twice
 
 
@@ -42,61 +39,82 @@ _GATHER_BYTES = 256 << 20  # of whole tensors at a time: a large trained embeddi
 def save_adapter(
     model: nn.Module, directory: str | Path, base_model: str | None = None, shards: Shards | None = None
 ) -> None:
-    """Write the adapter of an injected model. Under sharding every rank calls it, and one writes.
+    """Write the adapter of an injected model, and what it was trained on where the model's injection knows it.
+    Under sharding every rank calls it, and one writes.
 
     Args:
         base_model: what `base_model_name_or_path` shall say; default: what transformers knows the model as.
     """
-    injection_of(model)
+    injection = injection_of(model)
     shards = shards or find_shards(model)
     shards.settle(model)
-    tensors: dict[str, Tensor] = {}
-    for key, whole in _gathered(chain(trained_tensors(model), frozen_tensors(model)), shards):
-        if shards.is_writer:
-            tensors[key] = whole.cpu().contiguous()
-    if not shards.is_writer:
-        return
-    tensors = _without_aliases({**tensors, **zero_factors(model)})
-    config = json.dumps(to_peft_config(model, base_model), indent=2) + "\n"
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / _TENSORS, lambda path: save_file(tensors, path, {"format": "pt"}))
-    _replace(directory / _CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
+    named, heads = adapter_tensors(model, shards)
+    constants = zero_factors(model)
+    values = (whole.cpu() for _, whole in _gathered(named, shards))
+    if shards.is_writer:
+        config = to_peft_config(model, base_model)
+        heads += [(key, zeros.dtype, zeros.shape) for key, zeros in constants.items()]
+        try:
+            write_adapter(Path(directory), config, heads, chain(values, constants.values()), injection.base)
+        finally:
+            _drain(values)  # the other ranks gather, whatever the disk says
+    _drain(values)
+
+
+def adapter_tensors(model: nn.Module, shards: Shards) -> tuple[list[tuple[str, nn.Parameter]], list[TensorHead]]:
+    """The parameters that an adapter's file holds by name, trained ones and what PEFT wants besides, in the file's
+    order; and their heads in it."""
+    named = [*trained_tensors(model), *frozen_tensors(model)]
+    named.sort(key=lambda pair: -pair[1].dtype.itemsize)
+    return named, [(key, parameter.dtype, tuple(shards.shape(parameter))) for key, parameter in named]
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, directory: str | Path, shards: Shards | None = None) -> nn.Module:
+def load_adapter(
+    model: nn.Module, directory: str | Path, shards: Shards | None = None, accept_other_base: bool = False
+) -> nn.Module:
     """Read a PEFT adapter into `model`, injecting DoRA as its configuration says where that was not done yet.
 
     The model is not touched before the whole adapter has been checked. Cached norms are renewed.
+
+    Args:
+        accept_other_base: load also what names another base than the model's injection does.
 
     Raises:
         UserError: a file is missing or damaged, or the adapter does not fit the model: the tensor or setting
             is named.
     """
     directory = Path(directory)
-    config, tensors = _read(directory)
+    files = read_adapter(directory)
     shards = shards or find_shards(model)
     if dora_layers(model):
-        _check(directory, config, tensors, model, model, shards)
+        base = injection_of(model).base
+        check_base(directory, files.metadata, base, accept_other_base, tell=shards.is_writer)
+        _check(directory, files, model, model, shards)
     else:
-        dora_config = from_peft_config(config, tensors, model, directory / _CONFIG)
+        dora_config = from_peft_config(files.config, files.tensors, model, directory / CONFIG)
         trial = model if is_sharded(model) else _meta_copy(model)  # inject_dora refuses a sharded one
-        _check(directory, config, tensors, inject_dora(trial, dora_config), model, shards)
+        try:
+            inject_dora(trial, dora_config)
+        except UserError as error:
+            raise UserError(f"{directory / CONFIG}: {error}") from None
+        _check(directory, files, trial, model, shards)
         inject_dora(model, dora_config)
     shards.settle(model)
     for key, parameter in trained_tensors(model):
-        write_whole(parameter, tensors[key], shards)
+        write_whole(parameter, files.tensors[key], shards)
     for layer in dora_layers(model).values():
         layer.mark_norm_stale()
     refresh_norms(model, shards)
     return model
 
 
-def check_adapter_files(directory: str | Path, key: str) -> None:
-    """Raise a UserError that names the setting `key` unless `directory` holds a readable adapter."""
+def check_adapter_files(directory: str | Path, base: Base, accept_other_base: bool, key: str) -> None:
+    """Raise a UserError that names the setting `key` unless `directory` holds a readable adapter of `base`."""
+    check_path(directory, key)
     try:
-        _read(Path(directory))
+        metadata = read_adapter(Path(directory)).metadata
+        check_base(Path(directory), metadata, base, accept_other_base, tell=False)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
 
@@ -166,7 +184,7 @@ def _meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, empty)
 
 
-def _gathered(named: Iterator[tuple[str, nn.Parameter]], shards: Shards) -> Iterator[tuple[str, Tensor]]:
+def _gathered(named: Iterable[tuple[str, nn.Parameter]], shards: Shards) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors by key, gathered in batches of bounded size."""
     batch: dict[str, Tensor] = {}
     held = 0
@@ -180,51 +198,14 @@ def _gathered(named: Iterator[tuple[str, nn.Parameter]], shards: Shards) -> Iter
     yield from zip(batch, shards.gather(list(batch.values())), strict=True)
 
 
-def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A tied weight stands in the file once for each of its names; safetensors refuses shared memory."""
-    first: dict[int, str] = {}
-    for key, tensor in tensors.items():
-        first.setdefault(tensor.data_ptr(), key)
-    return {key: t if first[t.data_ptr()] == key else t.clone() for key, t in tensors.items()}
+def _drain(values: Iterator[Tensor]) -> None:
+    for _ in values:
+        pass
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    config_path, weights_path = directory / _CONFIG, directory / _TENSORS
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise UserError(f"{directory}: not a PEFT adapter: {path.name} is missing")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config_path}: not valid JSON: {error}") from None
-    try:
-        tensors = load_file(weights_path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights_path}: not a readable safetensors file: {error}") from None
-    for key, kind in (("peft_type", str), ("r", int), ("lora_alpha", int | float)):
-        if not isinstance(config, dict) or not isinstance(config.get(key), kind):
-            raise UserError(f"{config_path}: {key!r} is missing or of the wrong type")
-    if config["peft_type"] not in ("LORA", OWN_TYPE):
-        raise UserError(f"{config_path}: peft_type {config['peft_type']!r} is not supported; LORA is")
-    has_magnitudes = any(key.endswith("lora_magnitude_vector") for key in tensors)
-    if has_magnitudes != bool(config.get("use_dora")):
-        raise UserError(
-            f"{config_path}: use_dora is {config.get('use_dora')}, but {weights_path.name} holds "
-            f"{'magnitudes' if has_magnitudes else 'no magnitudes'}"
-        )
-    return config, tensors
-
-
-def _check(
-    directory: Path,
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    injected: nn.Module,
-    model: nn.Module,
-    shards: Shards,
-) -> None:
+def _check(directory: Path, files: AdapterFiles, injected: nn.Module, model: nn.Module, shards: Shards) -> None:
     """That the adapter fits `injected`: `model` or, while that is bare, a trial copy of it without values."""
-    path = directory / _TENSORS
+    path, tensors = directory / TENSORS, files.tensors
     wanted = dict(trained_tensors(injected))
     seen: dict[Tensor, str] = {}
     for key, parameter in wanted.items():
@@ -246,7 +227,7 @@ def _check(
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")  # PEFT adds frozen weights to its files
         if not stands_in and not (name in frozen and _equal(frozen[name], tensors[key], shards)):
             raise UserError(f"{path}: {key!r} belongs to no adapted module of this model, nor is it the base's")
-    _check_settings(directory / _CONFIG, config, injected)
+    _check_settings(directory / CONFIG, files.config, injected)
 
 
 def _check_settings(path: Path, config: dict[str, Any], model: nn.Module) -> None:
@@ -270,16 +251,3 @@ def _equal(parameter: Tensor, values: Tensor, shards: Shards) -> bool:
     matrix = as_matrix(values)
     parts = ((own.values, matrix[own.rows, own.cols]) for own in shards.rectangles(parameter))
     return all(torch.equal(own, part.to(own)) for own, part in parts)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, then rename: a killed run leaves the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -28,6 +28,8 @@ from dora_dist.config import ModelConfig, RunConfig
 from dora_dist.deepspeed_config import Sizes, deepspeed_config
 from dora_dist.engine import Engine
 from dora_dist.errors import UserError
+from dora_dist.files import check_path
+from dora_dist.fingerprint import Base, base_fingerprint
 from dora_dist.inject import inject_dora
 from dora_dist.loss import HeadLoss, attach_head_loss, has_plain_logits
 from dora_dist.norms import attach_norm_refresh, initialize_adapters
@@ -56,6 +58,7 @@ class Blueprint:
     model: nn.Module
     files: SafetensorsFiles | None  # None: random weights
     head: tuple[str, ...]  # a classifier's head: its modules outside the base model, trained in full
+    base: Base
     head_loss: HeadLoss | None = None  # a causal model's, where the loss may take the logits' place
 
 
@@ -70,13 +73,14 @@ class Built:
     head_loss: HeadLoss | None = None  # see Blueprint
 
 
-def resolve_model(path: str) -> Path:
-    """A local directory for `model.path`, downloading a hub id.
+def resolve_model(path: str, allow_pickle: bool = False) -> Path:
+    """A local directory for `model.path`, downloading a hub id; pickles only where they are allowed.
 
     Raises:
         UserError: neither a directory with a config.json nor a hub id that can be fetched.
     """
     directory = Path(path)
+    check_path(path, "model.path")
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise UserError(f"model.path: {path!r} has no config.json; expected a model in Hugging Face layout")
@@ -86,10 +90,9 @@ def resolve_model(path: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
     try:
-        return Path(
-            snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"])
-        )
+        return Path(snapshot_download(path, allow_patterns=wanted + ["pytorch_model*.bin"] * allow_pickle))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -102,24 +105,25 @@ def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1) -> B
     quantized = config.model.init == "pretrained" and check_quantization(directory, config.quant)
     model = _meta_model(config.model, directory)
     _check_model(config, model)
-    if config.dora.init_from is not None:
-        check_adapter_files(config.dora.init_from, "dora.init_from")
     if config.train.activation_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(f"train.activation_checkpointing: {type(model).__name__} does not support it")
-    files = None if config.model.init == "random" else SafetensorsFiles(directory)
+    files = None if config.model.init == "random" else SafetensorsFiles(directory, config.model.allow_pickle)
     if files is not None:
         if quantized:
             files.hold_four_bit(find_four_bit(files))
         check_shapes(files, model)
+    base = Base(base_fingerprint(files, directory, config.train.seed), str(config.quant))
+    if config.dora.init_from is not None:
+        check_adapter_files(config.dora.init_from, base, config.dora.accept_other_base, "dora.init_from")
     causal = config.model.task == "causal_lm"
     plain_logits = causal and has_plain_logits(model)
     head = () if causal else _classifier_head(model)
     saved = [*config.dora.modules_to_save, *(h for h in head if h not in config.dora.modules_to_save)]
-    inject_dora(model, replace(config.dora, modules_to_save=saved))
+    inject_dora(model, replace(config.dora, modules_to_save=saved), base)
     if config.quant.scheme == "nf4":
         split = world_size if config.parallel.strategy == "zero3" else 1
         pack_linears(model, config.quant, split, files.block_sizes() if files is not None else {})
-    return Blueprint(config, model, files, head, attach_head_loss(model) if plain_logits else None)
+    return Blueprint(config, model, files, head, base, attach_head_loss(model) if plain_logits else None)
 
 
 def choose_strategy(config: RunConfig, model: nn.Module, processes: Processes) -> Strategy:
@@ -159,7 +163,7 @@ def build(blueprint: Blueprint, strategy: Strategy) -> Built:
     _load(blueprint, shards, strategy.processes)
     initialize_adapters(model, config.train.seed, shards)
     if config.dora.init_from is not None:
-        load_adapter(model, config.dora.init_from, shards)
+        load_adapter(model, config.dora.init_from, shards, config.dora.accept_other_base)
     attach_norm_refresh(model, None, shards)  # the training loop refreshes, and times it
     if config.train.compile:
         for block in blocks(model):
@@ -206,14 +210,28 @@ def _load(blueprint: Blueprint, shards: Shards, processes: Processes) -> None:
             "differ from the model's, only 16-bit checkpoints can be loaded"
         )
     else:
-        load = partial(_load_with_transformers, config, files.directory, blueprint.head)
+        load = partial(_load_with_transformers, config, files, blueprint.head)
         load_whole(model, load, shards, processes)
 
 
-def _load_with_transformers(config: ModelConfig, directory: Path, head: tuple[str, ...]) -> nn.Module:
-    model, info = _auto_class(config).from_pretrained(
-        directory, output_loading_info=True, **_model_arguments(config, directory)
-    )
+def _load_with_transformers(config: ModelConfig, files: SafetensorsFiles, head: tuple[str, ...]) -> nn.Module:
+    directory = files.directory
+    if (directory / "adapter_config.json").exists():
+        raise UserError(
+            f"model.path: {str(directory)!r} holds an adapter_config.json, which would have transformers load the "
+            "base that it names; remove it"
+        )
+    try:
+        model, info = _auto_class(config).from_pretrained(
+            directory,
+            output_loading_info=True,
+            use_safetensors=not files.pickled,
+            weights_only=True,  # pickles of anything but tensors are refused
+            **_model_arguments(config, directory),
+        )
+    except Exception as error:  # torch, safetensors and transformers share no base
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"model.path: the weights in {str(directory)!r} cannot be loaded: {reason}") from None
     missing = [name for name in info["missing_keys"] if not name.startswith(tuple(f"{h}." for h in head))]
     if missing:
         raise UserError(
@@ -239,13 +257,14 @@ def _model_arguments(config: ModelConfig, directory: Path) -> dict[str, Any]:
 
     extra = {"num_labels": config.num_labels} if config.num_labels is not None else {}
     try:
-        hf_config = AutoConfig.from_pretrained(directory, **extra)
+        hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **extra)
     except Exception as error:  # transformers' own validation raises many kinds
         raise _bad_config(directory, error) from None
     if hasattr(hf_config, "quantization_config"):
         del hf_config.quantization_config  # what can be read of such weights, prequantized.py reads
     return {
         "config": hf_config,
+        "trust_remote_code": False,  # said, because unsaid it is asked for on the terminal
         "dtype": getattr(torch, config.dtype),
         "attn_implementation": config.attention,
     }

@@ -11,48 +11,33 @@ the parameters, so what one strategy wrote any other reads:
 The frozen base is not stored; the manifest has its fingerprint.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from dora_dist.adapter import adapter_tensors
+from dora_dist.adapter_files import CONFIG, TENSORS, base_metadata, config_text
 from dora_dist.backends.process import Processes
 from dora_dist.build import Built
 from dora_dist.config import CheckpointConfig
-from dora_dist.durable import MANIFEST, Damaged, NewDirectory, remove, sweep, verify, write_tensors
+from dora_dist.durable import MANIFEST, Damaged, NewDirectory, TensorHead, remove, sweep, verify, write_tensors
 from dora_dist.engine import MOMENTS
 from dora_dist.errors import UserError
+from dora_dist.inject import injection_of
 from dora_dist.norms import refresh_norms
-from dora_dist.peft_format import frozen_tensors, to_peft_config, trained_tensors, zero_factors
+from dora_dist.peft_format import to_peft_config, trained_tensors, zero_factors
+from dora_dist.pieces import Piece, gathered, spread
 from dora_dist.shards import Rectangle, as_matrix
 
-_ADAPTER, _OPTIMIZER, _RNG = "adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors"
-_ADAPTER_CONFIG = "adapter_config.json"
-_BATCH_BYTES = 64 << 20  # of whole tensors at a time
+_OPTIMIZER, _RNG = "optimizer.safetensors", "rng.safetensors"
 _NAME = re.compile(r"step-(\d{8,})")
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor of a checkpoint, and this rank's part of it: rectangles to read from or to write to."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    own: list[Rectangle]
-    counts: bool  # in a sum over the ranks: a whole copy does on one of them only
-
-    @property
-    def bytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
@@ -126,7 +111,7 @@ class Checkpoints:
             RuntimeError: it cannot be written, and `checkpoint.on_failure` is stop.
         """
         files = self._files(built)
-        streams = [(name, pieces, _gathered(pieces, sum_, self.processes.device)) for name, pieces, sum_ in files]
+        streams = [(name, pieces, gathered(pieces, sum_, self.processes.device)) for name, pieces, sum_ in files]
         failure = None
         if self.processes.is_main:
             manifest = {"format": FORMAT, "step": step, "counters": counters, "run": self.run}
@@ -135,13 +120,14 @@ class Checkpoints:
                 before()
                 with NewDirectory(self.directory / f"step-{step:08}") as new:
                     for name, pieces, values in streams:
-                        extra = constants if name == _ADAPTER else {}
-                        heads = [(p.name, p.dtype, p.shape) for p in pieces]
+                        extra = constants if name == TENSORS else {}
+                        heads: list[TensorHead] = [(p.name, p.dtype, p.shape) for p in pieces]
                         heads += [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in extra.items()]
+                        metadata = base_metadata(injection_of(built.model).base) if name == TENSORS else {}
                         with new.file(name) as file:
-                            write_tensors(file, heads, chain(values, extra.values()))
-                    with new.file(_ADAPTER_CONFIG) as file:
-                        file.write(json.dumps(to_peft_config(built.model, base_model), indent=2).encode() + b"\n")
+                            write_tensors(file, heads, chain(values, extra.values()), metadata)
+                    with new.file(CONFIG) as file:
+                        file.write(config_text(to_peft_config(built.model, base_model)))
                     new.commit(manifest)
                 for path in _checkpoints(self.directory)[: -self.config.keep]:
                     remove(path)
@@ -165,11 +151,14 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint's tensors are not this run's.
         """
+        trained = dict(trained_tensors(built.model))
         same_world = found.manifest["run"]["world_size"] == self.processes.world_size
         for name, pieces, _ in self._files(built):
+            if name == TENSORS:
+                pieces = [piece for piece in pieces if piece.name in trained]
             if name != _RNG or same_world:
-                _spread(found.path / name, pieces, self.processes)
-        for _, parameter in _trained(built.model):
+                spread(found.path / name, pieces, self.processes)
+        for parameter in dict.fromkeys(trained.values()):
             built.shards.written(parameter)
         if same_world:
             _set_random_state(self._random_state)
@@ -182,7 +171,7 @@ class Checkpoints:
         shards.settle(built.model)
         self._random_state = _get_random_state()
         return [
-            (_ADAPTER, list(_adapter_pieces(built)), shards.sum_),
+            (TENSORS, list(_adapter_pieces(built)), shards.sum_),
             (_OPTIMIZER, list(_optimizer_pieces(built)), engine.sum_state_),
             (_RNG, list(_random_pieces(self._random_state, self.processes)), self.processes.sum_),
         ]
@@ -254,9 +243,9 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _adapter_pieces(built: Built) -> Iterator[Piece]:
     shards = built.shards
-    for key, parameter in chain(trained_tensors(built.model), frozen_tensors(built.model)):
-        own = shards.rectangles(parameter)
-        yield Piece(key, parameter.dtype, tuple(shards.shape(parameter)), own, shards.counts(parameter))
+    named, heads = adapter_tensors(built.model, shards)
+    for (_, parameter), (key, dtype, shape) in zip(named, heads, strict=True):
+        yield Piece(key, dtype, tuple(shape), shards.rectangles(parameter), shards.counts(parameter))
 
 
 def _optimizer_pieces(built: Built) -> Iterator[Piece]:
@@ -288,68 +277,3 @@ def _set_random_state(state: Tensor) -> None:
     torch.set_rng_state(state[:length])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(state[length:])
-
-
-def _gathered(pieces: Iterable[Piece], sum_: Callable[[Tensor], object], device: torch.device) -> Iterator[Tensor]:
-    """The whole tensors, on the host. Each rank lays its part into zeros, and the bytes of all are summed: exact
-    for any dtype, one collective for many tensors, whatever the sharding."""
-    for batch in _batches(pieces):
-        flat, wholes = _buffer(batch, device)
-        for piece, whole in zip(batch, wholes, strict=True):
-            for own in piece.own if piece.counts else ():
-                as_matrix(whole)[own.rows, own.cols].copy_(own.values)
-        sum_(flat)
-        yield from (whole.cpu() for whole in wholes)
-
-
-@torch.no_grad()
-def _spread(path: Path, pieces: Sequence[Piece], processes: Processes) -> None:
-    """Fill each rank's part from a file that rank 0 reads."""
-    problem, file = None, None
-    if processes.is_main:
-        file = safe_open(path, framework="pt")
-        problem = _misfit(path, file, pieces)
-    problem = processes.broadcast_object(problem)
-    if problem is not None:
-        raise UserError(problem)
-    for batch in _batches(pieces):
-        flat, wholes = _buffer(batch, processes.device)
-        if file is not None:
-            for piece, whole in zip(batch, wholes, strict=True):
-                whole.copy_(file.get_tensor(piece.name))
-        processes.broadcast_(flat)
-        for piece, whole in zip(batch, wholes, strict=True):
-            for own in piece.own:
-                own.values.copy_(as_matrix(whole)[own.rows, own.cols])
-
-
-def _misfit(path: Path, file: Any, pieces: Sequence[Piece]) -> str | None:
-    names = set(file.keys())
-    for piece in pieces:
-        if piece.name not in names:
-            return f"{path}: holds no {piece.name!r}, which this run trains"
-        found = tuple(file.get_slice(piece.name).get_shape())
-        if found != piece.shape:
-            return f"{path}: {piece.name!r} is {list(found)}, this run's is {list(piece.shape)}"
-    return None
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    held = 0
-    for piece in pieces:
-        if batch and held + piece.bytes > _BATCH_BYTES:
-            yield batch
-            batch, held = [], 0
-        batch.append(piece)
-        held += piece.bytes
-    if batch:
-        yield batch
-
-
-def _buffer(batch: Sequence[Piece], device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """Zero bytes for a batch, and each tensor's place in them."""
-    lengths = [-(-piece.bytes // 8) * 8 for piece in batch]  # as views of other dtypes must begin
-    flat = torch.zeros(sum(lengths), dtype=torch.uint8, device=device)
-    places = zip(batch, flat.split(lengths), strict=True)
-    return flat, [part[: piece.bytes].view(piece.dtype).view(piece.shape) for piece, part in places]

@@ -33,6 +33,7 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"  # of the frozen base and of compute
     init: Literal["pretrained", "random"] = "pretrained"  # random: weights from config.json alone
     attention: Literal["sdpa", "eager"] = "sdpa"
+    allow_pickle: bool = False  # read .bin weights, by torch's weights_only, where there are no safetensors
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class DoraConfig(Section):
     modules_to_save: list[str] = field(default_factory=list)
     init: Literal["kaiming", "gaussian"] = "kaiming"
     init_from: str | None = None  # a PEFT adapter directory to continue from
+    accept_other_base: bool = False  # also one that was trained on another base; for the merge, too
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +91,11 @@ class QuantConfig(Section):
         super().__post_init__()
         if self.block_size & (self.block_size - 1):
             raise UserError(f"quant.block_size: {self.block_size} is not a power of two")
+
+    def __str__(self) -> str:
+        if self.scheme == "none":
+            return "none"
+        return f"{self.scheme} (block_size {self.block_size}, double_quant {str(self.double_quant).lower()})"
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ class TrainConfig(Section):
     weight_decay: float = setting(0.0, low=0)
     max_grad_norm: float | None = setting(1.0, positive=True)  # None: no clipping
     max_skipped_steps: int = setting(10, low=0)  # in a row, for gradients that are not finite; then the run ends
-    seed: int = setting(0, low=0)
+    seed: int = setting(0, low=0, high=2**63 - 1)
     activation_checkpointing: bool = False
     compile: bool = False  # each block by torch.compile
     eval_every: int | None = setting(None, low=1)
@@ -132,7 +139,7 @@ class ParallelConfig(Section):
     strategy: Literal["auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
     replicas: int = setting(1, low=1)  # > 1: hybrid sharding, one full copy per replica group
     cpu_offload: bool = False
-    timeout_s: int = setting(300, low=1)
+    timeout_s: int = setting(300, low=1, high=10_000_000)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed keys, laid over what we make
 
     def __post_init__(self) -> None:
@@ -189,6 +196,12 @@ class RunConfig(Section):
         super().__post_init__()
         if self.train.eval_every is not None and self.data.eval is None:
             raise UserError("train.eval_every needs data.eval")
+        if self.train.steps is not None and self.train.warmup_steps >= self.train.steps:
+            raise UserError(
+                f"train.warmup_steps: {self.train.warmup_steps} is not smaller than train.steps {self.train.steps}"
+            )
+        if self.data.packing and self.model.task == "sequence_classification":
+            raise UserError("data.packing needs model.task: causal_lm (a classifier sees one row at a time)")
         if self.train.magnitude_lr is not None and self.dora.method == "lora":
             raise UserError("train.magnitude_lr needs dora.method: dora (lora has no magnitude)")
         if self.model.num_labels is not None and self.model.task == "causal_lm":
@@ -214,7 +227,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise UserError(f"--config: there is no file {str(path)!r}")
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as 'model:' and 'data:', found {describe_value(tree)}")

@@ -139,12 +139,13 @@ def sweep(parent: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_file(path: Path, data: bytes) -> None:
+@contextmanager
+def replaced(path: Path) -> Iterator[NewFile]:
     """Replace one file: afterwards there is the old one or the new one, on the disk."""
     partial = path.with_name(f"{_PARTIAL}{path.name}-{os.getpid()}")
     try:
         with _flushed(partial) as file:
-            file.write(data)
+            yield NewFile(file)
         os.replace(partial, path)
         _flush_directory(path.parent)
     finally:
@@ -154,11 +155,13 @@ def write_file(path: Path, data: bytes) -> None:
 def write_tensors(
     file: NewFile, heads: Sequence[TensorHead], values: Iterable[Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """A safetensors file, one tensor after the other: `values` may be made while they are written."""
+    """A safetensors file, one tensor after the other: `values` may be made while they are written. Wider dtypes
+    come first, as readers want each tensor to begin at a multiple of its items' size."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, dtype, shape in heads:
         end = offset + dtype.itemsize * torch.Size(shape).numel()
+        assert offset % dtype.itemsize == 0, name
         header[name] = {"dtype": _SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()

@@ -12,11 +12,20 @@ from dora_dist.config import RunConfig
 # What decides the numbers that training goes on with. The rest (learning rate, steps, logging, strategy, ...) may
 # change, which is told.
 _FIXED = ("model", "dora", "quant", "data", "train.seed", "train.optimizer")
-_FREE = ("model.path", "model.attention", "dora.init_from", "data.train", "data.eval", "output_dir")
+_FREE = (
+    "dora.accept_other_base",
+    "model.allow_pickle",
+    "model.path",
+    "model.attention",
+    "dora.init_from",
+    "data.train",
+    "data.eval",
+    "output_dir",
+)
 _FINGERPRINTS = {
     "base": "model.path: the base model is another",
     "tokenizer": "model.path: the tokenizer is another",
-    "data": "data.train: the rows are others",
+    "train": "data.train: the rows are others",
 }
 
 
@@ -43,8 +52,8 @@ def describe_run(config: RunConfig, world_size: int, strategy: str, fingerprints
 
 def contradictions(then: dict, now: dict) -> list[str]:
     """Why a run cannot go on from a checkpoint of another: one line each."""
-    found = [f"{what} ({then['fingerprints'].get(key)}, now {now['fingerprints'].get(key)})" for key, what in
-             _FINGERPRINTS.items() if then["fingerprints"].get(key) != now["fingerprints"].get(key)]  # fmt: skip
+    found = [f"{what} ({then['fingerprints'].get(key)}, now {now['fingerprints'][key]})" for key, what in
+             _FINGERPRINTS.items() if then["fingerprints"].get(key) != now["fingerprints"][key]]  # fmt: skip
     if then["rows_per_step"] != now["rows_per_step"]:
         found.append(
             f"a step takes {now['rows_per_step']} rows (train.micro_batch_size x train.accumulation x processes), "

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dora_dist.config import DoraConfig
 from dora_dist.errors import UserError, nearest
+from dora_dist.fingerprint import Base
 from dora_dist.layers import AdapterSpec, DoraEmbedding, DoraLayer, DoraLinear
 
 _GLOB = set("*?[")
@@ -32,15 +33,19 @@ class Injection:
     layers: tuple[str, ...]  # names of the adapted modules
     saved: dict[str, torch.dtype]  # the modules trained in full, and the base's dtype of each
     casts: tuple[RemovableHandle, ...]  # the hooks around modules trained in fp32 inside a 16-bit model
+    base: Base | None = None  # what the model was before, where that is known
 
 
-def inject_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
+def inject_dora(model: nn.Module, config: DoraConfig, base: Base | None = None) -> nn.Module:
     """Swap the targets of `config` for DoRA layers, in place, and return the model.
 
     Targets are nn.Linear, transformers' Conv1D (GPT-2) and nn.Embedding modules. The layers share the model's
     weights; afterwards only A, B, the magnitudes and `modules_to_save` (held in fp32) require gradients. At
     first the model computes what it computed before. On the meta device values are left to
     `initialize_adapters`.
+
+    Args:
+        base: what the model is; `save_adapter` writes it down, and `load_adapter` refuses adapters of another.
 
     Raises:
         UserError: a name matches nothing (the closest names are given), a module is of another kind, a rank
@@ -65,7 +70,7 @@ def inject_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
         set_module(model, name, replaced[module])
     dtypes = {name: _narrowest_dtype(model.get_submodule(name)) for name in saved}  # before ties are widened
     casts = [h for name, dtype in dtypes.items() for h in _train_in_full(model.get_submodule(name), dtype)]
-    model.dora = Injection(config, tuple(targets), dtypes, tuple(casts))  # type: ignore[assignment]
+    model.dora = Injection(config, tuple(targets), dtypes, tuple(casts), base)  # type: ignore[assignment]
     return model
 
 

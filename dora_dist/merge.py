@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_dist.adapter_files import CONFIG, TENSORS
 from dora_dist.backends.process import Processes
 from dora_dist.backends.replicated import Single
 from dora_dist.build import Blueprint, build, draw_blueprint, resolve_model
 from dora_dist.config import ParallelConfig, QuantConfig, RunConfig
 from dora_dist.errors import UserError
+from dora_dist.files import check_link, read_header, read_json
 from dora_dist.merge_weights import read_plan, write_weights
 from dora_dist.rundata import RunData, load_tokenizer
 
@@ -56,7 +58,7 @@ def run_merge(
     processes.device = torch.device("cpu")
     _refuse_existing(out)
     config = _alone(config)
-    directory = resolve_model(config.model.path)
+    directory = resolve_model(config.model.path, config.model.allow_pickle)
     blueprint = draw_blueprint(config, directory)
     if base == "original" and blueprint.files is not None and blueprint.files.four_bit:
         raise UserError(f"--base original: {str(directory)!r} is in 4 bits itself; leave --base out")
@@ -159,11 +161,10 @@ def _refuse_existing(out: Path) -> None:
 
 
 def _compare_base(adapter: Path, path: str) -> None:
-    """Tell where an adapter names another base than `path`. Only tell: directories get moved and renamed."""
-    trained_on = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get(
-        "base_model_name_or_path"
-    )
-    if trained_on and Path(trained_on).resolve() != Path(path).resolve():
+    """Tell where an adapter that holds no fingerprint of its base names another path. Directories get moved."""
+    known = "base_fingerprint" in read_header(adapter / TENSORS).metadata
+    trained_on = read_json(adapter / CONFIG).get("base_model_name_or_path")
+    if not known and trained_on and Path(trained_on).resolve() != Path(path).resolve():
         print(f"warning: {adapter} says that it was trained on {trained_on!r}; merging it into {path!r}")
 
 
@@ -172,7 +173,7 @@ def _copy_files(directory: Path, out: Path) -> None:
     for path in sorted(directory.iterdir()):
         wanted = any(fnmatch(path.name, pattern) for pattern in _COPIED)
         if path.is_file() and wanted and not any(fnmatch(path.name, pattern) for pattern in _NOT_COPIED):
-            shutil.copyfile(path, out / path.name)
+            shutil.copyfile(check_link(path), out / path.name)
 
 
 def _write_config(blueprint: Blueprint, directory: Path, out: Path, unties: bool, pad_id: int) -> None:

@@ -65,7 +65,7 @@ def read_plan(blueprint: Blueprint, adapter: Path) -> tuple[list[Entry], bool]:
             "needs files whose names are the model's own (load the model with transformers and save it anew)"
         )
     materialize(model, lambda p: _empty(p) if p.requires_grad else p, torch.device("cpu"))
-    load_adapter(model, adapter, _TrainedAlone())
+    load_adapter(model, adapter, _TrainedAlone(), blueprint.config.dora.accept_other_base)
     groups, packed = aliases(model), packed_layers(model)
     dtype = getattr(torch, blueprint.config.model.dtype)
     entries, unties = [], False

@@ -122,19 +122,23 @@ def from_peft_config(
     adapted = [n for n in _selected(config, names, path) if not _is_saved_by_peft(n, to_save)]
     magnitude_only = [n for n in adapted if config.get("use_dora") and _has_zero_factors(n, tensors)]
     ranks, alphas = ({n: value_for(n, kind, config) for n in adapted} for kind in ("rank", "alpha"))
-    return DoraConfig(
-        method="dora" if config.get("use_dora") else "lora",
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        targets=["^" + n for n in adapted if n not in magnitude_only],
-        magnitude_only=["^" + n for n in magnitude_only],
-        rslora=config.get("use_rslora", False),
-        rank_pattern={"^" + n: r for n, r in ranks.items() if r != config["r"]},
-        alpha_pattern={"^" + n: a for n, a in alphas.items() if a != config["lora_alpha"]},
-        modules_to_save=["^" + n for n in names if to_save and n.endswith(tuple(to_save))],
-        magnitude_axis=config.get("magnitude_axis", "out"),
-    )
+    settings: dict[str, Any] = {
+        "method": "dora" if config.get("use_dora") else "lora",
+        "rank": config["r"],
+        "alpha": config["lora_alpha"],
+        "dropout": config.get("lora_dropout", 0.0),
+        "targets": ["^" + n for n in adapted if n not in magnitude_only],
+        "magnitude_only": ["^" + n for n in magnitude_only],
+        "rslora": config.get("use_rslora", False),
+        "rank_pattern": {"^" + n: r for n, r in ranks.items() if r != config["r"]},
+        "alpha_pattern": {"^" + n: a for n, a in alphas.items() if a != config["lora_alpha"]},
+        "modules_to_save": ["^" + n for n in names if to_save and n.endswith(tuple(to_save))],
+        "magnitude_axis": config.get("magnitude_axis", "out"),
+    }
+    try:
+        return DoraConfig(**settings)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def value_for(name: str, kind: str, config: Mapping[str, Any]) -> Any:

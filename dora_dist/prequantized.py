@@ -72,7 +72,7 @@ def check_quantization(directory: Path, config: QuantConfig) -> bool:
     """
     try:
         found = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False  # transformers says what is wrong with it
     if not found:
         return False

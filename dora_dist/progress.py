@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 from dora_dist.config import LogConfig
-from dora_dist.durable import write_file
+from dora_dist.durable import replaced
 from dora_dist.errors import UserError
 
 
@@ -128,7 +128,8 @@ def _cut_back(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    write_file(path, "".join(kept).encode())
+    with replaced(path) as file:
+        file.write("".join(kept).encode())
 
 
 class Stopwatch:

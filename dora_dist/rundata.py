@@ -11,6 +11,7 @@ from dora_dist.build import Blueprint
 from dora_dist.config import RunConfig
 from dora_dist.data import BatchPlan, StreamPlan, evaluation_batches, load_examples
 from dora_dist.errors import UserError
+from dora_dist.fingerprint import tokenizer_fingerprint
 
 
 class RunData:
@@ -62,6 +63,14 @@ class RunData:
             rows = load_examples(config.data.eval, config.data, tokenizer, **about, key="data.eval")
             self.evaluation = evaluation_batches(rows, **split, seq_len=config.data.seq_len, causal=self.causal)
 
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies tokenizer, training and evaluation rows ("none" where there are none)."""
+        return {
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "train": self.plan.fingerprint,
+            "eval": "none" if self.evaluation is None else self.evaluation.fingerprint,
+        }
+
     def describe(self) -> str:
         return f"data: {self._report}"
 
@@ -87,7 +96,7 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare ones
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"model.path: {str(directory)!r} has no usable tokenizer: {reason}") from None

@@ -5,11 +5,12 @@ checked when it is made, whether from a file or in Python.
 """
 
 import dataclasses
-import math
 import re
+import reprlib
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
@@ -40,7 +41,15 @@ class Section:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of duplicate keys silently and reads 1e-4 as a string; users mean neither."""
+    """PyYAML keeps the last of duplicate keys silently, reads 1e-4 as a string, 1:30 as 90 and 010 as 8; users
+    mean none of these."""
+
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        _check_size(node)
+        return self.construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -60,13 +69,44 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_StrictLoader.add_implicit_resolver(  # YAML 1.2's floats
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+def _check_size(node: yaml.Node) -> None:
+    """Aliases can make a few lines stand for more values than any memory holds, or for endlessly many."""
+    left, stack = _MAX_VALUES, [node]
+    while stack:
+        node, left = stack.pop(), left - 1
+        if left < 0:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"with its aliases it holds more than {_MAX_VALUES:,} values", node.start_mark
+            )
+        if isinstance(node, yaml.SequenceNode):
+            stack += node.value
+        elif isinstance(node, yaml.MappingNode):
+            stack += [part for pair in node.value for part in pair]
+
+
+_MAX_VALUES = 100_000
+_NUMBERS = {  # YAML 1.2's
+    "int": r"^[-+]?(0|[1-9][0-9_]*)$",
+    "float": r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9_]*)([eE][-+]?[0-9]+)?$|^[-+]?[0-9]+[eE][-+]?[0-9]+$"
+    r"|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$",
+}
+_REPLACED = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}  # a date is a string here
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag not in _REPLACED]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _form in _NUMBERS.items():
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_form), list("-+.0123456789"))
 
 
 def parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    """Raises yaml.YAMLError, also where PyYAML raises what Python does (`!!int x`, a thousand brackets)."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise yaml.YAMLError(f"a value does not fit its tag: {error}") from None
 
 
 def apply_override(tree: dict, override: str) -> None:
@@ -114,6 +154,9 @@ def build_section(prefix: str, cls: Any, tree: Any) -> Any:
     return cls(**values)
 
 
+_LARGEST = sys.float_info.max  # whole numbers may lie beyond, NaN is not below
+
+
 def _check_type(key: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
         found = describe_value(value)
@@ -133,12 +176,36 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is str:
         return isinstance(value, str) and value != ""
     return isinstance(value, hint)
+
+
+def difference_between_ranks(trees: Sequence[Mapping[str, Any]]) -> str | None:
+    """One line naming the first key in which the settings of a rank differ from rank 0's; None: all are equal.
+
+    Args:
+        trees: each rank's settings as a dictionary, in order of ranks.
+    """
+    flat = [dict(_leaves(tree)) for tree in trees]
+    for rank, other in enumerate(flat[1:], start=1):
+        for key in [*flat[0], *(key for key in other if key not in flat[0])]:
+            mine, theirs = ([repr(tree[key])] if key in tree else [] for tree in (flat[0], other))
+            if mine != theirs:
+                one, two = (_SHORT.repr(tree[key]) if key in tree else "nothing" for tree in (flat[0], other))
+                return f"{key}: {one} on rank 0, {two} on rank {rank}; every rank needs the same configuration"
+    return None
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def check_range(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
@@ -172,12 +239,16 @@ _SINGULAR = {
 _PLURAL = {int: "whole numbers", float: "numbers", str: "strings", Any: "values"}
 
 
+_SHORT = reprlib.Repr()  # what aliases or a whole file in the wrong place stand for is not told in full
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+
+
 def describe_value(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"the {type(value).__name__} {value!r}" if not isinstance(value, str) else repr(value)
+    return f"the {type(value).__name__} {_SHORT.repr(value)}" if not isinstance(value, str) else _SHORT.repr(value)
 
 
 def _suggest(value: Any, hint: Any) -> str:

@@ -1,6 +1,7 @@
 """The training run: what is read and checked before it, where it goes on from, and what it leaves behind."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dora_dist.errors import Stopped, UserError
 from dora_dist.identity import contradictions, describe_run, free_changes
 from dora_dist.progress import RunLog
 from dora_dist.rundata import RunData, load_tokenizer
+from dora_dist.schema import difference_between_ranks
 from dora_dist.trainer import Progress, Trainer
 from dora_dist.weights import packed_layers
 
@@ -41,7 +43,9 @@ def run_training(config: RunConfig) -> None:
 
 def _run(config: RunConfig, processes: Processes, watch: Watchdog) -> None:
     watch.at(0, "loading the model", watched=False)
-    directory = resolve_model(config.model.path)
+    processes.start(config.parallel.timeout_s, needed=processes.world_size > 1)
+    _refuse_different_settings(config, processes)
+    directory = resolve_model(config.model.path, config.model.allow_pickle)
     blueprint = draw_blueprint(config, directory, processes.world_size)
     tokenizer = load_tokenizer(directory)
     strategy = choose_strategy(config, blueprint.model, processes)
@@ -73,11 +77,22 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog) -> None:
         log.say(f"adapter: {output_dir / 'adapter'}")
 
 
+def _refuse_different_settings(config: RunConfig, processes: Processes) -> None:
+    """UserError, on every rank: the ranks were not given the same settings."""
+    tree = dataclasses.asdict(config)
+    del tree["output_dir"]  # each node may have its own
+    settings = processes.gather_bytes(json.dumps(tree).encode())
+    problem = difference_between_ranks([json.loads(text) for text in settings]) if settings is not None else None
+    problem = processes.broadcast_object(problem)
+    if problem is not None:
+        raise UserError(problem)
+
+
 def _describe(blueprint: Blueprint, data: RunData, strategy: Strategy) -> dict[str, Any]:
     """What a checkpoint's manifest says of the run; rank 0's view of it."""
     processes, run = strategy.processes, {}
     if processes.is_main:
-        fingerprints: dict[str, str] = {}
+        fingerprints = {"base": blueprint.base.fingerprint, **data.fingerprints()}
         run = describe_run(blueprint.config, processes.world_size, strategy.name, fingerprints)
     return processes.broadcast_object(run)
 

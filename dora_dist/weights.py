@@ -5,17 +5,17 @@ are not (older names, tensors that transformers fuses or renames while loading),
 transformers loads the checkpoint on rank 0, which hands the tensors out one by one.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from dora_dist.backends.process import Processes
 from dora_dist.errors import UserError
+from dora_dist.files import Stored, check_link, read_header, read_json
 from dora_dist.layers import DoraLayer
 from dora_dist.packed import BaseWeight
 from dora_dist.prequantized import FourBit
@@ -23,49 +23,69 @@ from dora_dist.quant import PackedMatrix
 from dora_dist.shards import Rectangle, Shards, as_matrix, named_generator, write_whole
 
 _READ_ELEMENTS = 1 << 24  # read at a time
+_PICKLE = "pytorch_model.bin"  # or its index: what transformers reads
 
 
 class SafetensorsFiles:
-    """The safetensors files of a Hugging Face directory: names and shapes from the headers, rows on demand."""
+    """The safetensors files of a Hugging Face directory: names and shapes from the headers, rows on demand.
 
-    def __init__(self, directory: Path):
+    allow_pickle: where there are none, hold the names of the files of pickles, which transformers can load whole.
+    """
+
+    def __init__(self, directory: Path, allow_pickle: bool = False):
         self.directory = directory
-        self._file_of: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.stored: dict[str, Stored] = {}
         self.four_bit: dict[str, FourBit] = {}
-        for path in self._files():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 - not a dict
-                        self._file_of[name] = path
-                        self.shapes[name] = tuple(file.get_slice(name).get_shape())
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+        self.pickled: list[Path] = []
+        for path, indexed in self._files("model.safetensors").items():
+            found = read_header(path).tensors
+            # Of a tensor that two files hold the index names one.
+            self.stored |= {name: t for name, t in found.items() if name not in self.stored or name in indexed}
+        if not self.stored:
+            self.pickled = self._pickles(allow_pickle)
+        self.shapes = {name: tensor.shape for name, tensor in self.stored.items()}
 
-    def _files(self) -> list[Path]:
-        index = self.directory / "model.safetensors.index.json"
+    def _files(self, single: str) -> dict[Path, set[str]]:
+        """The files of the index of `single`, each with the tensors that it is named for, or `single` itself."""
+        index = self.directory / f"{single}.index.json"
         if not index.is_file():
-            single = self.directory / "model.safetensors"
-            if not single.is_file():
-                raise UserError(
-                    f"model.path: {str(self.directory)!r} holds neither model.safetensors nor "
-                    "model.safetensors.index.json (other weight formats must be converted to safetensors)"
-                )
-            return [single]
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index}: not an index of safetensors files (no 'weight_map')") from None
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
+            path = self.directory / single
+            return {check_link(path): set()} if path.is_file() else {}
+        tree = read_json(check_link(index))
+        where = tree.get("weight_map") if isinstance(tree, dict) else None
+        if not isinstance(where, dict) or not where:
+            raise UserError(f"{index}: not an index of weight files (no 'weight_map')")
+        named: dict[Path, set[str]] = {}
+        for tensor, name in sorted(where.items(), key=lambda item: str(item[1])):
+            if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
                 raise UserError(f"{index}: {name!r} is not the name of a file beside it")
-            if not (self.directory / name).is_file():
-                raise UserError(f"{index}: names the file {name!r}, which is missing")
-        return [self.directory / name for name in sorted(names)]
+            named.setdefault(self.directory / name, set()).add(tensor)
+        for path in named:
+            if not path.is_file():
+                raise UserError(f"{index}: names the file {path.name!r}, which is missing")
+            check_link(path)
+        return named
+
+    def _pickles(self, allowed: bool) -> list[Path]:
+        """Raises UserError: there are none, or they are not allowed."""
+        found = list(self._files(_PICKLE))
+        others = sorted(p.name for p in self.directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if not found and not others:
+            raise UserError(
+                f"model.path: {str(self.directory)!r} holds neither model.safetensors nor "
+                "model.safetensors.index.json (other weight formats must be converted to safetensors)"
+            )
+        if not found or not allowed:
+            hint = f", or set model.allow_pickle=true to read {_PICKLE} without running code" if found else ""
+            raise UserError(
+                f"model.path: {str(self.directory)!r} holds weights as pickles only ({others[0]!r}), which can "
+                f"run code when they are loaded; convert them to safetensors{hint}"
+            )
+        return found
 
     def read(self, name: str, own: Rectangle) -> Tensor:
         """The rows and columns of one tensor that `own` covers, as a matrix, in the file's dtype."""
-        with safe_open(self._file_of[name], framework="pt") as file:
+        with safe_open(self.stored[name].path, framework="pt") as file:
             tensor = file.get_slice(name)
             rows = tensor[own.rows] if self.shapes[name] else tensor[...]
         return as_matrix(rows)[:, own.cols]
@@ -80,7 +100,7 @@ class SafetensorsFiles:
         return {name: stored.block_size for name, stored in self.four_bit.items()}
 
     def rows(self, name: str, rows: slice) -> Tensor:
-        with safe_open(self._file_of[name], framework="pt") as file:
+        with safe_open(self.stored[name].path, framework="pt") as file:
             return file.get_slice(name)[rows]
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dora_dist import durable
-from dora_dist.durable import Damaged, NewDirectory, sweep, verify, write_file, write_tensors
+from dora_dist.durable import Damaged, NewDirectory, replaced, sweep, verify, write_tensors
 
 OPERATIONS = [(durable.NewFile, "write"), (os, "mkdir"), (os, "fsync"), (os, "rename"), (os, "replace")]
 
@@ -18,12 +18,8 @@ OPERATIONS = [(durable.NewFile, "write"), (os, "mkdir"), (os, "fsync"), (os, "re
 def write_state(parent, step, seed=0):
     """A directory of two files of tensors."""
     torch.manual_seed(seed)
-    tensors = {
-        "a": torch.randn(3, 5),
-        "b": torch.randn(2).bfloat16(),
-        "none": torch.zeros(0, 4),
-        "n": torch.ones(()),
-    }
+    a, none, n = torch.randn(3, 5), torch.zeros(0, 4), torch.ones(())
+    tensors = {"a": a, "none": none, "n": n, "b": torch.randn(3).bfloat16()}
     heads = [(name, t.dtype, t.shape) for name, t in tensors.items()]
     with NewDirectory(parent / f"step-{step}") as new:
         for name in ("one.safetensors", "two.safetensors"):
@@ -33,9 +29,14 @@ def write_state(parent, step, seed=0):
     return tensors
 
 
+def write_file(path, data):
+    with replaced(path) as file:
+        file.write(data)
+
+
 def in_child(work, kill_before: int | None = None) -> int:
-    """Run `work` in a forked process that is killed before its n-th file-system operation. Returns the number of its
-    operations where it ended by itself, -1 where it was killed."""
+    """Run `work` in a forked process that is killed before its n-th file-system operation. Returns the number of
+    its operations where it ended by itself, -1 where it was killed."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:

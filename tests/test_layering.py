@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dora_dist"
 # Lowest first. A file may import those of the lines above it; files of one line do not import each other.
 LAYERS = [
     ["errors", "launcher"],
-    ["schema", "durable"],
-    ["config"],
+    ["schema", "files", "durable"],
+    ["config", "fingerprint"],
     ["quant"],
     ["triton_kernels"],
     ["kernels"],
@@ -31,10 +31,11 @@ LAYERS = [
         "backends.rendezvous",
     ],
     ["backends.process"],
-    ["engine", "packed", "backends.watchdog"],
+    ["engine", "packed", "backends.watchdog", "pieces"],
     ["backends.replicated", "backends.fsdp", "backends.zero", "layers"],
     ["weights", "inject", "norms"],
     ["peft_format", "pack"],
+    ["adapter_files"],
     ["adapter"],
     ["build", "progress"],
     ["rundata", "merge_weights", "checkpoint"],

@@ -249,15 +249,40 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_another_base_than_the_adapters_is_told(run, tiny_llama, tmp_path, capsys):
+def test_the_same_base_may_have_moved(run, tiny_llama, tmp_path, capsys):
     path, _ = run()
     other = shutil.copytree(tiny_llama, tmp_path / "other")
-    adapter = tmp_path / "run" / "adapter" / "adapter_config.json"
-    adapter.write_text(json.dumps({**json.loads(adapter.read_text()), "base_model_name_or_path": str(tiny_llama)}))
-    assert main(["merge", "--config", str(path), str(tmp_path / "right")]) == 0
+    config = tmp_path / "run" / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(tiny_llama)}))
+    assert main(["merge", "--config", str(path), str(tmp_path / "right"), f"model.path={other}"]) == 0
     assert "warning" not in capsys.readouterr().out
+    tensors = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(tensors), tensors)  # as PEFT writes it: nothing but the path is known
     assert main(["merge", "--config", str(path), str(tmp_path / "out"), f"model.path={other}"]) == 0
     assert f"trained on {str(tiny_llama)!r}; merging it into {str(other)!r}" in capsys.readouterr().out
+
+
+def test_another_base_than_the_adapters_is_refused_unless_accepted(run, tiny_llama, tmp_path, capsys):
+    path, _ = run()
+    other = shutil.copytree(tiny_llama, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    arguments = ["merge", "--config", str(path), str(tmp_path / "out"), f"model.path={other}"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert "was trained on another base" in error and "dora.accept_other_base=true" in error and "\n" not in error
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "dora.accept_other_base=true"]) == 0
+
+
+def test_another_quantization_than_the_adapters_is_told(run, tmp_path, capsys):
+    path, _ = run(quant=NF4)
+    assert main(["merge", "--config", str(path), str(tmp_path / "right")]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main(["merge", "--config", str(path), str(tmp_path / "out"), "quant.scheme=none"]) == 0
+    told = "with quantization nf4 (block_size 32, double_quant true), this one's is none"
+    assert told in capsys.readouterr().err
 
 
 def test_buffers_are_the_checkpoints(run, tiny_llama, tmp_path, monkeypatch):

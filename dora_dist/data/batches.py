@@ -153,6 +153,11 @@ class BatchPlan:
         if self.steps_per_epoch < 1:
             raise UserError(self._too_few(packing))
 
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the examples."""
+        return self._examples.fingerprint
+
     def _too_few(self, packing: bool) -> str:
         split, units = self._split, len(self._units)
         have = f"{self.rows} rows make {units} packs" if packing else f"there are {units} rows"
@@ -198,6 +203,11 @@ class EvaluationBatches:
         self.rows = len(examples)
         self.targets = int(examples.supervised_counts.sum())
         self.tokens = int(examples.lengths.sum())
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the examples."""
+        return self._examples.fingerprint
 
     def __len__(self) -> int:
         """Micro-batches of every rank."""

@@ -1,5 +1,6 @@
 """All encoded rows of a source, kept in a few flat arrays."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +44,18 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies all that the rows are encoded as."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.supervised, self.offsets, self.labels, self.token_types):
+            if array is None:
+                digest.update(b"none")
+            else:
+                digest.update(f"{array.dtype.str} {array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):

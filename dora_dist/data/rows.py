@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dora_dist.errors import UserError
+from dora_dist.files import StrictDecoder
 
 
 class Row(NamedTuple):
@@ -35,25 +36,10 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-class _Decoder(json.JSONDecoder):
-    """The standard decoder lets NaN and Infinity pass, which are not JSON; this one remembers having met
-    one."""
-
-    def __init__(self) -> None:
-        self.constants: list[str] = []
-        super().__init__(parse_constant=self._remember)
-
-    def _remember(self, name: str) -> float:
-        self.constants.append(name)
-        return float(name)
-
-    def row(self, place: str, value: Any) -> Row:
-        """The row of a value that was just decoded."""
-        if self.constants:
-            name = self.constants[0]
-            self.constants.clear()
-            return Row(place, {}, f"{name} is not JSON; valid would be a number or null")
-        return as_row(place, value)
+def _decoded_row(place: str, value: Any, decoder: StrictDecoder) -> Row:
+    """The row of a value that `decoder` has just decoded."""
+    problem = decoder.problem()
+    return Row(place, {}, problem) if problem else as_row(place, value)
 
 
 def as_row(place: str, value: Any) -> Row:
@@ -64,25 +50,25 @@ def as_row(place: str, value: Any) -> Row:
 
 
 def _jsonl_rows(name: str) -> Iterator[Row]:
-    decoder = _Decoder()
+    decoder = StrictDecoder()
     with Path(name).open("rb") as file:
         for number, raw in enumerate(file, start=1):
             place = f"{name}:{number}"
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if line:
-                    yield decoder.row(place, decoder.decode(line))
+                    yield _decoded_row(place, decoder.decode(line), decoder)
             except UnicodeDecodeError as error:
                 yield Row(place, {}, _not_utf8(error))
             except (ValueError, RecursionError) as error:
-                decoder.constants.clear()
+                decoder.problem()  # of the row that is told already
                 what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 yield Row(place, {}, f"broken JSON: {what}; valid would be one JSON object in a line")
 
 
 def _json_rows(name: str) -> Iterator[Row]:
     """The rows of a JSON list. Past broken JSON no row can be found again, so that ends the reading."""
-    decoder, text = _Decoder(), _read_text(name)
+    decoder, text = StrictDecoder(), _read_text(name)
     position = _skip_space(text, 0)
     if position == len(text):
         return
@@ -101,7 +87,7 @@ def _json_rows(name: str) -> Iterator[Row]:
             raise _broken_json(name, text, error.pos, error.msg) from None
         except (ValueError, RecursionError) as error:
             raise _broken_json(name, text, position, str(error)) from None
-        yield decoder.row(f"{name}:{line}", value)
+        yield _decoded_row(f"{name}:{line}", value, decoder)
         position = _skip_space(text, position)
         mark = text[position : position + 1]
         if mark not in (",", "]") or not mark:

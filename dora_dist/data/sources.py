@@ -3,6 +3,7 @@
 Parquet and the hub go through `datasets`, imported only when they are asked for.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 from dora_dist.data.rows import READERS, Row, as_row, one_line
 from dora_dist.errors import UserError
+from dora_dist.files import check_path
+from dora_dist.fingerprint import ends_digest
 
 KINDS = {
     ".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet",
@@ -34,7 +37,22 @@ class Source:
             yield from _hub_rows(self.names[0], self.key, self.streaming)
             return
         for name in self.names:
-            yield from READERS[self.kind](name) if self.kind != "parquet" else _parquet_rows(name, self.key)
+            try:
+                yield from READERS[self.kind](name) if self.kind != "parquet" else _parquet_rows(name, self.key)
+            except OSError as error:
+                raise UserError(f"{self.key}: {name!r} cannot be read: {error.strerror}") from None
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies what is named, without reading it all: of each file its place in the source, its size, its
+        first and last MiB; of a hub dataset its id alone."""
+        digest = hashlib.sha256(self.kind.encode())
+        for name in self.names:
+            digest.update(f"{name}\n".encode() if self.kind == "hub" else self._file_digest(Path(name)))
+        return digest.hexdigest()
+
+    def _file_digest(self, file: Path) -> bytes:
+        return f"{file.relative_to(self.path)}\n{ends_digest(file)}\n".encode(errors="surrogateescape")
 
 
 def find_source(path: str, key: str = "data.train", streaming: bool = False) -> Source:
@@ -44,8 +62,12 @@ def find_source(path: str, key: str = "data.train", streaming: bool = False) -> 
         UserError: nothing is there, or the files are of no kind, or not of one kind.
     """
     local = Path(path)
+    check_path(path, key)
     if local.is_dir():
-        files = sorted(file for file in local.rglob("*") if file.is_file() and not _hidden(file, local))
+        files = sorted(file for file in local.rglob("*") if not file.is_dir() and not _hidden(file, local))
+        odd = next((file for file in files if not file.is_file()), None)
+        if odd is not None:
+            raise UserError(f"{key}: {str(odd)!r} is no readable file (a link to nothing, or a device)")
         if not files:
             raise UserError(f"{key}: the directory {path!r} holds no files; valid would be {_suffixes()} files")
         kinds = {_kind_of(file, key): file for file in reversed(files)}
@@ -53,6 +75,8 @@ def find_source(path: str, key: str = "data.train", streaming: bool = False) -> 
             examples = ", ".join(sorted(str(file) for file in kinds.values()))
             raise UserError(f"{key}: the files in {path!r} are not all of one kind: {examples}")
         return Source(key, path, next(iter(kinds)), tuple(map(str, files)), streaming)
+    if local.exists() and not local.is_file():
+        raise UserError(f"{key}: {path!r} is neither a file nor a directory")
     if local.exists():
         return Source(key, path, _kind_of(local, key), (path,), streaming)
     if is_hub_id(path):

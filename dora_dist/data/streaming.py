@@ -55,6 +55,11 @@ class StreamPlan:
         self._next_step = 0
         self._units = self._packs() if self._collate.packing else ([example] for example in self._shuffled())
 
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the source; the rows are not read for it."""
+        return self._source.fingerprint
+
     def global_batch(self, step: int) -> GlobalBatch:
         """The data of optimizer step `step` (from 0). Skipping ahead reads what lies between, to resume a
         run.

@@ -1,4 +1,4 @@
-"""A small training run for the faults: packing, shuffling, dropout and accumulation, a checkpoint every two steps."""
+"""A small run for the faults: packing, shuffling, dropout, accumulation, and a checkpoint every two steps."""
 
 import json
 import os
