@@ -196,10 +196,6 @@ class RunConfig(Section):
         super().__post_init__()
         if self.train.eval_every is not None and self.data.eval is None:
             raise UserError("train.eval_every needs data.eval")
-        if self.train.steps is not None and self.train.warmup_steps >= self.train.steps:
-            raise UserError(
-                f"train.warmup_steps: {self.train.warmup_steps} is not smaller than train.steps {self.train.steps}"
-            )
         if self.data.packing and self.model.task == "sequence_classification":
             raise UserError("data.packing needs model.task: causal_lm (a classifier sees one row at a time)")
         if self.train.magnitude_lr is not None and self.dora.method == "lora":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.attention import CausalAttention, to_device
+from dora_dist.backends.process import Agreement
 from dora_dist.backends.watchdog import Watchdog
 from dora_dist.build import Built, Strategy
 from dora_dist.checkpoint import Checkpoints, Found
@@ -72,6 +73,7 @@ class Trainer:
         self.attention = CausalAttention(built.model) if without_mask else None
         self.first_step = self.current = self.progress.step  # `current`: the step that is made, or was made last
         self._saved_at = self._evaluated_at = -1
+        self._asked: Agreement | None = None  # on whether to end; None outside `run`
 
     def run(self) -> None:
         """Train to the last step.
@@ -227,6 +229,8 @@ class Trainer:
         Raises:
             Stopped: it had.
         """
+        if self._asked is None:
+            return
         self._at("agreement on whether to end")
         asked = self._asked.read()[0]
         self._asked = self.processes.agree([int(self.signals.received is not None)])

@@ -40,7 +40,16 @@ class Bomb:
 
 
 def _first(tree: dict) -> dict:
-    return next(about for name, about in sorted(tree.items()) if name != "__metadata__")
+    return min((about for name, about in tree.items() if name != "__metadata__"), key=lambda a: a["data_offsets"])
+
+
+def _last(tree: dict) -> dict:
+    return max((about for name, about in tree.items() if name != "__metadata__"), key=lambda a: a["data_offsets"])
+
+
+def _to_the_end(tree: dict) -> dict:
+    start = _last(tree)["data_offsets"][0]
+    return {"data_offsets": [start, start + 2**40]}
 
 
 def _set(key: str, value: Any) -> Callable[[dict], object]:
@@ -70,9 +79,7 @@ HEADERS: dict[str, tuple[Callable[[dict], object], str]] = {  # changes to the h
     "offsets the wrong way": (_set("data_offsets", [8, 0]), "has no valid data_offsets"),
     "three offsets": (_set("data_offsets", [0, 4, 8]), "has no valid data_offsets"),
     "negative offset": (_set("data_offsets", [-8, 0]), "has no valid data_offsets"),
-    "beyond the file": (
-        lambda t: _first(t).update(shape=[2**40], dtype="U8", data_offsets=[0, 2**40]), "it is cut off"
-    ),
+    "beyond the file": (lambda t: _last(t).update(shape=[2**40], dtype="U8", **_to_the_end(t)), "it is cut off"),
     "two tensors in one place": (_overlap, "does not begin where the tensor before it ends"),
     "a hole": (lambda t: t.pop(min(n for n in t if n != "__metadata__")), "does not begin"),
     "metadata in a list": (lambda t: t.update(__metadata__=["a"]), "'__metadata__' does not map names to strings"),

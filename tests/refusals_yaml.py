@@ -145,7 +145,6 @@ KEYS = {  # laid over a valid file, and what the message must name
 }
 
 PAIRS = {  # keys that contradict each other
-    "warm-up without an end": ("train.steps=10 train.warmup_steps=10", "train.warmup_steps: 10"),
     "labels of a language model": ("model.num_labels=2", "model.num_labels needs model.task"),
     "packed classifier": ("model.task=sequence_classification data.packing=true", "data.packing needs model.task"),
     "lora's magnitudes": ("dora.method=lora dora.magnitude_only=[q_proj]", "dora.magnitude_only needs"),

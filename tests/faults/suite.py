@@ -89,7 +89,7 @@ def chain(case: Case, name: str, ranks: int, faults: list[str], *overrides: str,
     count = Count()
     equal = ends[-1].status == 0 and case.curve(name) == expected and not case.orphans(name)
     for end, fault in zip(ends, faults, strict=False):
-        count.add(equal and end.status != 0 and "fault " in end.output, f"{fault}: {end.output[-2000:]}")
+        count.add(equal and end.status != 0 and "\nfault " in end.output, f"{fault}: {end.output[-2000:]}")
     return count, ends
 
 
@@ -168,7 +168,7 @@ def stopped_rank(case: Case, launchers: tuple = ("torchrun", "deepspeed")) -> Co
             faults="rank=1 step=5 point=backward kind=stop",
             launcher=launcher,
         ) as launch:
-            while "fault" not in launch.printed() and time.monotonic() - begun < 120:
+            while "fault stop" not in launch.printed() and time.monotonic() - begun < 120:
                 time.sleep(0.1)
             begun = time.monotonic()
             status, output = launch.end()
