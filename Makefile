@@ -13,7 +13,7 @@ endif
 BENCHMARKS = $(patsubst %,benchmarks/%.py,step_time memory layer norm step_profile)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint format gpu bench clean
+.PHONY: help venv quickstart test faults lint format gpu bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -42,6 +42,9 @@ quickstart: $(STAMP) ## fine-tune the small model in launch/quickstart, sharded 
 
 test: $(STAMP) ## run the tests
 	.venv/bin/python -m pytest $(ARGS)
+
+faults: $(STAMP) ## run the fault suite (half an hour), and renew the table in docs/reliability.md
+	.venv/bin/python tests/faults/suite.py --write docs/reliability.md $(ARGS)
 
 lint: $(STAMP) ## check style and types
 	.venv/bin/ruff check .

@@ -13,10 +13,11 @@ The frozen base is not stored; the manifest has its fingerprint.
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from dora_dist.backends.process import Processes
 from dora_dist.build import Built
 from dora_dist.config import CheckpointConfig
 from dora_dist.durable import MANIFEST, Damaged, NewDirectory, TensorHead, remove, sweep, verify, write_tensors
-from dora_dist.engine import MOMENTS
+from dora_dist.engine import OptimizerStates
 from dora_dist.errors import UserError
 from dora_dist.inject import injection_of
 from dora_dist.norms import refresh_norms
@@ -54,6 +55,14 @@ class Found:
     @property
     def counters(self) -> dict[str, Any]:
         return self.manifest["counters"]
+
+
+class _Contents(NamedTuple):
+    """What a checkpoint holds, to be read or written."""
+
+    files: list[tuple[str, list[Piece], Callable[[Tensor], object]]]  # and the sum over those who share a copy
+    states: OptimizerStates
+    random_state: Tensor  # [bytes] uint8
 
 
 class Checkpoints:
@@ -110,7 +119,7 @@ class Checkpoints:
         Raises:
             RuntimeError: it cannot be written, and `checkpoint.on_failure` is stop.
         """
-        files = self._files(built)
+        files = self._contents(built).files
         streams = [(name, pieces, gathered(pieces, sum_, self.processes.device)) for name, pieces, sum_ in files]
         failure = None
         if self.processes.is_main:
@@ -129,8 +138,9 @@ class Checkpoints:
                     with new.file(CONFIG) as file:
                         file.write(config_text(to_peft_config(built.model, base_model)))
                     new.commit(manifest)
-                for path in _checkpoints(self.directory)[: -self.config.keep]:
-                    remove(path)
+                with suppress(OSError):  # this one stands; the next save tries again
+                    for path in _checkpoints(self.directory)[: -self.config.keep]:
+                        remove(path)
             except OSError as error:
                 failure = f"{error.strerror} ({error.filename or self.directory})"
         for _, _, values in streams:  # ranks that do not write, and the one that could not, take part all the same
@@ -153,28 +163,31 @@ class Checkpoints:
         """
         trained = dict(trained_tensors(built.model))
         same_world = found.manifest["run"]["world_size"] == self.processes.world_size
-        for name, pieces, _ in self._files(built):
+        contents = self._contents(built)
+        for name, pieces, _ in contents.files:
             if name == TENSORS:
                 pieces = [piece for piece in pieces if piece.name in trained]
             if name != _RNG or same_world:
                 spread(found.path / name, pieces, self.processes)
         for parameter in dict.fromkeys(trained.values()):
             built.shards.written(parameter)
+        contents.states.commit()
         if same_world:
-            _set_random_state(self._random_state)
+            _set_random_state(contents.random_state)
         refresh_norms(built.model, built.shards)
         built.engine.loss_scale.value, built.engine.loss_scale.good_steps = found.counters["loss_scale"]
 
-    def _files(self, built: Built) -> list[tuple[str, list[Piece], Callable[[Tensor], object]]]:
-        """The files of tensors, and for each the sum over the ranks that share one copy of it."""
+    def _contents(self, built: Built) -> "_Contents":
         shards, engine = built.shards, built.engine
         shards.settle(built.model)
-        self._random_state = _get_random_state()
-        return [
+        states = engine.optimizer_states([parameter for _, parameter in _trained(built.model)])
+        random_state = _get_random_state()
+        files: list[tuple[str, list[Piece], Callable[[Tensor], object]]] = [
             (TENSORS, list(_adapter_pieces(built)), shards.sum_),
-            (_OPTIMIZER, list(_optimizer_pieces(built)), engine.sum_state_),
-            (_RNG, list(_random_pieces(self._random_state, self.processes)), self.processes.sum_),
+            (_OPTIMIZER, list(_optimizer_pieces(built, states)), engine.sum_state_),
+            (_RNG, list(_random_pieces(random_state, self.processes)), self.processes.sum_),
         ]
+        return _Contents(files, states, random_state)
 
     def _find(self, notices: list[str]) -> Found | None:
         resume = self.config.resume
@@ -248,12 +261,11 @@ def _adapter_pieces(built: Built) -> Iterator[Piece]:
         yield Piece(key, dtype, tuple(shape), shards.rectangles(parameter), shards.counts(parameter))
 
 
-def _optimizer_pieces(built: Built) -> Iterator[Piece]:
+def _optimizer_pieces(built: Built, states: OptimizerStates) -> Iterator[Piece]:
     for key, parameter in _trained(built.model):
-        state = built.engine.optimizer_state(parameter)
-        shape = tuple(built.shards.shape(parameter))
-        for name in MOMENTS:
-            yield Piece(f"{key}.{name}", torch.float32, shape, state.moments[name], state.counts)
+        state, shape = states.of[parameter], tuple(built.shards.shape(parameter))
+        for name, own in state.moments.items():
+            yield Piece(f"{key}.{name}", torch.float32, shape, own, state.counts)
         step = [Rectangle(as_matrix(state.step))]
         yield Piece(f"{key}.step", torch.float32, (), step, built.shards.is_writer)
 

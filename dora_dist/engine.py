@@ -1,19 +1,17 @@
 """One optimizer step: what the training loop asks of an engine, and the engine of the torch strategies."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dora_dist.config import TrainConfig
 from dora_dist.optim import LossScale
+from dora_dist.optimizer_state import AdamState, adam_state
 from dora_dist.shards import Rectangle, Shards
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps of a parameter, besides the number of its steps."""
 
 
 class Engine(Protocol):
@@ -31,12 +29,21 @@ class Engine(Protocol):
         """Clip and update, on all ranks or, where the gradient is not finite, on none: then nothing changes but
         the loss scale. Returns the global gradient norm before clipping."""
 
-    def optimizer_state(self, parameter: nn.Parameter) -> "OptimizerState":
-        """What this rank holds of the optimizer's state of a parameter, to read or to write; zeros before the
-        first step."""
+    def optimizer_states(self, parameters: Sequence[nn.Parameter]) -> "OptimizerStates":
+        """What this rank holds of the optimizer's states, to read, or to write and commit; zeros before the first
+        step."""
 
     def sum_state_(self, flat: Tensor) -> None:
         """Sum a vector over the ranks that share one copy of the optimizer's state, in place."""
+
+
+class OptimizerStates(NamedTuple):
+    of: Mapping[nn.Parameter, "OptimizerState"]
+    held: Iterable[AdamState]  # of the tensors that the optimizer updates
+
+    def commit(self) -> None:
+        for state in self.held:
+            state.commit()
 
 
 @dataclass(frozen=True)
@@ -85,13 +92,13 @@ class TorchEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
-    def optimizer_state(self, parameter: nn.Parameter) -> OptimizerState:
-        state = self.optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state |= {name: torch.zeros_like(parameter.detach()) for name in MOMENTS}
-        moments = {name: self.shards.rectangles(state[name]) for name in MOMENTS}
-        return OptimizerState(state["step"], moments, self.shards.counts(parameter))
+    def optimizer_states(self, parameters: Sequence[nn.Parameter]) -> OptimizerStates:
+        held = {p: adam_state(self.optimizer, p) for p in parameters}
+        states = {}
+        for p, state in held.items():
+            moments = {name: self.shards.rectangles(values) for name, values in state.moments.items()}
+            states[p] = OptimizerState(state.step, moments, self.shards.counts(p))
+        return OptimizerStates(states, held.values())
 
     def sum_state_(self, flat: Tensor) -> None:
         self.shards.sum_(flat)

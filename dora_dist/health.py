@@ -1,8 +1,10 @@
-"""What befalls a run while it trains: signals that ask it to end, steps that are not finite, losses that leap."""
+"""What befalls a run while it trains: signals, steps that are not finite, losses that leap, slow ranks."""
 
 import math
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FrameType
@@ -13,6 +15,7 @@ from torch import Tensor
 
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 _MEMORY = 0.98  # of the running mean and variance: about the last 50 steps
+_SLOW = 2.0  # times the median rank's seconds
 _LEAP, _FIRST_STEPS = 6.0, 20  # standard deviations that are worth a warning; steps before the first
 
 
@@ -113,6 +116,48 @@ class StepCheck:
         difference = loss - self._mean
         self._mean += weight * difference
         self._variance = (1 - weight) * (self._variance + weight * difference * difference)
+
+
+class SpeedCheck:
+    """Now and then times a small fixed product on every rank, and has a rank warn that is slow twice in a row. In
+    a step all wait for the slowest, which therefore does not show there.
+
+    Args:
+        sum_: sums a vector over all ranks, in place.
+    """
+
+    def __init__(self, rank: int, world_size: int, device: torch.device, sum_: Callable[[Tensor], object]):
+        self.rank, self.world_size, self.device, self.sum_ = rank, world_size, device, sum_
+        self._was_slow = False
+
+    def run(self, step: int) -> None:
+        """On every rank at the same point."""
+        seconds = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
+        seconds[self.rank] = self.measure()
+        self.sum_(seconds)
+        mine, usual = seconds[self.rank].item(), seconds.median().item()
+        slow = mine > _SLOW * usual
+        if slow and self._was_slow:
+            warn_of_rank(
+                self.rank,
+                f"step {step}: {socket.gethostname()} computes at {usual / mine:.2f} of the median rank's speed "
+                "(a fixed product, for the second time); every step waits for it",
+            )
+        self._was_slow = slow
+
+    def measure(self) -> float:
+        """Seconds of the product, the best of a few."""
+        cuda = self.device.type == "cuda"
+        size, dtype = (4096, torch.bfloat16) if cuda else (256, torch.float32)
+        matrix = torch.ones(size, size, dtype=dtype, device=self.device)
+        best = math.inf
+        for _ in range(4):
+            begun = time.perf_counter()
+            torch.mm(matrix, matrix)
+            if cuda:
+                torch.cuda.synchronize(self.device)
+            best = min(best, time.perf_counter() - begun)
+        return best
 
 
 def warn_of_rank(rank: int, text: str) -> None:

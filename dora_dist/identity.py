@@ -9,9 +9,9 @@ import torch
 
 from dora_dist.config import RunConfig
 
-# What decides the numbers that training goes on with. The rest (learning rate, steps, logging, strategy, ...) may
-# change, which is told.
-_FIXED = ("model", "dora", "quant", "data", "train.seed", "train.optimizer")
+# What decides the numbers that training goes on with. The rest (learning rate, steps, strategy, ...) may change,
+# which is told.
+_FIXED = ("model", "dora", "quant", "data", "train.seed")
 _FREE = (
     "dora.accept_other_base",
     "model.allow_pickle",
@@ -22,6 +22,7 @@ _FREE = (
     "data.eval",
     "output_dir",
 )
+_UNTOLD = ("output_dir", "log.", "checkpoint.", "parallel.strategy")  # the last is told as what it came to
 _FINGERPRINTS = {
     "base": "model.path: the base model is another",
     "tokenizer": "model.path: the tokenizer is another",
@@ -64,7 +65,11 @@ def contradictions(then: dict, now: dict) -> list[str]:
 
 def free_changes(then: dict, now: dict) -> list[str]:
     """What else is not as it was."""
-    changes = [line for key, line in _changes(then["config"], now["config"]) if not _is_fixed(key)]
+    changes = [
+        line
+        for key, line in _changes(then["config"], now["config"])
+        if not _is_fixed(key) and not key.startswith(_UNTOLD)
+    ]
     for key in ("world_size", "strategy"):
         if then[key] != now[key]:
             changes.append(f"{key} {now[key]}, was {then[key]}")

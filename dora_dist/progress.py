@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -77,17 +78,16 @@ class RunLog(AbstractContextManager):
         if not self._is_main:
             return
         self._write(step, metrics)
-        loss = "not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
-        status = f"loss {loss}  {metrics['tokens_per_second']:,.0f} tok/s"
+        status = f"loss {show(metrics['loss'])}  {metrics['tokens_per_second']:,.0f} tok/s"
         self._bar.update(self._task, completed=step, status=status)
         if not self._console.is_terminal:
             remaining = (self._total - step) * metrics["step_seconds"]
             self.say(f"step {step}/{self._total}  {status}  lr {metrics['lr']:.2e}  ETA {remaining:.0f} s")
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, float | None]) -> None:
         if self._is_main:
             self._write(step, metrics)
-            self.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            self.say(f"step {step}: " + "  ".join(f"{name} {show(value)}" for name, value in metrics.items()))
 
     def flush(self) -> None:
         """Make what was written last, before a checkpoint that a run may go on from. On rank 0 alone."""
@@ -98,7 +98,7 @@ class RunLog(AbstractContextManager):
         """What a resumed run needs to go on with the same curves."""
         return {"wandb": next((writer.id for writer in self._writers if isinstance(writer, _Wandb)), None)}
 
-    def _write(self, step: int, metrics: dict[str, Any]) -> None:
+    def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
         try:
             self._metrics.flush()
@@ -114,6 +114,11 @@ class RunLog(AbstractContextManager):
             self._metrics.close()
             for writer in self._writers:
                 writer.close()
+
+
+def show(value: float | None) -> str:
+    """A loss or the like; None stands for one that is not finite."""
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _cut_back(path: Path, step: int) -> None:

@@ -31,14 +31,15 @@ def run_training(config: RunConfig) -> None:
         UserError: a mistake of the user's, on every rank alike.
         Stopped: a signal ended the run, with a checkpoint.
     """
-    processes = Processes()
+    processes, stopped = Processes(), None
     try:
         with Watchdog(processes, config.parallel.timeout_s) as watch:
             _run(config, processes, watch)
-    except Stopped:
-        processes.stop()
-        raise
+    except Stopped as told:
+        stopped = Stopped(*told.args)  # without the frames, which hold the model
     processes.stop()  # once the model is gone: DDP's last breath would wait for a group that waits for it
+    if stopped is not None:
+        raise stopped
 
 
 def _run(config: RunConfig, processes: Processes, watch: Watchdog) -> None:

@@ -20,12 +20,15 @@ from dora_dist.checkpoint import Checkpoints, Found
 from dora_dist.config import RunConfig
 from dora_dist.data import GlobalBatch, additive_mask, packed_attention
 from dora_dist.errors import Stopped
-from dora_dist.health import StepCheck, StopSignals
+from dora_dist.health import SpeedCheck, StepCheck, StopSignals
 from dora_dist.loss import summed_loss, supervised_positions
 from dora_dist.norms import refresh_norms
 from dora_dist.optim import lr_factor
-from dora_dist.progress import RunLog, Stopwatch, peak_memory
+from dora_dist.progress import RunLog, Stopwatch, peak_memory, show
 from dora_dist.rundata import RunData
+
+_SPEED_STEPS = 50  # between two comparisons of the ranks' speeds
+Evaluation = dict[str, float | None]  # by name; None: not finite
 
 
 @dataclass
@@ -34,7 +37,7 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
-    before: dict[str, float] = field(default_factory=dict)  # evaluation, before the first step
+    before: Evaluation = field(default_factory=dict)  # before the first step
     samples: list[str] = field(default_factory=list)  # completions, before the first step
 
     @staticmethod
@@ -65,6 +68,7 @@ class Trainer:
         self.device = self.processes.device
         self.base_rates = [group["lr"] for group in built.optimizer.param_groups]
         self.lr_factor = lr_factor(config.train, data.steps)
+        self.speed = SpeedCheck(self.processes.rank, self.processes.world_size, self.device, self.processes.sum_)
         self.norm_clock = Stopwatch(self.device)
         self.eager_dtype = getattr(torch, config.model.dtype) if config.model.attention == "eager" else None
         # Compiled blocks would be compiled anew for each pack's lengths.
@@ -109,6 +113,9 @@ class Trainer:
         if step % self.config.log.every == 0 or step in (1, self.data.steps):
             self._report(loss, grad_norm)
             self._start_clock()
+        if step % _SPEED_STEPS == 0 and self.processes.world_size > 1:
+            self._at("comparison of the ranks' speeds")
+            self.speed.run(step)
         every = self.config.checkpoint.every
         if every is not None and (step % every == 0 or step == self.data.steps):
             self._save()
@@ -147,7 +154,7 @@ class Trainer:
         return loss, grad_norm
 
     @torch.no_grad()
-    def evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self, step: int) -> Evaluation:
         """Mean loss per supervised token (per row and with accuracy, for a classifier) over data.eval."""
         if self.data.evaluation is None:
             return {}
@@ -159,7 +166,8 @@ class Trainer:
             with self._attention_over(micro):
                 totals += torch.stack(self._loss_sum(self.built.model, micro)).double()
         loss, correct = (self.processes.sum_(totals) / self.data.evaluation.targets).tolist()
-        metrics = {"eval_loss": loss} if self.data.causal else {"eval_loss": loss, "eval_accuracy": correct}
+        found = {"eval_loss": loss} if self.data.causal else {"eval_loss": loss, "eval_accuracy": correct}
+        metrics = {name: value if math.isfinite(value) else None for name, value in found.items()}
         self.log.evaluation(step, metrics)
         self._evaluated_at = step
         return metrics
@@ -257,8 +265,9 @@ class Trainer:
         )
         if problem is not None:
             self._warn(problem)
+            return False
         self._saved_at = self.progress.step
-        return problem is None
+        return True
 
     def _at(self, operation: str, watched: bool = True) -> None:
         """Tell the watchdog what comes next."""
@@ -291,9 +300,9 @@ class Trainer:
             },
         )
 
-    def _summary(self, after: dict[str, float], last: list[str]) -> None:
+    def _summary(self, after: Evaluation, last: list[str]) -> None:
         before, first = self.progress.before, self.progress.samples
         for name in after:
-            self.log.say(f"{name}: {before.get(name, math.nan):.4f} before, {after[name]:.4f} after")
+            self.log.say(f"{name}: {show(before.get(name))} before, {show(after[name])} after")
         for prompt, old, new in zip(self.config.log.sample_prompts, first, last, strict=False):
             self.log.say(f"\n{prompt.rstrip()}\n  before: {old.strip()!r}\n  after:  {new.strip()!r}")

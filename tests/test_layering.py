@@ -20,6 +20,7 @@ LAYERS = [
     [
         "functional",
         "optim",
+        "optimizer_state",
         "shards",
         "data",
         "attention",

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from dora_dist.backends.process import Processes
 from dora_dist.config import TrainConfig
-from dora_dist.engine import MOMENTS, Engine, OptimizerState
+from dora_dist.engine import Engine, OptimizerState, OptimizerStates
 from dora_dist.errors import UserError
 from dora_dist.optim import LossScale
+from dora_dist.optimizer_state import AdamState, adam_state
 from dora_dist.shards import Rectangle, RowsOfCopies, Shards, Whole, as_matrix, flat_rectangles
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
@@ -219,16 +220,22 @@ class ZeroEngine:
         self.loss_scale.accepts(grad_norm)
         return grad_norm
 
-    def optimizer_state(self, parameter: Any) -> OptimizerState:
+    def optimizer_states(self, parameters: Sequence[Any]) -> OptimizerStates:
         zero = self.module.optimizer
-        flat, own = _state_range(zero, parameter)
-        state = zero.optimizer.state[flat]
-        if not state:
-            state["step"] = torch.zeros((), device=flat.device)
-            state |= {name: torch.zeros_like(flat) for name in MOMENTS}
-        shape = parameter.ds_shape if _is_partitioned(parameter) else parameter.shape
-        moments = {name: flat_rectangles(state[name][own.place], own.start, shape) for name in MOMENTS}
-        return OptimizerState(state["step"], moments, counts=True)
+        held: dict[Tensor, AdamState] = {}
+        states = {}
+        for parameter in parameters:
+            flat, own = _state_range(zero, parameter)
+            if flat not in held:
+                held[flat] = adam_state(zero.optimizer, flat)
+            state = held[flat]
+            shape = parameter.ds_shape if _is_partitioned(parameter) else parameter.shape
+            moments = {
+                name: flat_rectangles(values[own.place], own.start, shape)
+                for name, values in state.moments.items()
+            }
+            states[parameter] = OptimizerState(state.step, moments, counts=True)
+        return OptimizerStates(states, held.values())
 
     def sum_state_(self, flat: Tensor) -> None:
         dist.all_reduce(flat, group=self.module.optimizer.dp_process_group)

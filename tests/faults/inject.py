@@ -4,7 +4,8 @@ usage: DORA_DIST_FAULTS="rank=1 step=5 point=backward kind=kill; ..." torchrun .
 
 point   forward, backward (their beginning), step (before the optimizer's), save, evaluate, write (a file-system
         operation of a checkpoint, the `nth` of the step's, from 0)
-kind    kill (SIGKILL), stop (SIGSTOP), term, usr1, launcher (SIGKILL to the parent), full (ENOSPC);
+kind    kill (SIGKILL), stop (SIGSTOP), term, usr1, full (ENOSPC);
+        launcher (SIGKILL to the parent), launcher_term (SIGTERM);
         nan, inf: at backward alone, in this rank's gradients;
         hash: no fault; prints a hash of all trained tensors, as this rank knows them
 rank    default: all
@@ -76,6 +77,8 @@ class Injector:
         elif kind == "launcher":
             os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(10)  # the step of a large model: these ranks look for their launcher once a second
+        elif kind == "launcher_term":
+            os.kill(os.getppid(), signal.SIGTERM)
         elif kind == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         elif kind == "hash":

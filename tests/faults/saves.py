@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -30,9 +31,9 @@ from dora_dist.trainer import Trainer
 Counted = tuple[int, int, str]  # held, tried, note
 
 
-def make_trainer(case: Case, place: Path) -> Trainer:
+def make_trainer(case: Case, place: Path, *overrides: str) -> Trainer:
     torch.set_num_threads(1)  # a forked child has no thread pool
-    config = load_config(case.config, [f"output_dir={place}", "parallel.strategy=single"])
+    config = load_config(case.config, [f"output_dir={place}", "parallel.strategy=single", *overrides])
     directory, processes = Path(config.model.path), Processes()
     blueprint = draw_blueprint(config, directory)
     strategy = choose_strategy(config, blueprint.model, processes)
@@ -42,7 +43,7 @@ def make_trainer(case: Case, place: Path) -> Trainer:
     checkpoints = Checkpoints(place / "checkpoints", config.checkpoint, processes, run)
     quiet = dataclasses.replace(config.log, every=10**6)
     log = RunLog(quiet, place, data.steps, {}, is_main=True)
-    return Trainer(config, build(blueprint, strategy), strategy, data, log, checkpoints)
+    return Trainer(config, build(blueprint, strategy), strategy, data, log, checkpoints=checkpoints)
 
 
 def train_and_save(trainer: Trainer) -> bool:
@@ -56,14 +57,14 @@ def is_clean(trainer: Trainer) -> bool:
     return not [path for path in directory.parent.rglob("*") if path.name.startswith(".")]
 
 
-def killed_saves(case: Case, random_kills: int = 50) -> Counted:
+def killed_saves(case: Case, every: int = 1, random_kills: int = 50) -> Counted:
     trainer = make_trainer(case, case.scratch / "killed-saves")
     directory, held = trainer.checkpoints.directory, 0
     train_and_save(trainer)
     trainer.train_step(trainer.data.plan.global_batch(1))
     operations = in_child(trainer._save)
     shutil.rmtree(directory / "step-00000002")
-    for n in range(operations):
+    for n in range(0, operations, every):
         assert in_child(trainer._save, kill_before=n) == -1
         found, _ = trainer.checkpoints.find()
         held += found is not None and found.step in (1, 2) and is_clean(trainer)
@@ -73,7 +74,7 @@ def killed_saves(case: Case, random_kills: int = 50) -> Counted:
         reported = killed_at(trainer, chance.uniform(0.0, 0.1))
         found, _ = trainer.checkpoints.find()
         held += found is not None and found.step >= reported and is_clean(trainer)
-    tried = operations + random_kills
+    tried = len(range(0, operations, every)) + random_kills
     return held, tried, f"{operations} operations, {random_kills} random moments"
 
 
@@ -147,8 +148,12 @@ def full_disks(case: Case, times: int = 20) -> Counted:
 
 @contextmanager
 def small_disk(place: Path):
+    """A file system of 2 MB, where this process may mount one; else a limit on the size of files."""
     place.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(place)], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        yield "RLIMIT_FSIZE"
+        return
     try:
         yield "a tmpfs of 2 MB"
     finally:
@@ -157,6 +162,14 @@ def small_disk(place: Path):
 
 @contextmanager
 def filled(place: Path, leaving: int):
+    if not os.path.ismount(place):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (leaving // 8, hard))  # the largest file has half of the bytes
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        return
     ballast = place / "ballast"
     free = os.statvfs(place)
     with ballast.open("wb") as file:

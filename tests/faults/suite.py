@@ -106,12 +106,13 @@ def killed_launcher(case: Case, kills: int = 10) -> Count:
 
 
 def asked_to_stop(case: Case, stops: int = 20, launcher: str = "torchrun") -> Count:
-    """SIGTERM or SIGUSR1 to one rank at random steps of one run."""
+    """SIGTERM or SIGUSR1 to one rank, or SIGTERM to the launcher, at random steps of one run."""
     chance = random.Random(2)
     total = 3 * stops + 4  # a rank's wish is known to all after the next step
+    kinds = ("term", "usr1", "launcher_term") if launcher == "torchrun" else ("term", "usr1")
     faults = [
         f"rank={chance.randrange(2 if launcher == 'torchrun' else 1)} step={3 * n + 2 + chance.randrange(2)} "
-        f"point={chance.choice(['forward', 'backward', 'step'])} kind={('term', 'usr1')[n % 2]}"
+        f"point={chance.choice(['forward', 'backward', 'step'])} kind={kinds[n % len(kinds)]}"
         for n in range(stops)
     ]
     return _stops(case, faults, total, launcher)
@@ -275,7 +276,11 @@ ROWS: dict[str, tuple[str, str, Callable[[Case], Count]]] = {
         "ends within the timeout + 35 s; rank and operation named",
         stopped_rank,
     ),
-    "signals": ("SIGTERM and SIGUSR1 at random steps", "saved; resumed bit-equal", asked_to_stop),
+    "signals": (
+        "SIGTERM and SIGUSR1 to a rank, SIGTERM to torchrun, at random steps",
+        "saved; resumed bit-equal",
+        asked_to_stop,
+    ),
     "signals_alone": (
         "the same of one process",
         "saved; exit status 75; resumed bit-equal",
