@@ -45,14 +45,20 @@ class Case:
         self.overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
     def command(
-        self, name: str, ranks: int, *overrides: str, restarts: int = 0, launcher: str = "torchrun"
+        self,
+        name: str,
+        ranks: int,
+        *overrides: str,
+        restarts: int = 0,
+        launcher: str = "torchrun",
+        port: int | None = None,
     ) -> list[str]:
         arguments = [str(INJECT), "--config", str(self.config), f"output_dir={self.scratch / name}"]
         arguments += [*self.overrides, *overrides]
         if launcher == "python":
             return [sys.executable, *arguments]
         if launcher == "deepspeed":
-            start = ["deepspeed.launcher.runner", f"--num_gpus={ranks}", f"--master_port={free_port()}"]
+            start = ["deepspeed.launcher.runner", f"--num_gpus={ranks}", f"--master_port={port or free_port()}"]
             return [sys.executable, "-m", *start, "--master_addr=127.0.0.1", *arguments]
         start = [
             "torch.distributed.run",

@@ -29,6 +29,7 @@ from dora_dist.trainer import Trainer
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
 VARIABLE = "DORA_DIST_FAULTS"
+OTHER_SETTINGS = "DORA_DIST_RANK_1"  # an override that rank 1 alone is given
 RANK = int(os.environ.get("RANK", 0))
 
 
@@ -156,4 +157,6 @@ if __name__ == "__main__":
 
     Injector([Fault.read(text) for text in os.environ.get(VARIABLE, "").split(";") if text.strip()]).install()
     sys.argv.insert(1, "train")
+    if os.environ.get(OTHER_SETTINGS) and RANK == 1:
+        sys.argv.append(os.environ[OTHER_SETTINGS])
     entry()
