@@ -38,6 +38,7 @@ from dora_dist.shards import Rectangle, as_matrix
 
 _OPTIMIZER, _RNG = "optimizer.safetensors", "rng.safetensors"
 _NAME = re.compile(r"step-(\d{8,})")
+_FILES = {TENSORS, CONFIG, _OPTIMIZER, _RNG}
 FORMAT = 1
 
 
@@ -79,8 +80,10 @@ class Checkpoints:
         self.directory, self.config, self.processes, self.run = directory, config, processes, run
 
     def find(self) -> tuple[Found | None, list[str]]:
-        """What `checkpoint.resume` names, verified, and lines for the person who watches. Checkpoints of this run
-        that come after it are set aside.
+        """What `checkpoint.resume` names, verified, and lines for the person who watches.
+
+        Begun again under the same launcher or job, or with the same path to resume from, a run goes on from its
+        own newest checkpoint all the same.
 
         Raises:
             UserError: it is none, or damaged, or every one of this run is damaged.
@@ -92,17 +95,21 @@ class Checkpoints:
                 for place in (self.directory.parent, self.directory):
                     sweep(place)
                 found = self._find(notices)
-                for path in _checkpoints(self.directory):
-                    if found is None or _step(path) > found.step:
-                        notices.append(_set_aside(path))
             except UserError as mistake:
                 error = str(mistake)
             except OSError as mistake:
                 error = f"output_dir: {str(mistake.filename)!r} cannot be written: {mistake.strerror}"
-        found, notices, error = self.processes.broadcast_object((found, notices, error))
+        told = None if found is None else (str(found.path), found.manifest)
+        told, notices, error = self.processes.told_by_main((told, notices, error))
         if error is not None:
             raise UserError(error)
-        return found, notices
+        return None if told is None else Found(Path(told[0]), told[1]), notices
+
+    def begin(self, found: Found | None) -> list[str]:
+        """Set aside what is in this directory and a run that goes on from `found` has not made. Returns lines that
+        say so."""
+        later = [path for path in _checkpoints(self.directory) if found is None or _step(path) > found.step]
+        return [_set_aside(path) for path in later] if self.processes.is_main else []
 
     def save(
         self,
@@ -127,7 +134,7 @@ class Checkpoints:
             constants = zero_factors(built.model)
             try:
                 before()
-                with NewDirectory(self.directory / f"step-{step:08}") as new:
+                with NewDirectory(self.directory / _name(step)) as new:
                     for name, pieces, values in streams:
                         extra = constants if name == TENSORS else {}
                         heads: list[TensorHead] = [(p.name, p.dtype, p.shape) for p in pieces]
@@ -146,7 +153,7 @@ class Checkpoints:
         for _, _, values in streams:  # ranks that do not write, and the one that could not, take part all the same
             for _ in values:
                 pass
-        failure = self.processes.broadcast_object(failure)
+        failure = self.processes.told_by_main(failure)
         if failure is None:
             return None
         message = f"step {step}: the checkpoint was not written: {failure}; the ones before it stand"
@@ -162,7 +169,8 @@ class Checkpoints:
             UserError: the checkpoint's tensors are not this run's.
         """
         trained = dict(trained_tensors(built.model))
-        same_world = found.manifest["run"]["world_size"] == self.processes.world_size
+        then = found.manifest["run"]
+        same_world = all(then[key] == self.run[key] for key in ("world_size", "device"))
         contents = self._contents(built)
         for name, pieces, _ in contents.files:
             if name == TENSORS:
@@ -190,24 +198,45 @@ class Checkpoints:
         return _Contents(files, states, random_state)
 
     def _find(self, notices: list[str]) -> Found | None:
-        resume = self.config.resume
-        if resume == "none":
-            return None
-        if resume != "auto":
-            return _read_named(Path(resume))
-        problems = []
+        resume, problems = self.config.resume, []
         for path in reversed(_checkpoints(self.directory)):
             try:
-                return Found(path, verify(path))
+                own = _verified(path)
             except Damaged as damage:
                 problems.append(str(damage))
                 notices.append(f"warning: {path.name} is damaged ({damage}); trying the one before it")
-        if problems:
+                continue
+            if resume == "auto" or self._has_begun(own):
+                return own
+            break
+        if resume not in ("auto", "none"):
+            return _read_named(Path(resume))
+        if problems and resume == "auto":
             raise UserError(
                 f"checkpoint.resume: every checkpoint in {str(self.directory)!r} is damaged; the newest: "
                 f"{problems[0]}; to begin anew, set checkpoint.resume=none"
             )
         return None
+
+    def _has_begun(self, own: Found) -> bool:
+        """Whether a checkpoint of this directory comes from the command that is being run: then to begin again, as
+        the command says, would lose what it has trained."""
+        then = own.manifest["run"]
+        same_launch = then["launch"] is not None and then["launch"] == self.run["launch"]
+        return same_launch or self.config.resume == then["config"]["checkpoint"]["resume"] != "none"
+
+
+def _verified(path: Path) -> Found:
+    """Raises Damaged: what is there is not what was written, or not a checkpoint's."""
+    manifest = verify(path, _FILES)
+    parts = {"format": int, "step": int, "counters": dict, "run": dict}
+    if any(not isinstance(manifest.get(key), kind) for key, kind in parts.items()):
+        raise Damaged(f"{path / MANIFEST} is not a checkpoint's")
+    if manifest["format"] != FORMAT:
+        raise Damaged(f"{path / MANIFEST} has format {manifest['format']}; this version reads {FORMAT}")
+    if path.name != _name(manifest["step"]):
+        raise Damaged(f"{path / MANIFEST} is of step {manifest['step']}")
+    return Found(path, manifest)
 
 
 def _set_aside(path: Path) -> str:
@@ -222,6 +251,10 @@ def _checkpoints(directory: Path) -> list[Path]:
     """In the order of their steps."""
     paths = directory.iterdir() if directory.is_dir() else ()
     return sorted((path for path in paths if _NAME.fullmatch(path.name)), key=_step)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08}"
 
 
 def _step(path: Path) -> int:
@@ -241,7 +274,7 @@ def _read_named(path: Path) -> Found:
             )
         path = inside[-1]
     try:
-        return Found(path, verify(path))
+        return _verified(path)
     except Damaged as damage:
         raise UserError(f"checkpoint.resume: {damage}; name an older checkpoint") from None
 

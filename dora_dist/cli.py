@@ -42,20 +42,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.overrides += rest  # those after an option
     try:
         options.run(options)
+        return 0
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, file=sys.stderr, flush=True)
-        return STOPPED
+        return _ended(STOPPED)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             # Rank 0 has the same to say, and when it ends the launcher ends all. Who ended first would silence it;
             # who is still here after that had a mistake of its own.
             time.sleep(_SECONDS_FOR_RANK_0)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return _ended(2)
     except KeyboardInterrupt:
         return 130
-    return 0
+
+
+def _ended(status: int) -> int:
+    """One rank of several ends here and now: its error's traceback holds the model, and a model that is let go
+    beside a group that others have left can wait for it forever."""
+    return leave(status) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else status
 
 
 def entry() -> None:

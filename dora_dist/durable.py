@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 MANIFEST = "manifest.json"
 _PARTIAL, _GONE = ".partial-", ".gone-"
-_SAFETENSORS = {
+SAFETENSORS = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8",
 }  # fmt: skip
 TensorHead = tuple[str, torch.dtype, Sequence[int]]  # name, dtype, shape
@@ -55,6 +55,7 @@ class NewDirectory:
 
     def __enter__(self) -> "NewDirectory":
         self.final.parent.mkdir(parents=True, exist_ok=True)
+        _flush_directory(self.final.parent.parent)
         self._partial.mkdir()
         return self
 
@@ -80,15 +81,20 @@ class NewDirectory:
         _flush_directory(self.final.parent)
 
 
-def verify(directory: Path) -> dict[str, Any]:
-    """The manifest, once every file has been read and is what it says.
+def verify(directory: Path, names: Set[str]) -> dict[str, Any]:
+    """The manifest, once every file has been read and is what it says; these files and no others.
 
     Raises:
-        Damaged: a file is missing, or its size or a bit has changed.
+        Damaged: a file is missing, or its size or a bit has changed, or it lies elsewhere.
     """
     manifest = read_manifest(directory)
-    for name, expected in manifest["files"].items():
+    files = manifest.get("files")
+    if not isinstance(files, dict) or files.keys() != names:
+        raise Damaged(f"{directory / MANIFEST} does not name the files {', '.join(sorted(names))}")
+    for name, expected in files.items():
         digest = hashlib.sha256()
+        if (directory / name).is_symlink():
+            raise Damaged(f"{directory / name} is a link")
         try:
             with (directory / name).open("rb") as file:
                 if os.fstat(file.fileno()).st_size != expected["size"]:
@@ -162,7 +168,7 @@ def write_tensors(
     for name, dtype, shape in heads:
         end = offset + dtype.itemsize * torch.Size(shape).numel()
         assert offset % dtype.itemsize == 0, name
-        header[name] = {"dtype": _SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -15,15 +15,18 @@ from torch import Tensor
 
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 _MEMORY = 0.98  # of the running mean and variance: about the last 50 steps
+_REPEATED_S = 5.0  # within which a second signal is the same one
 _SLOW = 2.0  # times the median rank's seconds
 _LEAP, _FIRST_STEPS = 6.0, 20  # standard deviations that are worth a warning; steps before the first
 
 
 class StopSignals(AbstractContextManager):
-    """Turns a first SIGTERM or SIGUSR1 into a wish, to be granted after a step; a second one ends the process."""
+    """Turns a first SIGTERM or SIGUSR1 into a wish, to be granted after a step. A second one ends the process, but
+    not within 5 s: who signals all processes of a job reaches a rank by its launcher once more."""
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -35,10 +38,11 @@ class StopSignals(AbstractContextManager):
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._since = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._since > _REPEATED_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = signal.Signals(number).name
 
 
 class StepCheck:

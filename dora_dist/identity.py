@@ -1,6 +1,7 @@
 """Which run a checkpoint belongs to: what must be the same for training to go on from it, and what may change."""
 
 import dataclasses
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,8 +31,11 @@ _FINGERPRINTS = {
 }
 
 
-def describe_run(config: RunConfig, world_size: int, strategy: str, fingerprints: Mapping[str, str]) -> dict:
-    """What a manifest says of its run; JSON."""
+def describe_run(
+    config: RunConfig, world_size: int, device: str, strategy: str, fingerprints: Mapping[str, str]
+) -> dict:
+    """What a manifest says of its run; JSON. `launch` is the same for all lives of a run that a launcher restarts
+    or a scheduler requeues."""
     import transformers
 
     import dora_dist
@@ -39,6 +43,8 @@ def describe_run(config: RunConfig, world_size: int, strategy: str, fingerprints
     return {
         "config": dataclasses.asdict(config),
         "world_size": world_size,
+        "device": device,
+        "launch": _launch(),
         "strategy": strategy,
         "rows_per_step": config.train.micro_batch_size * config.train.accumulation * world_size,
         "fingerprints": dict(fingerprints),
@@ -49,6 +55,12 @@ def describe_run(config: RunConfig, world_size: int, strategy: str, fingerprints
             "python": platform.python_version(),
         },
     }
+
+
+def _launch() -> str | None:
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"slurm {job}" if job else f"torchrun {run}" if run != "none" else None
 
 
 def contradictions(then: dict, now: dict) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tensors that lie in pieces on the ranks, brought together and spread out again, a few bytes at a time.
+"""Tensors that lie in pieces on the ranks, brought together and spread out again in batches.
 
 One way for every sharding: it needs only the rectangles of a tensor that a rank holds.
 """
@@ -6,14 +6,15 @@ One way for every sharding: it needs only the rectangles of a tensor that a rank
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from dora_dist.backends.process import Processes
+from dora_dist.durable import SAFETENSORS
 from dora_dist.errors import UserError
+from dora_dist.files import Header, read_header
 from dora_dist.shards import Rectangle, as_matrix
 
 _BATCH_BYTES = 64 << 20  # of whole tensors at a time
@@ -51,8 +52,11 @@ def spread(path: Path, pieces: Sequence[Piece], processes: Processes) -> None:
     """Fill each rank's part from a file that rank 0 reads."""
     problem, file = None, None
     if processes.is_main:
-        file = safe_open(path, framework="pt")
-        problem = _misfit(path, file, pieces)
+        try:
+            problem = _misfit(path, read_header(path), pieces)
+            file = safe_open(path, framework="pt")
+        except UserError as error:
+            problem = str(error)
     problem = processes.broadcast_object(problem)
     if problem is not None:
         raise UserError(problem)
@@ -67,14 +71,14 @@ def spread(path: Path, pieces: Sequence[Piece], processes: Processes) -> None:
                 own.values.copy_(as_matrix(whole)[own.rows, own.cols])
 
 
-def _misfit(path: Path, file: Any, pieces: Sequence[Piece]) -> str | None:
-    names = set(file.keys())
+def _misfit(path: Path, header: Header, pieces: Sequence[Piece]) -> str | None:
     for piece in pieces:
-        if piece.name not in names:
+        stored = header.tensors.get(piece.name)
+        if stored is None:
             return f"{path}: holds no {piece.name!r}, which this run trains"
-        found = tuple(file.get_slice(piece.name).get_shape())
-        if found != piece.shape:
-            return f"{path}: {piece.name!r} is {list(found)}, this run's is {list(piece.shape)}"
+        found, needed = (stored.dtype, list(stored.shape)), (SAFETENSORS[piece.dtype], list(piece.shape))
+        if found != needed:
+            return f"{path}: {piece.name!r} is {found[0]} {found[1]}, this run's is {needed[0]} {needed[1]}"
     return None
 
 

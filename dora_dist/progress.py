@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -25,6 +25,14 @@ from dora_dist.durable import replaced
 from dora_dist.errors import UserError
 
 
+class Resumed(NamedTuple):
+    """Where a log goes on."""
+
+    step: int  # the last that stands
+    state: dict[str, Any]  # what `RunLog.state()` was then
+    evaluates: bool  # whether the evaluation after that step is made again
+
+
 class RunLog(AbstractContextManager):
     """Metrics and messages of one run; on ranks other than 0 every method does nothing.
 
@@ -39,20 +47,20 @@ class RunLog(AbstractContextManager):
         total_steps: int,
         settings: dict,
         is_main: bool,
-        resumed: tuple[int, dict[str, Any]] | None = None,
+        resumed: "Resumed | None" = None,
     ):
-        """`resumed`: the step after which the run goes on, and the log's `state()` then; None begins anew."""
+        """`resumed`: None begins anew."""
         self._is_main = is_main
         self._console = Console(highlight=False, quiet=not is_main, soft_wrap=True)
         self._writers: list[Any] = []
         if not is_main:
             return
         self._total = total_steps
-        step, state = resumed if resumed is not None else (0, {})
+        step, state = (resumed.step, resumed.state) if resumed is not None else (0, {})
         path = output_dir / "metrics.jsonl"
         try:
             if resumed is not None and path.is_file():
-                _cut_back(path, step)
+                _cut_back(path, resumed)
             self._metrics = path.open("a" if resumed is not None else "w", encoding="utf-8")
         except OSError as error:
             raise UserError(f"output_dir: {str(error.filename)!r} cannot be written: {error.strerror}") from None
@@ -121,15 +129,15 @@ def show(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def _cut_back(path: Path, step: int) -> None:
-    """Keep of metrics.jsonl what a run that goes on after `step` does not write again; an evaluation after `step`
-    is repeated. A last line that a killed run left unfinished goes, too."""
+def _cut_back(path: Path, resumed: Resumed) -> None:
+    """Keep of metrics.jsonl what the run does not write again. A last line that a killed run left unfinished goes,
+    too."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             metrics = json.loads(line)
-            again = "eval_loss" in metrics and metrics["step"] == step and step > 0
-            if metrics["step"] <= step and not again:
+            again = "eval_loss" in metrics and metrics["step"] == resumed.step and resumed.evaluates
+            if metrics["step"] <= resumed.step and not again:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue

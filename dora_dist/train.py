@@ -1,8 +1,11 @@
 """The training run: what is read and checked before it, where it goes on from, and what it leaves behind."""
 
 import dataclasses
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,12 @@ from dora_dist.build import Blueprint, Built, Strategy, build, choose_strategy, 
 from dora_dist.checkpoint import Checkpoints, Found
 from dora_dist.config import RunConfig
 from dora_dist.errors import Stopped, UserError
+from dora_dist.health import StopSignals
 from dora_dist.identity import contradictions, describe_run, free_changes
-from dora_dist.progress import RunLog
+from dora_dist.progress import Resumed, RunLog
 from dora_dist.rundata import RunData, load_tokenizer
 from dora_dist.schema import difference_between_ranks
-from dora_dist.trainer import Progress, Trainer
+from dora_dist.trainer import Progress, Trainer, evaluates_at
 from dora_dist.weights import packed_layers
 
 
@@ -55,27 +59,72 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog) -> None:
     output_dir = Path(config.output_dir)
     run = _describe(blueprint, data, strategy)
     checkpoints = Checkpoints(output_dir / "checkpoints", config.checkpoint, processes, run)
-    found, notices = checkpoints.find()
-    if found is not None:
-        notices += _compare(found, run, config, data.steps)
-    _prepare_output(config, processes, {"config.yaml": config.to_yaml(), **strategy.files})
-    # Dropout differs between ranks, and from what it was before a checkpoint of another number of ranks.
-    torch.manual_seed(config.train.seed + processes.rank + (found.step << 32 if found else 0))
-    ours = found is not None and found.path.parent == checkpoints.directory
-    resumed = (found.step, found.counters["log"]) if found is not None and ours else None
-    with RunLog(config.log, output_dir, data.steps, dataclasses.asdict(config), processes.is_main, resumed) as log:
-        for line in (*notices, data.describe()):
-            log.say(line)
-        built = build(blueprint, strategy)
-        log.say(describe(built, strategy))
-        progress = Progress()
+    with _alone_in(output_dir, processes), StopSignals() as signals:
+        found, notices = checkpoints.find()
         if found is not None:
-            checkpoints.restore(found, built)
-            progress = Progress.of(found)
-        Trainer(config, built, strategy, data, log, watch, checkpoints, progress).run()
-        watch.at(data.steps, "saving the adapter", watched=False)
+            notices += _compare(found, run, config, data.steps)
+        _prepare_output(config, processes, {"config.yaml": config.to_yaml(), **strategy.files})
+        # Dropout differs between ranks, and from what it was before a checkpoint of another number of ranks.
+        torch.manual_seed(config.train.seed + processes.rank + (found.step << 32 if found else 0))
+        resumed = _log_position(found, checkpoints, config, data.steps)
+        settings = dataclasses.asdict(config)
+        with RunLog(config.log, output_dir, data.steps, settings, processes.is_main, resumed) as log:
+            for line in (*notices, data.describe()):
+                log.say(line)
+            built = build(blueprint, strategy)
+            log.say(describe(built, strategy))
+            progress = Progress()
+            if found is not None:
+                checkpoints.restore(found, built)
+                progress = Progress.of(found)
+            for line in checkpoints.begin(found):
+                log.say(line)
+            Trainer(config, built, strategy, data, log, watch, checkpoints, progress, signals).run()
+            watch.at(data.steps, "saving the adapter", watched=False)
+            _save_adapter(built, output_dir, config)
+            log.say(f"adapter: {output_dir / 'adapter'}")
+
+
+def _save_adapter(built: Built, output_dir: Path, config: RunConfig) -> None:
+    try:
         save_adapter(built.model, output_dir / "adapter", config.model.path, built.shards)
-        log.say(f"adapter: {output_dir / 'adapter'}")
+    except OSError as error:
+        raise UserError(
+            f"output_dir: the adapter cannot be written: {error.strerror}; with a checkpoint of the last step "
+            "(checkpoint.every) the same command writes it later"
+        ) from None
+
+
+@contextmanager
+def _alone_in(output_dir: Path, processes: Processes) -> Iterator[None]:
+    """Hold a run's directory, where the file system has locks. UserError: another run does."""
+    handle, problem = None, None
+    if processes.is_main:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            handle = os.open(output_dir, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = f"output_dir: another run is training in {str(output_dir)!r}; choose another directory"
+        except OSError as error:
+            if handle is None:
+                problem = f"output_dir: {str(output_dir)!r} cannot be written: {error.strerror}"
+    problem = processes.broadcast_object(problem)
+    try:
+        if problem is not None:
+            raise UserError(problem)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _log_position(found: Found | None, checkpoints: Checkpoints, config: RunConfig, steps: int) -> Resumed | None:
+    """Where metrics.jsonl goes on: a run that goes on from another's checkpoint has a log of its own."""
+    if found is None or found.path.parent.resolve() != checkpoints.directory.resolve():
+        return None
+    again = evaluates_at(found.step, config, steps) or found.step >= steps
+    return Resumed(found.step, found.counters["log"], again)
 
 
 def _refuse_different_settings(config: RunConfig, processes: Processes) -> None:
@@ -90,11 +139,15 @@ def _refuse_different_settings(config: RunConfig, processes: Processes) -> None:
 
 
 def _describe(blueprint: Blueprint, data: RunData, strategy: Strategy) -> dict[str, Any]:
-    """What a checkpoint's manifest says of the run; rank 0's view of it."""
-    processes, run = strategy.processes, {}
-    if processes.is_main:
-        fingerprints = {"base": blueprint.base.fingerprint, **data.fingerprints()}
-        run = describe_run(blueprint.config, processes.world_size, strategy.name, fingerprints)
+    """What a checkpoint's manifest says of the run. UserError, on every rank: the ranks read different rows."""
+    processes = strategy.processes
+    fingerprints = {"base": blueprint.base.fingerprint, **data.fingerprints()}
+    everyones = processes.gather_bytes(json.dumps({"fingerprint": fingerprints}).encode())
+    problem = difference_between_ranks([json.loads(text) for text in everyones]) if everyones is not None else None
+    problem = processes.broadcast_object(problem)
+    if problem is not None:
+        raise UserError(f"the ranks do not read the same files: {problem}")
+    run = describe_run(blueprint.config, processes.world_size, processes.device.type, strategy.name, fingerprints)
     return processes.broadcast_object(run)
 
 

@@ -46,6 +46,12 @@ class Progress:
         return Progress(found.step, **counters)
 
 
+def evaluates_at(step: int, config: RunConfig, steps: int) -> bool:
+    """Whether an evaluation is due between a step and the next."""
+    every = config.train.eval_every
+    return every is not None and step % every == 0 and step < steps
+
+
 class Trainer:
     """The loop over optimizer steps."""
 
@@ -59,10 +65,13 @@ class Trainer:
         watch: Watchdog | None = None,
         checkpoints: Checkpoints | None = None,
         progress: Progress | None = None,
+        signals: StopSignals | None = None,
     ):
-        """`watch`: is told what the loop does; `checkpoints`: None writes none; `progress`: of a resumed run."""
+        """`watch`: is told what the loop does; `checkpoints`: None writes none; `progress`: of a resumed run;
+        `signals`: what ends `run` early."""
         self.config, self.built, self.strategy, self.data, self.log = config, built, strategy, data, log
         self.checkpoints, self.progress = checkpoints, progress or Progress()
+        self.signals = signals or StopSignals()
         self.watch = watch or Watchdog(strategy.processes, config.parallel.timeout_s)
         self.processes = strategy.processes
         self.device = self.processes.device
@@ -87,24 +96,25 @@ class Trainer:
         """
         progress = self.progress
         self._saved_at = progress.step
-        with StopSignals() as self.signals:
-            self._asked = self.processes.agree([0])
-            check = StepCheck(self.processes.rank, self.config.train.max_skipped_steps, self._warn)
-            if progress.step == 0:
-                progress.before, progress.samples = self.evaluate(0), self.sample()
-            elif self._evaluates_at(progress.step):  # a checkpoint is written before its step's evaluation
-                self.evaluate(progress.step)
-            self._start_clock()
-            while progress.step < self.data.steps:
-                self._next_step(check)
-            check.finish()
-            after = self.evaluate(self.data.steps)
-            self._summary(after, self.sample())
+        self._asked = self.processes.agree([0])
+        check = StepCheck(self.processes.rank, self.config.train.max_skipped_steps, self._warn)
+        if progress.step == 0:
+            progress.before, progress.samples = self.evaluate(0), self.sample()
+        elif evaluates_at(
+            progress.step, self.config, self.data.steps
+        ):  # a checkpoint precedes its step's evaluation
+            self.evaluate(progress.step)
+        self._start_clock()
+        while progress.step < self.data.steps:
+            self._next_step(check)
+        check.finish()
+        after = self.evaluate(self.data.steps)
+        self._summary(after, self.sample())
 
     def _next_step(self, check: StepCheck) -> None:
         """One step, and what is due after it."""
         self.current = self.progress.step + 1
-        self._at("data")
+        self._at("data", watched=self.progress.step > self.first_step)  # a stream is read up to where it was
         batch = self.data.plan.global_batch(self.progress.step)
         loss, grad_norm = self.train_step(batch)
         self.progress.tokens += batch.tokens
@@ -120,7 +130,7 @@ class Trainer:
         if every is not None and (step % every == 0 or step == self.data.steps):
             self._save()
         self._end_if_asked()
-        if self._evaluates_at(step):
+        if evaluates_at(step, self.config, self.data.steps):
             self.evaluate(step)
         if step in (self._saved_at, self._evaluated_at):
             self._start_clock()
@@ -162,7 +172,7 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for index, micro in enumerate(self.data.evaluation):
             self._end_if_asked()
-            self._at(f"evaluation, batch {index + 1}")
+            self._at(f"evaluation, batch {index + 1}", watched=not self.config.train.compile)
             with self._attention_over(micro):
                 totals += torch.stack(self._loss_sum(self.built.model, micro)).double()
         loss, correct = (self.processes.sum_(totals) / self.data.evaluation.targets).tolist()
@@ -179,7 +189,7 @@ class Trainer:
         model.eval()
         texts = []
         for prompt in self.config.log.sample_prompts if self.data.causal else ():
-            self._at("sampling")
+            self._at("sampling", watched=False)
             encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.device)
             with torch.compiler.set_stance("force_eager"):  # graphs for a cache would use up dynamo's limit
                 output = model.generate(  # type: ignore[operator]
@@ -224,11 +234,6 @@ class Trainer:
     def _dense_mask(self, lengths: Tensor, T: int) -> Tensor:
         mask = packed_attention(to_device(lengths, self.device), T)
         return mask if self.eager_dtype is None else additive_mask(mask, self.eager_dtype)
-
-    def _evaluates_at(self, step: int) -> bool:
-        """Whether an evaluation is due between two steps."""
-        every = self.config.train.eval_every
-        return every is not None and step % every == 0 and step < self.data.steps
 
     def _end_if_asked(self) -> None:
         """End the run, with a checkpoint, where any rank had received a signal when this was called last: every

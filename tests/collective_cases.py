@@ -1,4 +1,4 @@
-"""Run under torchrun: `agree`, `gather_bytes` and `first_error` over all ranks, beside other collectives."""
+"""Run under torchrun: `agree`, `gather_bytes` and `told_by_main` over all ranks, beside other collectives."""
 
 import torch
 
@@ -18,9 +18,8 @@ def main() -> None:
     for parts in ([b"a" * r for r in range(last + 1)], [b""] * (last + 1), [bytes(range(256))] * (last + 1)):
         gathered = processes.gather_bytes(parts[rank])
         assert gathered == (parts if rank == 0 else None)
-    assert processes.first_error(None) is None
-    assert processes.first_error("disk full: /ä" if rank == last else None) == f"rank {last}: disk full: /ä"
-    assert processes.first_error(f"of {rank}") == "rank 0: of 0"
+    assert processes.told_by_main(rank) == 0
+    assert processes.told_by_main({"path": f"/ä{rank}"}) == {"path": "/ä0"}
     processes.stop()
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from dora_dist import durable
 from dora_dist.durable import Damaged, NewDirectory, replaced, sweep, verify, write_tensors
 
+FILES = {"one.safetensors", "two.safetensors"}
 OPERATIONS = [(durable.NewFile, "write"), (os, "mkdir"), (os, "fsync"), (os, "rename"), (os, "replace")]
 
 
@@ -66,7 +67,7 @@ def in_child(work, kill_before: int | None = None) -> int:
 
 def test_what_was_written_is_read_by_safetensors(tmp_path):
     tensors = write_state(tmp_path, 1)
-    assert verify(tmp_path / "step-1")["step"] == 1
+    assert verify(tmp_path / "step-1", FILES)["step"] == 1
     read = load_file(tmp_path / "step-1" / "one.safetensors")
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], t) and read[name].dtype == t.dtype for name, t in tensors.items())
@@ -92,9 +93,9 @@ def test_killed_before_any_operation_it_is_whole_or_not_there(tmp_path, again):
         left = sorted(path.name for path in place.iterdir())
         assert left in (["step-1"], ["step-1", "step-2"])
         for path in place.iterdir():
-            verify(path)
+            verify(path, FILES)
     place = tmp_path / "count"
-    assert verify(place / "step-2")["step"] == 2
+    assert verify(place / "step-2", FILES)["step"] == 2
 
 
 def test_every_file_missing_truncated_or_flipped_is_named(tmp_path):
@@ -113,9 +114,20 @@ def test_every_file_missing_truncated_or_flipped_is_named(tmp_path):
             if damage is not None:
                 path.write_bytes(damage)
             with pytest.raises(Damaged, match=path.name):
-                verify(directory)
+                verify(directory, FILES)
             path.write_bytes(whole)
-    verify(directory)
+    verify(directory, FILES)
+
+
+def test_links_and_files_that_do_not_belong_there_are_refused(tmp_path):
+    write_state(tmp_path, 1)
+    directory = tmp_path / "step-1"
+    with pytest.raises(Damaged, match=r"does not name the files one.safetensors"):
+        verify(directory, {"one.safetensors"})
+    (directory / "two.safetensors").rename(tmp_path / "elsewhere")
+    (directory / "two.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Damaged, match=r"two.safetensors is a link"):
+        verify(directory, FILES)
 
 
 def test_an_error_leaves_nothing(tmp_path):

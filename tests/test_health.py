@@ -3,10 +3,12 @@
 import math
 import os
 import signal
+import time
 
 import pytest
 import torch
 
+from dora_dist import health
 from dora_dist.health import SpeedCheck, StepCheck, StopSignals
 
 
@@ -31,15 +33,18 @@ def test_a_signal_is_a_wish_and_the_handlers_come_back():
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
 
 
-def test_a_second_signal_ends_the_process():
+@pytest.mark.parametrize(("pause", "ends"), [(0.0, False), (0.2, True)])
+def test_a_second_signal_ends_the_process_unless_it_is_the_same_one(pause, ends, monkeypatch):
+    monkeypatch.setattr(health, "_REPEATED_S", 0.1)
     pid = os.fork()
     if pid == 0:
         with StopSignals():
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(pause)
             os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
     _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+    assert (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM) == ends
 
 
 def test_skipped_steps_are_told_and_too_many_end_the_run():

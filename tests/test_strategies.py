@@ -157,7 +157,7 @@ def run(world: int, cases: dict, scratch: Path, llama: Path, gpt2: Path, rows: P
         command = [sys.executable, str(script), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=300)
     else:
-        done = torchrun(world, script, *arguments)
+        done = torchrun(world, script, *arguments, timeout=900)  # of dozens of runs
     assert done.returncode == 0, done.stderr[-4000:]
     return {**torch.load(scratch / "out.pt"), "adapters": scratch / "adapters"}
 

@@ -1,8 +1,10 @@
 """The processes of a run: who this one is, which device it owns, and the few collectives every strategy shares."""
 
 import datetime
+import json
 import os
 import socket
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from dora_dist.backends.rendezvous import meet, no_meeting
 from dora_dist.errors import UserError
 
+_ASK_S = 0.05  # between two looks into the store
 LATER_S = 5
 """By how much the collectives' own time limit is above parallel.timeout_s."""
 
@@ -52,6 +55,7 @@ class Processes:
         else:
             self.device = torch.device("cpu")
         self.store: dist.Store | None = None  # where a group was made: that of this life of the run
+        self._told = 0  # how often `told_by_main` was called
 
     @property
     def is_main(self) -> bool:
@@ -128,18 +132,20 @@ class Processes:
             return None
         return [part.numpy().tobytes()[:n] for part, n in zip(parts, lengths, strict=True)]
 
-    def first_error(self, message: str | None) -> str | None:
-        """On every rank the message of the first rank that has one, as "rank 3: ..." where there are several."""
+    def told_by_main(self, value: Any) -> Any:
+        """Rank 0's small value (JSON) on every rank, however long it takes to come to this point: the others wait
+        for the run's store, not in a collective, which has a time limit."""
         if self.world_size == 1:
-            return message
-        data = b"" if message is None else (message or "error").encode()
-        lengths = self._lengths(data)
-        failed = next((rank for rank, n in enumerate(lengths) if n), None)
-        if failed is None:
-            return None
-        told = _byte_tensor(data) if self.rank == failed else torch.empty(lengths[failed], dtype=torch.uint8)
-        dist.broadcast(told, src=failed)
-        return f"rank {failed}: {told.numpy().tobytes().decode()}"
+            return value
+        assert self.store is not None
+        self._told += 1
+        key = f"told/{self._told}"
+        if self.is_main:
+            self.store.set(key, json.dumps(value))
+            return value
+        while not self.store.check([key]):
+            time.sleep(_ASK_S)
+        return json.loads(self.store.get(key))
 
     def _lengths(self, data: bytes) -> list[int]:
         """How many bytes each rank has."""

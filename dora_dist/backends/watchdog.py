@@ -103,7 +103,7 @@ class Watchdog:
 
     def explain(self, error: BaseException) -> str | None:
         """One line on which rank is missing, for an error of a collective; "" where another rank says it. None for
-        an error that no missing rank has caused. Takes the seconds that it needs to hear who lives."""
+        any other error. Takes the seconds that it needs to hear who lives."""
         of_collective = isinstance(error, RuntimeError) and (
             isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo's name the file of gloo's that raised
         )
@@ -116,7 +116,8 @@ class Watchdog:
         missing = describe_missing(
             self.processes.rank, self.processes.world_size, place, before, self._board.read()
         )
-        return None if missing is None else self._one_voice(f"error: {place}: {self._me} has lost {missing}")
+        lost = f"has lost {missing}" if missing else f"lost a collective, but no rank: {_first_line(error)}"
+        return self._one_voice(f"error: {place}: {self._me} {lost}")
 
     def _watch(self) -> None:
         """The thread: a beat a second; shortly before the limit a look at the others' beats, then a second."""
@@ -141,11 +142,12 @@ class Watchdog:
         missing = describe_missing(
             self.processes.rank, self.processes.world_size, place, before, self._board.read()
         )
-        missing = (
-            f"missing is {missing}" if missing else "no rank is missing (does the network between them work?)"
-        )
+        if missing is None:  # long work; or the network, where the collective's own limit ends it
+            if self._place is place:
+                self._place = dataclasses.replace(place, watched=False)
+            return
         limit = f"parallel.timeout_s: {self.timeout_s:g}"
-        line = f"error: {place}: {self._me} has waited for {waited:.0f} s ({limit}); {missing}"
+        line = f"error: {place}: {self._me} has waited for {waited:.0f} s ({limit}); missing is {missing}"
         line = self._one_voice(line)
         if self._place is place:  # else the loop has gone on in the meantime, or speaks itself
             _leave(line)
@@ -245,6 +247,10 @@ def _names(ranks: list[int], beats: Beats, state: str) -> str:
         )
     more = [f"{len(ranks) - _NAMED} more"] if len(ranks) > _NAMED else []
     return "; ".join(parts + more)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _store_host() -> str:

@@ -53,6 +53,12 @@ class Fault:
         return mine and self.restart == int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def tell(line: str) -> None:
+    """In one piece, as several ranks write to one place."""
+    sys.stdout.flush()
+    os.write(1, f"{line}\n".encode())
+
+
 class Injector:
     def __init__(self, faults: list[Fault]):
         self.faults = [fault for fault in faults if fault.is_here()]
@@ -72,7 +78,7 @@ class Injector:
 
     def _do(self, kind: str) -> None:
         if kind != "hash":
-            print(f"fault {kind} rank {RANK}", flush=True)
+            tell(f"fault {kind} rank {RANK}")
         if kind in SIGNALS:
             os.kill(os.getpid(), SIGNALS[kind])
         elif kind == "launcher":
@@ -88,7 +94,7 @@ class Injector:
             built.shards.settle(built.model)
             whole = built.shards.gather([p for p in built.model.parameters() if p.requires_grad])
             digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in whole)).hexdigest()
-            print(f"hash rank {RANK} step {self.trainer.progress.step} {digest}", flush=True)
+            tell(f"hash rank {RANK} step {self.trainer.progress.step} {digest}")
         else:
             raise ValueError(kind)
 

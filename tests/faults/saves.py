@@ -39,7 +39,7 @@ def make_trainer(case: Case, place: Path, *overrides: str) -> Trainer:
     strategy = choose_strategy(config, blueprint.model, processes)
     data = RunData(blueprint, load_tokenizer(directory), processes)
     place.mkdir(parents=True, exist_ok=True)
-    run = describe_run(config, 1, strategy.name, {})
+    run = describe_run(config, 1, "cpu", strategy.name, {})
     checkpoints = Checkpoints(place / "checkpoints", config.checkpoint, processes, run)
     quiet = dataclasses.replace(config.log, every=10**6)
     log = RunLog(quiet, place, data.steps, {}, is_main=True)
