@@ -113,6 +113,7 @@ def damaged_checkpoints(case: Case, flips: int = 200) -> Counted:
         damage(newest / name, kind, chance)
         found, notices = trainer.checkpoints.find()
         held += found is not None and found.step == 1 and any(name in notice for notice in notices)
+        trainer.checkpoints.begin(found)
         for path in directory.glob("aside-*"):
             shutil.rmtree(path)
     return held, len(damages), f"{len(files)} files, {flips} bit flips"
