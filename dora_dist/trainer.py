@@ -100,10 +100,8 @@ class Trainer:
         check = StepCheck(self.processes.rank, self.config.train.max_skipped_steps, self._warn)
         if progress.step == 0:
             progress.before, progress.samples = self.evaluate(0), self.sample()
-        elif evaluates_at(
-            progress.step, self.config, self.data.steps
-        ):  # a checkpoint precedes its step's evaluation
-            self.evaluate(progress.step)
+        elif evaluates_at(progress.step, self.config, self.data.steps):
+            self.evaluate(progress.step)  # which comes after its step's checkpoint
         self._start_clock()
         while progress.step < self.data.steps:
             self._next_step(check)

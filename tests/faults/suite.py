@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (0, 2)]  # this directory; the repository's root
 
 from case import Case
 from saves import damaged_checkpoints, full_disks, killed_saves
