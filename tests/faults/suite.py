@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (0, 2)]  # this directory; the repository's root
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from case import Case
 from saves import damaged_checkpoints, full_disks, killed_saves
