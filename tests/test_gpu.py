@@ -1,6 +1,7 @@
 """What only a CUDA device can show: `make gpu`. The bodies are functions of the device."""
 
 import json
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -10,7 +11,15 @@ from test_functional import reference
 from torch import nn
 
 from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, refresh_norms
-from dora_dist.config import DataConfig, LogConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from dora_dist.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from dora_dist.decomposition import _SCRATCH_BYTES_GPU, squared_norms
 from dora_dist.functional import adapted_linear
 from dora_dist.products import wide_mm
@@ -239,6 +248,7 @@ def train_quickstart(model, strategy, dtype, output_dir, monkeypatch):
             dora=DoraConfig(targets="all-linear"),
             train=TrainConfig(steps=10, micro_batch_size=8, lr=5e-3, warmup_steps=2),
             parallel=ParallelConfig(strategy=strategy),
+            checkpoint=CheckpointConfig(every=5),
             log=LogConfig(),
             output_dir=str(output_dir),
         )
@@ -261,3 +271,18 @@ def check_runs(model, dtype, scratch, monkeypatch):
 def test_runs_alone_and_sharded_over_one_process(dtype, quickstart_model, tmp_path, monkeypatch):
     check_runs(quickstart_model, dtype, tmp_path, monkeypatch)
     assert not torch.distributed.is_initialized()
+
+
+def check_resume(model, strategy, dtype, output_dir, monkeypatch):
+    """From a checkpoint in the middle: the same losses, but for kernels that add in another order each time."""
+    whole = train_quickstart(model, strategy, dtype, output_dir, monkeypatch)
+    shutil.rmtree(output_dir / "checkpoints" / "step-00000010")
+    resumed = train_quickstart(model, strategy, dtype, output_dir, monkeypatch)
+    assert len(resumed[0]) == 10 and resumed[0][:5] == whole[0][:5]
+    assert resumed[0] == pytest.approx(whole[0], rel=1e-4 if dtype == "float32" else 1e-2)
+
+
+@pytest.mark.parametrize("strategy", ["single", "fsdp"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_goes_on_from_its_checkpoint(quickstart_model, strategy, dtype, tmp_path, monkeypatch):
+    check_resume(quickstart_model, strategy, dtype, tmp_path, monkeypatch)
