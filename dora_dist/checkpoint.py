@@ -29,7 +29,7 @@ from dora_dist.build import Built
 from dora_dist.config import CheckpointConfig
 from dora_dist.durable import MANIFEST, Damaged, NewDirectory, TensorHead, remove, sweep, verify, write_tensors
 from dora_dist.engine import OptimizerStates
-from dora_dist.errors import UserError
+from dora_dist.errors import RunFailed, UserError
 from dora_dist.inject import injection_of
 from dora_dist.norms import refresh_norms
 from dora_dist.peft_format import to_peft_config, trained_tensors, zero_factors
@@ -124,7 +124,7 @@ class Checkpoints:
         writes, and may fail likewise.
 
         Raises:
-            RuntimeError: it cannot be written, and `checkpoint.on_failure` is stop.
+            RunFailed: it cannot be written, and `checkpoint.on_failure` is stop.
         """
         files = self._contents(built).files
         streams = [(name, pieces, gathered(pieces, sum_, self.processes.device)) for name, pieces, sum_ in files]
@@ -158,7 +158,7 @@ class Checkpoints:
             return None
         message = f"step {step}: the checkpoint was not written: {failure}; the ones before it stand"
         if self.config.on_failure == "stop":
-            raise RuntimeError(message)
+            raise RunFailed(message)
         return message
 
     def restore(self, found: Found, built: Built) -> None:

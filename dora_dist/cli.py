@@ -1,15 +1,16 @@
 """The command line: `dora-dist VERB ...`. Exit status 0: done; 2: the user's mistake, told in one line;
-75: ended by a signal, with a checkpoint."""
+75: ended by a signal, with a checkpoint where a step was made; else a failure."""
 
 import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from dora_dist.config import load_config
-from dora_dist.errors import Stopped, UserError
+from dora_dist.errors import RunFailed, Stopped, UserError
 from dora_dist.launcher import end_with_launcher
 
 STOPPED = 75  # exit status of a run that a signal ended after a checkpoint: EX_TEMPFAIL, try again
@@ -54,6 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time.sleep(_SECONDS_FOR_RANK_0)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return _ended(2)
+    except RunFailed as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return _ended(1)
     except KeyboardInterrupt:
         return 130
 
@@ -67,7 +72,11 @@ def _ended(status: int) -> int:
 def entry() -> None:
     """What launch/train.py and the console script run: `main`, then the end of the process."""
     end_with_launcher()
-    leave(main())
+    try:
+        leave(main())
+    except Exception:
+        traceback.print_exc()
+        leave(1)
 
 
 def leave(status: int) -> NoReturn:

@@ -8,6 +8,10 @@ class UserError(ValueError):
     """A mistake in a configuration, a file or a call: says which key or file, what is wrong, what is valid."""
 
 
+class RunFailed(RuntimeError):
+    """The run cannot go on, by no mistake in what was asked: says what happened; exit status 1."""
+
+
 class Stopped(Exception):
     """A signal ended the run after a step, with a checkpoint: not an error, but not the end of training either."""
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_dist.errors import RunFailed
+
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 _MEMORY = 0.98  # of the running mean and variance: about the last 50 steps
 _REPEATED_S = 5.0  # within which a second signal is the same one
@@ -66,7 +68,7 @@ class StepCheck:
         `grad_norm`: the same on every rank.
 
         Raises:
-            RuntimeError: more than `max_skipped` steps in a row were skipped; on every rank at once.
+            RunFailed: more than `max_skipped` steps in a row were skipped; on every rank at once.
         """
         self.finish()
         values = torch.stack([loss.detach().float(), grad_norm.detach().float().to(loss.device)])
@@ -93,9 +95,9 @@ class StepCheck:
             self._compare(step, loss)
         self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
         if self.skipped > self.max_skipped:
-            raise RuntimeError(
-                f"step {step}: the gradient is not finite, for the {self.skipped}th step in a row "
-                f"(train.max_skipped_steps: {self.max_skipped}); A, B, m and the optimizer are as before the first"
+            raise RunFailed(
+                f"step {step}: the gradient is not finite ({self.skipped} in a row; train.max_skipped_steps: "
+                f"{self.max_skipped}); A, B, m and the optimizer are as they were before the first"
             )
         if self.skipped:
             self.warn(

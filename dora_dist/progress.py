@@ -5,9 +5,10 @@ import os
 import resource
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -55,15 +56,8 @@ class RunLog(AbstractContextManager):
         self._writers: list[Any] = []
         if not is_main:
             return
-        self._total = total_steps
+        self._total, self._path, self._resumed = total_steps, output_dir / "metrics.jsonl", resumed
         step, state = (resumed.step, resumed.state) if resumed is not None else (0, {})
-        path = output_dir / "metrics.jsonl"
-        try:
-            if resumed is not None and path.is_file():
-                _cut_back(path, resumed)
-            self._metrics = path.open("a" if resumed is not None else "w", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"output_dir: {str(error.filename)!r} cannot be written: {error.strerror}") from None
         if config.tensorboard:
             self._writers.append(_TensorBoard(output_dir, step))
         if config.wandb:
@@ -76,6 +70,16 @@ class RunLog(AbstractContextManager):
         )  # fmt: skip
         self._task = self._bar.add_task("training", total=total_steps, completed=step, status="")
         self._bar.start()
+
+    @cached_property
+    def _metrics(self) -> IO[str]:
+        """Opened for the first line: a run that cannot load its model leaves what an earlier one wrote."""
+        try:
+            if self._resumed is not None and self._path.is_file():
+                _cut_back(self._path, self._resumed)
+            return self._path.open("a" if self._resumed is not None else "w", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"output_dir: {str(error.filename)!r} cannot be written: {error.strerror}") from None
 
     def say(self, text: str = "") -> None:
         """A line for the person who watches."""
@@ -119,7 +123,9 @@ class RunLog(AbstractContextManager):
     def __exit__(self, *exception: object) -> None:
         if self._is_main:
             self._bar.stop()
-            self._metrics.close()
+            if "_metrics" in self.__dict__:
+                with suppress(OSError):  # a full disk, which was told
+                    self._metrics.close()
             for writer in self._writers:
                 writer.close()
 

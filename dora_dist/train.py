@@ -34,6 +34,7 @@ def run_training(config: RunConfig) -> None:
     Raises:
         UserError: a mistake of the user's, on every rank alike.
         Stopped: a signal ended the run, with a checkpoint.
+        RunFailed: it cannot go on: no finite gradient, or no room for checkpoints.
     """
     processes, stopped = Processes(), None
     try:

@@ -55,7 +55,7 @@ def test_skipped_steps_are_told_and_too_many_end_the_run():
         f"step 3: {skipped} (2 skipped in a row; train.max_skipped_steps: 3)",
     ]
     checked([1.0] * 7, [nan, nan, nan, 1.0, nan, nan, nan])  # three in a row, twice
-    with pytest.raises(RuntimeError, match="step 4: the gradient is not finite, for the 4th step in a row"):
+    with pytest.raises(RuntimeError, match=r"step 4: the gradient is not finite \(4 in a row"):
         checked([1.0] * 4, [nan] * 4)
     with pytest.raises(RuntimeError, match="step 1"):
         checked([1.0], [nan], max_skipped=0)
