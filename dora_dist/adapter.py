@@ -5,7 +5,7 @@ adapter_files.py reads and writes the two files; peft_format.py knows what stand
 
 import copy
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,13 @@ def save_adapter(
     shards = shards or find_shards(model)
     shards.settle(model)
     named, heads = adapter_tensors(model, shards)
-    constants = zero_factors(model)
     values = (whole.cpu() for _, whole in _gathered(named, shards))
     if shards.is_writer:
         config = to_peft_config(model, base_model)
-        heads += [(key, zeros.dtype, zeros.shape) for key, zeros in constants.items()]
         try:
-            write_adapter(Path(directory), config, heads, chain(values, constants.values()), injection.base)
+            write_adapter(
+                Path(directory), config, *with_constants(heads, values, zero_factors(model)), injection.base
+            )
         finally:
             _drain(values)  # the other ranks gather, whatever the disk says
     _drain(values)
@@ -67,6 +67,15 @@ def adapter_tensors(model: nn.Module, shards: Shards) -> tuple[list[tuple[str, n
     named = [*trained_tensors(model), *frozen_tensors(model)]
     named.sort(key=lambda pair: -pair[1].dtype.itemsize)
     return named, [(key, parameter.dtype, tuple(shards.shape(parameter))) for key, parameter in named]
+
+
+def with_constants(
+    heads: list[TensorHead], values: Iterator[Tensor], constants: dict[str, Tensor]
+) -> tuple[list[TensorHead], Iterator[Tensor]]:
+    """Heads and values of a file in order, wider dtypes first, with fp32 constants among them."""
+    wide = sum(dtype.itemsize >= torch.float32.itemsize for _, dtype, _ in heads)
+    more: list[TensorHead] = [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in constants.items()]
+    return heads[:wide] + more + heads[wide:], chain(islice(values, wide), constants.values(), values)
 
 
 @torch.no_grad()

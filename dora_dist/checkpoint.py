@@ -15,14 +15,13 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dora_dist.adapter import adapter_tensors
+from dora_dist.adapter import adapter_tensors, with_constants
 from dora_dist.adapter_files import CONFIG, TENSORS, base_metadata, config_text
 from dora_dist.backends.process import Processes
 from dora_dist.build import Built
@@ -108,8 +107,11 @@ class Checkpoints:
     def begin(self, found: Found | None) -> list[str]:
         """Set aside what is in this directory and a run that goes on from `found` has not made. Returns lines that
         say so."""
-        later = [path for path in _checkpoints(self.directory) if found is None or _step(path) > found.step]
-        return [_set_aside(path) for path in later] if self.processes.is_main else []
+        if not self.processes.is_main:
+            return []
+        ours = found is not None and found.path.parent.resolve() == self.directory.resolve()
+        last = found.step if found is not None and ours else -1
+        return [_set_aside(path) for path in _checkpoints(self.directory) if _step(path) > last]
 
     def save(
         self,
@@ -131,17 +133,17 @@ class Checkpoints:
         failure = None
         if self.processes.is_main:
             manifest = {"format": FORMAT, "step": step, "counters": counters, "run": self.run}
-            constants = zero_factors(built.model)
             try:
                 before()
                 with NewDirectory(self.directory / _name(step)) as new:
                     for name, pieces, values in streams:
-                        extra = constants if name == TENSORS else {}
                         heads: list[TensorHead] = [(p.name, p.dtype, p.shape) for p in pieces]
-                        heads += [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in extra.items()]
-                        metadata = base_metadata(injection_of(built.model).base) if name == TENSORS else {}
+                        metadata = {}
+                        if name == TENSORS:
+                            metadata = base_metadata(injection_of(built.model).base)
+                            heads, values = with_constants(heads, values, zero_factors(built.model))
                         with new.file(name) as file:
-                            write_tensors(file, heads, chain(values, extra.values()), metadata)
+                            write_tensors(file, heads, values, metadata)
                     with new.file(CONFIG) as file:
                         file.write(config_text(to_peft_config(built.model, base_model)))
                     new.commit(manifest)

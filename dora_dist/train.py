@@ -17,7 +17,7 @@ from dora_dist.backends.watchdog import Watchdog
 from dora_dist.build import Blueprint, Built, Strategy, build, choose_strategy, draw_blueprint, resolve_model
 from dora_dist.checkpoint import Checkpoints, Found
 from dora_dist.config import RunConfig
-from dora_dist.errors import Stopped, UserError
+from dora_dist.errors import RunFailed, Stopped, UserError
 from dora_dist.health import StopSignals
 from dora_dist.identity import contradictions, describe_run, free_changes
 from dora_dist.progress import Resumed, RunLog
@@ -34,7 +34,7 @@ def run_training(config: RunConfig) -> None:
     Raises:
         UserError: a mistake of the user's, on every rank alike.
         Stopped: a signal ended the run, with a checkpoint.
-        RunFailed: it cannot go on: no finite gradient, or no room for checkpoints.
+        RunFailed: it cannot go on: no finite gradient, or no room for a checkpoint or the adapter.
     """
     processes, stopped = Processes(), None
     try:
@@ -90,7 +90,7 @@ def _save_adapter(built: Built, output_dir: Path, config: RunConfig) -> None:
     try:
         save_adapter(built.model, output_dir / "adapter", config.model.path, built.shards)
     except OSError as error:
-        raise UserError(
+        raise RunFailed(
             f"output_dir: the adapter cannot be written: {error.strerror}; with a checkpoint of the last step "
             "(checkpoint.every) the same command writes it later"
         ) from None

@@ -89,6 +89,7 @@ def test_resumed_from_each_step_it_is_the_same_to_the_bit(more, tmp_path):
         {"dora.magnitude_axis": "in", "dora.modules_to_save": ["lm_head"], "dora.targets": ["q_proj", "v_proj"]},
         {"dora.magnitude_only": ["o_proj"], "train.activation_checkpointing": True},
         {"quant.scheme": "nf4", "model.dtype": "bfloat16"},
+        {"dora.magnitude_only": ["k_proj"], "dora.modules_to_save": ["lm_head"], "model.dtype": "bfloat16"},
         {"model.dtype": "float16"},
     ],
     ids=str,
@@ -172,6 +173,9 @@ def test_a_named_checkpoint_starts_a_run_elsewhere_and_the_later_ones_here_are_s
     case.forget("elsewhere")
     assert train(case, "elsewhere", resume) == 0
     assert case.curve("elsewhere") == case.curve("whole")[6:]
+    assert case.steps("elsewhere") == [10, 12]
+    assert train(case, "elsewhere", resume, "train.steps=14") == 0  # the same path again: from its own newest
+    assert [line[0] for line in case.curve("elsewhere")] == [7, 8, 9, 10, 11, 12, 13, 14]
     case.forget("here")
     shutil.copytree(whole, case.scratch / "here")
     resume = f"checkpoint.resume={case.scratch / 'here' / 'checkpoints' / 'step-00000006'}"
