@@ -13,10 +13,9 @@ from dora_dist.checkpoint import FORMAT
 from dora_dist.cli import main
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
+import whole_runs
 from case import STEPS, Case
 from saves import damaged_checkpoints, full_disks, killed_saves, make_trainer, train_and_save
-
-import runs
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def case(tmp_path_factory):
     return Case(tmp_path_factory.mktemp("faults"))
 
 
-def all_hold(count: runs.Count) -> bool:
+def all_hold(count: whole_runs.Count) -> bool:
     return count.held == count.tried > 0
 
 
@@ -79,7 +78,7 @@ def test_a_checkpoint_is_safetensors_and_json_and_a_peft_adapter(case, whole):
 
 @pytest.mark.parametrize("more", [{}, {"data.streaming": True}, {"data.packing": False, "log.every": 3}], ids=str)
 def test_resumed_from_each_step_it_is_the_same_to_the_bit(more, tmp_path):
-    assert all_hold(runs.every_step(Case(tmp_path, **more), 6))
+    assert all_hold(whole_runs.every_step(Case(tmp_path, **more), 6))
 
 
 @pytest.mark.parametrize(
@@ -95,29 +94,29 @@ def test_resumed_from_each_step_it_is_the_same_to_the_bit(more, tmp_path):
     ids=str,
 )
 def test_whatever_is_trained_resumes(more, tmp_path):
-    assert all_hold(runs.every_step(Case(tmp_path, **more), 3))
+    assert all_hold(whole_runs.every_step(Case(tmp_path, **more), 3))
 
 
 def test_ranks_that_die_go_on(case):
-    assert all_hold(runs.killed_rank(case, 1))
+    assert all_hold(whole_runs.killed_rank(case, 1))
 
 
 def test_a_process_that_is_asked_to_stop_exits_with_75(case):
-    assert all_hold(runs.asked_to_stop(case, 1, "python"))
+    assert all_hold(whole_runs.asked_to_stop(case, 1, "python"))
 
 
 def test_from_one_strategy_and_number_of_ranks_to_another(case):
-    assert all_hold(runs.moved(case, ("fsdp zero3 single",)))
+    assert all_hold(whole_runs.moved(case, ("fsdp zero3 single",)))
 
 
 def test_a_gradient_that_is_not_finite_moves_no_rank(case):
-    assert all_hold(runs.not_finite(case, ("fsdp",)))
+    assert all_hold(whole_runs.not_finite(case, ("fsdp",)))
 
 
 def test_killed_damaged_or_without_room_an_older_one_stands(case):
-    assert all_hold(runs.Count(*killed_saves(case, every=9, random_kills=5)))
-    assert all_hold(runs.Count(*damaged_checkpoints(case, flips=20)))
-    assert all_hold(runs.Count(*full_disks(case, 3)))
+    assert all_hold(whole_runs.Count(*killed_saves(case, every=9, random_kills=5)))
+    assert all_hold(whole_runs.Count(*damaged_checkpoints(case, flips=20)))
+    assert all_hold(whole_runs.Count(*full_disks(case, 3)))
 
 
 def test_where_a_checkpoint_cannot_be_written_the_run_can_end(case):

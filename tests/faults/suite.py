@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from case import Case
 from saves import damaged_checkpoints, full_disks, killed_saves
-
-from runs import (
+from whole_runs import (
     Count,
     asked_to_stop,
     asked_to_stop_while_saving,
