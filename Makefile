@@ -43,7 +43,7 @@ quickstart: $(STAMP) ## fine-tune the small model in launch/quickstart, sharded 
 test: $(STAMP) ## run the tests
 	.venv/bin/python -m pytest $(ARGS)
 
-faults: $(STAMP) ## run the fault suite (half an hour), and renew the table in docs/reliability.md
+faults: $(STAMP) ## run the fault suite (20 minutes), and renew the table in docs/reliability.md
 	.venv/bin/python tests/faults/suite.py --write docs/reliability.md $(ARGS)
 
 lint: $(STAMP) ## check style and types
