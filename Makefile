@@ -9,11 +9,11 @@ GPU_PYTHON = $(if $(wildcard $(STAMP)),.venv/bin/python,$(PYTHON))
 else
 GPU_PYTHON = $(PYTHON)
 endif
-# Of the others, strategy_memory and block_memory take several minutes each, and gpu.py is `make gpu`.
+# Of the others, strategy_memory and block_memory take several minutes each; gpu.py and scaling.py have their targets.
 BENCHMARKS = $(patsubst %,benchmarks/%.py,step_time memory layer norm step_profile)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test faults lint format gpu bench clean
+.PHONY: help venv quickstart test faults lint format gpu bench scaling clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -62,6 +62,11 @@ bench: $(STAMP) ## run a five-minute selection of the benchmarks, and renew the 
 	@for script in $(BENCHMARKS); do echo "$$script"; .venv/bin/python "$$script" $(ARGS) || exit; done
 	.venv/bin/python benchmarks/_tables.py
 	.venv/bin/python benchmarks/_plots.py
+
+scaling: $(STAMP) ## measure weak and strong scaling over 1 and 2 processes of this machine, and draw the curves
+	.venv/bin/python benchmarks/scaling.py --ranks 1 2 --strategies ddp fsdp zero3 --mode weak $(ARGS)
+	.venv/bin/python benchmarks/scaling.py --ranks 1 2 --strategies ddp fsdp zero3 --mode strong $(ARGS)
+	.venv/bin/python benchmarks/scaling.py --draw
 
 clean: ## remove .venv, caches and build outputs; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

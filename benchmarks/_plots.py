@@ -1,8 +1,11 @@
-"""Draws benchmarks/results/<device>.png from the JSON beside it: ratios of training steps, and what they keep."""
+"""Draws benchmarks/results/<device>.png from the JSON beside it: ratios of training steps, and what they keep;
+and scaling.py's curves."""
 
 import json
 from pathlib import Path
 from typing import Any
+
+from _scaling_curves import draw_all
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BARS = {"PEFT LoRA": "peft {}lora", "PEFT DoRA": "peft {}dora", "our LoRA": "ours {}lora"}
@@ -11,6 +14,7 @@ BARS = {"PEFT LoRA": "peft {}lora", "PEFT DoRA": "peft {}dora", "our LoRA": "our
 def main() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         draw(json.loads(path.read_text()), path.with_suffix(".png"))
+    draw_all(RESULTS / "scaling")
 
 
 def draw(results: dict[str, Any], out: Path) -> None:

@@ -227,9 +227,9 @@ def take_step(trainer: Trainer, memory: Memory, tokens: int) -> dict[str, float]
     backward = type(engine).backward
     saved: dict[int, int] = {}
 
-    def look(loss: torch.Tensor, last: bool) -> None:
+    def look(loss: torch.Tensor) -> None:
         found["between_bytes"] = memory.held()
-        backward(engine, loss, last)
+        backward(engine, loss)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

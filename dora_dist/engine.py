@@ -22,8 +22,11 @@ class Engine(Protocol):
 
     loss_scale: LossScale
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add to the gradients, which are averaged over the ranks; `last` of the step's micro-batches."""
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        """Around the forward and the backward of one of the step's micro-batches; `last` of them."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients, which are averaged over the ranks."""
 
     def step(self) -> Tensor:
         """Clip and update, on all ranks or, where the gradient is not finite, on none: then nothing changes but
@@ -68,16 +71,19 @@ class TorchEngine:
         device: torch.device,
         accumulating: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        """`accumulating`: around the backward passes whose gradients are not exchanged yet."""
+        """`accumulating`: around the micro-batches whose gradients are not exchanged yet; their forward, too,
+        because DDP decides there what its backward does."""
         self.module, self.optimizer, self.shards = module, optimizer, shards
         self.max_grad_norm, self.loss_scale = config.max_grad_norm, loss_scale
         self.device, self.accumulating = device, accumulating
         self.fused = bool(optimizer.defaults.get("fused"))
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        with nullcontext() if last else self.accumulating():
-            (loss * self.loss_scale.value).backward()
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last else self.accumulating()
+
+    def backward(self, loss: Tensor) -> None:
+        (loss * self.loss_scale.value).backward()
 
     def step(self) -> Tensor:
         grad_norm = self._clip()

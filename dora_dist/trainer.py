@@ -145,14 +145,15 @@ class Trainer:
         last = len(batch.micro_batches) - 1
         loss = torch.zeros((), device=self.device)
         for index, micro in enumerate(batch.micro_batches):
-            with self._attention_over(micro):  # around the backward, too: it may run the forward again
+            # Both around the backward, too: it may run the forward again.
+            with engine.micro_batch(last=index == last), self._attention_over(micro):
                 self._at(f"forward of micro-batch {index + 1}", watched=not compiles)
                 part = self._loss_sum(engine.module, micro)[0] / batch.targets
                 loss += part.detach()
                 part = part * (part.detach() * 0 + 1)  # of an infinite loss every gradient shall be NaN
                 self._at(f"backward of micro-batch {index + 1}", watched=not compiles)
                 # Engines average gradients over the ranks; the loss is a sum over them.
-                engine.backward(part * self.processes.world_size, last=index == last)
+                engine.backward(part * self.processes.world_size)
         self._at("gradient norm and optimizer step")
         grad_norm = engine.step()
         self._at("norm refresh")

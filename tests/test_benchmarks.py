@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, child_environment
+from conftest import ROOT, child_environment, torchrun
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -120,3 +120,120 @@ def test_gpu_says_in_a_line_that_there_is_no_gpu(tmp_path):
     printed = run("gpu.py", "--out", str(out)).stdout
     assert printed == "gpu: no CUDA device here; nothing was tested or measured\n"
     assert not out.exists()
+
+
+def test_scaling_counts_what_the_sizes_say(tmp_path):
+    """Of a strong step of 4 rows: 4 micro-batches of one process, 2 of each of two."""
+    size = "--hidden 64 --layers 2 --rank 3 --tokens 8 --batch 1 --rounds 2 --warmup 1 --device cpu".split()
+    size += ["--mode", "strong", "--global-batch", "4", "--out", str(tmp_path)]
+    run("scaling.py", *size, "--strategies", "fsdp")
+    done = torchrun(2, ROOT / "benchmarks" / "scaling.py", *size, "--strategies", "fsdp", "ddp")
+    assert done.returncode == 0, done.stderr
+    alone, fsdp, ddp = (
+        json.loads((tmp_path / f"strong-{name}-ranks-1-hosts.json").read_text())
+        for name in ("fsdp-00001", "fsdp-00002", "ddp-00002")
+    )
+
+    def padded(rows: int, columns: int = 1) -> int:  # to the same number of rows on both ranks, in fp32
+        return 4 * 2 * -(-rows // 2) * columns
+
+    linears = [(64, 64)] * 4 + [(176, 64)] * 2 + [(64, 176)]
+    factors = sum(padded(3, columns) for _, columns in linears)
+    trained = factors + sum(padded(rows, 3) + padded(rows) for rows, _ in linears)
+    block = trained + sum(padded(rows, columns) for rows, columns in linears) + 2 * padded(64)
+    around = 2 * padded(2048, 64) + padded(64)  # embeddings, head and the last norm: frozen, for the forward alone
+    norms = {"count": 1, "bytes": 2 * 4 * sum(rows for rows, _ in linears)}
+    assert fsdp["purposes"] == {
+        "forward gathers": {"all_gather": {"count": 2 * 5, "bytes": 2 * (2 * block + around)}},
+        "backward gathers": {"all_gather": {"count": 2 * 2, "bytes": 2 * 2 * block}},
+        "gradients": {"reduce_scatter": {"count": 2, "bytes": 2 * trained}},
+        "optimizer step": {"all_reduce": {"count": 1, "bytes": 4}},
+        "norms": {"all_gather": {"count": 1, "bytes": 2 * factors}, "all_reduce": norms},
+    }
+    exact = 4 * sum(3 * (rows + columns) + rows for rows, columns in linears)
+    assert ddp["purposes"] == {  # after the last micro-batch alone
+        "gradients": {"all_reduce": {"count": 1, "bytes": 2 * exact}},
+        "norms": {"all_reduce": norms},
+    }
+    assert fsdp["collectives"]["all_reduce"] == {"count": 2, "bytes": 4 + norms["bytes"]}
+    assert set(alone["purposes"]) == {"optimizer step", "norms"}  # whose parts are the whole
+    assert fsdp["settings"]["trained_parameters"] == 2 * exact / 4
+    for record in (alone, fsdp, ddp):
+        accumulation = 4 // record["world_size"]
+        assert record["settings"]["accumulation"] == accumulation
+        assert record["first_loss"] == pytest.approx(alone["first_loss"], rel=1e-6)
+        assert len(record["rounds"]) == 2
+        speed, step = record["tokens_per_second"], record["step_seconds"]
+        assert speed["max"] == pytest.approx(4 * 8 / step["min"]) and speed["min"] <= speed["median"]
+        exposed = record["exposed_seconds"]
+        assert 0 <= exposed["least"]["median"] <= exposed["most"]["median"] < step["max"]
+        assert 0 < record["norm_share"] < 1
+    assert ddp["exposed_by_phase"]["least"]["backward"] > 0 < fsdp["exposed_by_phase"]["least"]["forward"]
+    drawn = run("scaling.py", "--draw", "--out", str(tmp_path)).stdout
+    assert "strong fsdp: hidden 64 layers 2 dora rank 3 float32, 32 tokens a step" in drawn
+    assert tmp_path.with_name(f"{tmp_path.name}.png").is_file()
+
+
+def test_scaling_measures_links_and_refuses_rows_that_do_not_divide(tmp_path):
+    run("scaling.py", "--links", "--ranks", "2", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path))
+    record = json.loads((tmp_path / "links-00002-ranks-1-hosts.json").read_text())
+    assert set(record["seconds"]) == {"all_gather", "reduce_scatter", "all_reduce"}
+    for rows in record["seconds"].values():
+        assert [row["bytes"] for row in rows] == [2**power for power in range(10, 26)]
+        assert all(0 < row["min"] <= row["median"] for row in rows)
+    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), *"--ranks 2 --mode strong".split()]
+    command += ["--global-batch", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: --global-batch: 3 rows cannot be shared evenly by 2 ranks; choose a multiple of 2\n"
+    )
+
+
+def test_scaling_on_made_hosts_waits_for_their_link(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from _hosts import available
+
+    reason = available()
+    if reason is not None:
+        pytest.skip(reason)
+    size = "--hidden 64 --layers 1 --rank 3 --tokens 8 --rounds 2 --warmup 1 --device cpu --strategies ddp".split()
+    run("scaling.py", *size, *"--hosts 2 --mbit 1000 --delay-ms 20 --out".split(), str(tmp_path))
+    record = json.loads((tmp_path / "weak-ddp-00002-ranks-2-hosts.json").read_text())
+    assert (record["hosts"], record["link"]) == (2, {"mbit": 1000.0, "delay_ms": 20.0})
+    most = record["exposed_by_phase"]["most"]
+    for phase in ("backward", "norms"):  # an all-reduce goes there and back
+        assert most[phase] > 0.03
+    assert record["step_seconds"]["min"] > 2 * 0.03
+
+
+def test_scaling_draws_efficiency_against_the_smallest_world(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from _scaling_comm import uncovered
+    from _scaling_curves import curves
+
+    def record(mode: str, ranks: int, speed: float, **settings) -> dict:
+        same = {"hidden": 64, "layers": 2, "method": "dora", "rank": 4, "dtype": "float32"}
+        return {
+            "mode": mode, "strategy": "fsdp", "world_size": ranks, "hosts": 1,
+            "settings": {**same, "tokens_per_rank": 64 if mode == "weak" else 64 // ranks, **settings},
+            "tokens_per_second": {"median": speed, "min": speed - 1, "max": speed + 1},
+        }  # fmt: skip
+
+    made = [record("weak", 4, 300), record("weak", 1, 100), record("weak", 2, 180)]
+    made += [record("strong", 8, 100, accumulation=1), record("strong", 2, 50, accumulation=4)]
+    made += [record("weak", 2, 7, hidden=128)]
+    found = {
+        (mode, case): [(point.ranks, point.efficiency) for point in line]
+        for (mode, _, case), line in curves(made).items()
+    }
+    assert found == {
+        ("weak", "hidden 64 layers 2 dora rank 4 float32, 64 tokens a rank and step"): [
+            (1, 1.0), (2, pytest.approx(0.9)), (4, pytest.approx(0.75)),
+        ],
+        ("strong", "hidden 64 layers 2 dora rank 4 float32, 64 tokens a step"): [
+            (2, 1.0), (8, pytest.approx(0.5)),
+        ],
+        ("weak", "hidden 128 layers 2 dora rank 4 float32, 64 tokens a rank and step"): [(2, 1.0)],
+    }  # fmt: skip
+    assert uncovered([(0, 10), (5, 12), (20, 30)], by=[(8, 11), (25, 40)]) == 14

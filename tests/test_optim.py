@@ -132,7 +132,7 @@ for stage in sys.argv[1:]:
         engine = strategy.engine(model, made, train, LossScale(active=False))
         for _ in range(60):
             loss = ((engine.module(x) - y) ** 2).mean()
-            engine.backward(loss, last=True)
+            engine.backward(loss)
             engine.step()
         ends.append(loss.item())
         states = [value for state in made.state.values() for value in state.values()]

@@ -166,8 +166,11 @@ class Fsdp:
         offload = OffloadPolicy()
         if self.cpu_offload:
             offload = CPUOffloadPolicy(pin_memory=self.processes.device.type == "cuda")
+        words = getattr(model, "get_input_embeddings", lambda: None)()
         for module in _groups(model):
             fully_shard(module, mesh=self.mesh, offload_policy=offload)
+            if module is words and not any(p.requires_grad for p in module.parameters()):
+                module.set_unshard_in_backward(False)  # there is none, but FSDP would prefetch for it
             head_loss = head_loss_of(module)
             if head_loss is not None:
                 module.register_forward_pre_hook(partial(_gather_again_if_needed, head_loss))

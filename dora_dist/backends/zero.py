@@ -9,6 +9,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -207,10 +208,13 @@ class ZeroEngine:
     def __init__(self, engine: Any, loss_scale: LossScale):
         self.module, self.loss_scale = engine, loss_scale
 
-    def backward(self, loss: Tensor, last: bool) -> None:
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        self.module.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
         if self.loss_scale.active:
             self.module.optimizer.override_loss_scale(self.loss_scale.value)
-        self.module.set_gradient_accumulation_boundary(last)
         self.module.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> Tensor:
