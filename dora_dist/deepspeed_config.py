@@ -63,7 +63,8 @@ def deepspeed_config(config: RunConfig, sizes: Sizes, world_size: int, on_gpu: b
     """What `deepspeed.initialize` gets, for a zero1, zero2 or zero3 run.
 
     ZeRO-3 keeps two blocks of weights: the one that computes and the next. With DeepSpeed's own limits, of 1e9
-    elements, a model of that size would stay whole on every rank from its second step on.
+    elements, a model of that size would stay whole on every rank from its second step on. Nor are A, B and m kept
+    whole, which would have to be gathered one by one after each step: a block's come with its weights.
 
     There is no bf16 or fp16 section: DeepSpeed then leaves dtypes alone, so the base has `model.dtype` and A, B
     and m are fp32, in storage and in use.
@@ -79,6 +80,7 @@ def deepspeed_config(config: RunConfig, sizes: Sizes, world_size: int, on_gpu: b
         zero["stage3_max_live_parameters"] = 2 * sizes.block
         zero["stage3_prefetch_bucket_size"] = sizes.block
         zero["stage3_max_reuse_distance"] = 0
+        zero["stage3_param_persistence_threshold"] = 0
     if config.parallel.cpu_offload:
         offload = {"device": "cpu", "pin_memory": on_gpu}
         zero["offload_optimizer"] = offload

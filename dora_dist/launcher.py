@@ -6,6 +6,7 @@ must not end a run.
 """
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _LOOK_S = 1.0
+_GRACE_S = 3  # for torchrun to end after its processes
 
 
 def end_with_launcher() -> None:
@@ -28,6 +30,43 @@ def end_with_launcher() -> None:
     threading.Thread(target=_watch, args=(parents,), name="launcher", daemon=True).start()
 
 
+def free_from_lost_host() -> None:
+    """To be called before this process ends because the host of torchrun's store is gone. torchrun then waits for
+    an answer of that store for minutes, deaf to signals: it is killed unless it ends, or has restarts left and has
+    seen this process end."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    most, used = (int(os.environ[f"TORCHELASTIC_{name}"]) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    parent = os.getppid()
+    try:
+        # They stand for these processes and no later ones with the same numbers.
+        torchrun, this = os.pidfd_open(parent), os.pidfd_open(os.getpid())
+        if "torch" not in _command(parent) or os.getppid() != parent:
+            return  # it has ended, and whoever takes in orphans is not to be harmed
+    except OSError:
+        return
+    subprocess.Popen(
+        [sys.executable, "-I", "-c", _FREE, *map(str, (torchrun, this, _GRACE_S, most - used))],
+        pass_fds=(torchrun, this),
+        start_new_session=True,  # torchrun signals the group of each of its processes
+    )
+
+
+_FREE = """
+import select, signal, sys
+torchrun, this, seconds, restarts = map(int, sys.argv[1:])
+ended = select.poll()
+ended.register(torchrun)
+if not ended.poll(seconds * 1000):
+    try:
+        if restarts > 0:
+            signal.pidfd_send_signal(this, 0)  # it is there until torchrun has seen its end
+        signal.pidfd_send_signal(torchrun, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+"""
+
+
 def _watch(parents: list[Callable[[], int]]) -> None:
     first = [parent() for parent in parents]
     while [parent() for parent in parents] == first:
@@ -36,6 +75,11 @@ def _watch(parents: list[Callable[[], int]]) -> None:
         with suppress(OSError):  # it may have been the launcher that read this
             print("error: the launcher has ended, and its processes end with it", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def children() -> list[int]:
+    """The processes that this one has started and that live."""
+    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(pid) == os.getpid()]
 
 
 def _parent(process: int) -> int:
@@ -47,11 +91,16 @@ def _parent(process: int) -> int:
         return 0
 
 
+def _command(process: int) -> str:
+    """Its command line, the words parted by null characters; "" where it has ended."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def _is_deepspeed(process: int) -> bool:
     """Whether it is the command; in a remote shell there is none, and sshd's end is not for us to judge."""
-    try:
-        words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return False
+    words = _command(process).split("\0")
     ends = ("/deepspeed", "/deepspeed/launcher/runner.py", "deepspeed.launcher.runner")
     return any(f"/{word}".endswith(ends) for word in words)

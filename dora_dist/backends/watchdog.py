@@ -20,7 +20,9 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from dora_dist.backends.process import Processes
+from dora_dist.launcher import free_from_lost_host
 
+LOST = 69  # exit status of a rank that ends because another, or the network, is gone: EX_UNAVAILABLE
 _BEAT_S = 1.0
 _MEETING_S = 0.1  # between two looks for the store, before the processes have met
 _LISTEN_S = 3.0  # a rank without a beat for as long is not there
@@ -89,7 +91,7 @@ class Watchdog:
         line = None if error is None else self.explain(error)
         self._over.set()
         if line is not None:
-            _leave(line)
+            _leave(line, self._board.gone)
 
     @property
     def _me(self) -> str:
@@ -150,7 +152,7 @@ class Watchdog:
         line = f"error: {place}: {self._me} has waited for {waited:.0f} s ({limit}); missing is {missing}"
         line = self._one_voice(line)
         if self._place is place:  # else the loop has gone on in the meantime, or speaks itself
-            _leave(line)
+            _leave(line, self._board.gone)
 
     def _one_voice(self, line: str) -> str:
         """The line on one rank, the lowest that lives, since that asks first; "" on the others."""
@@ -167,21 +169,21 @@ class _Board:
         self.rank, self.world_size, self._processes = processes.rank, processes.world_size, processes
         self.host = socket.gethostname()
         self._store: dist.Store | None = None
-        self._gone = False
+        self.gone = False
         self._beats = 0
 
     def write(self, place: Place) -> bool:
         """Once the processes have met. Does not wait for an answer. False before they have."""
         try:
-            if self._store is None and not self._gone and self._processes.store is not None:
+            if self._store is None and not self.gone and self._processes.store is not None:
                 self._store = self._processes.store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
             if self._store is not None:
                 self._beats += 1
                 text = json.dumps([self._beats, place.step, place.index, place.operation, self.host])
                 self._store.set(f"watchdog/{self.rank}", text)
         except RuntimeError:
-            self._store, self._gone = None, True
-        return self._store is not None or self._gone
+            self._store, self.gone = None, True
+        return self._store is not None or self.gone
 
     def read(self) -> Beats | None:
         """Each rank's last beat, of those that had one; None where the store does not answer."""
@@ -215,7 +217,7 @@ class _Board:
         thread.start()
         thread.join(_STORE_S)
         if not answers:
-            self._store, self._gone = None, True
+            self._store, self.gone = None, True
         return answers[0] if answers else None
 
 
@@ -260,9 +262,11 @@ def _store_host() -> str:
     )
 
 
-def _leave(line: str) -> NoReturn:
+def _leave(line: str, store_lost: bool) -> NoReturn:
     """End this process, whatever its main thread does."""
+    if store_lost:
+        free_from_lost_host()
     if line:
         with suppress(OSError):  # the launcher that read it may be gone
             print(line, file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(LOST)

@@ -1,0 +1,176 @@
+"""torchrun, and with it: one line on which host is missing or which rank has died, and the ranks' exit status.
+
+    python launch/torchrun.py [torchrun's options] launch/train.py --config C.yaml [key.sub=value ...]
+
+torchrun itself trains just as well; its own errors are stacks, and its status is 1 whatever befell the ranks. This
+ends with that of the rank that ended first (2: a mistake in the settings; 69: another rank or host is gone; 75:
+stopped by a signal, with a checkpoint; 128 + N: killed by signal N), which is what Slurm and Kubernetes decide by.
+"""
+
+import errno
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import time
+from argparse import Namespace
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+import torch.distributed as dist
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
+
+from dora_dist.backends.rendezvous import connect, resolved, source_address
+from dora_dist.backends.watchdog import LOST
+from dora_dist.errors import UserError
+from dora_dist.launcher import children
+
+_JOIN_S = 600.0  # torchrun's own default
+_LOOK_S = 0.1
+_C10D_PORT = 29400  # torchrun's own default
+_NAMED = 8  # hosts that a line names
+_NAME_S, _NAME_LENGTH = 5.0, 200  # for a host to tell its name
+_ALL = "all"
+_MISTAKE = 2
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status."""
+    # SIGTERM is for the ranks: ended by torchrun they could not say how they ended. With restarts they would be
+    # started again.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _to_the_ranks)
+    options = run.parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments])
+    if options.max_restarts > 0 and "SIGTERM" not in options.signals_to_handle:
+        options.signals_to_handle += ",SIGTERM"
+    try:
+        _call_the_roll(options)
+        run.run(options)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            return _say(f"rank {rank} ({socket.gethostname()}) was killed by {name}", 128 - failure.exitcode)
+        return failure.exitcode
+    except SignalException as ended:
+        return 128 + ended.sigval
+    except UserError as error:
+        return _say(str(error), _MISTAKE)
+    except _Absent as error:
+        return _say(str(error), LOST)
+    except (RendezvousError, dist.DistError) as error:
+        what = (str(error) or type(error).__name__).splitlines()[0]
+        return _say(f"torchrun on {socket.gethostname()} has lost the others: {what}", LOST)
+    return 0
+
+
+def _say(line: str, status: int) -> int:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    return status
+
+
+def _to_the_ranks(number: int, frame: FrameType | None) -> None:
+    ranks = children()
+    for rank in ranks:
+        with suppress(ProcessLookupError):
+            os.kill(rank, number)
+    if not ranks:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+
+class _Absent(Exception):
+    """Not all hosts have come."""
+
+
+def _call_the_roll(options: Namespace) -> None:
+    """Wait for the other hosts where torchrun will wait for them, but say who is missing. Not where hosts may come
+    and go.
+
+    Raises:
+        _Absent: not all came in time (torchrun's --rdzv-conf join_timeout; timeout without --rdzv-backend).
+        UserError: the port is taken.
+    """
+    least, most = run.parse_min_max_nnodes(options.nnodes)
+    static = options.rdzv_backend == "static"
+    fixed = least == most and options.max_restarts == 0 and not options.standalone
+    if most == 1 or not fixed or options.rdzv_backend not in ("static", "c10d"):
+        return
+    settings = dict(pair.split("=", 1) for pair in filter(None, options.rdzv_conf.split(",")))
+    seconds = float(settings.get("timeout" if static else "join_timeout", _JOIN_S))
+    address, _, port = options.rdzv_endpoint.partition(":")
+    if static and not options.rdzv_endpoint:
+        address, port = options.master_addr, str(options.master_port)
+    deadline = time.monotonic() + seconds
+    name = f"{socket.gethostname()} (node rank {options.node_rank})" if static else socket.gethostname()
+    number = int(port or _C10D_PORT)
+    try:
+        serves = options.node_rank == 0 if static else _is_here(address, deadline)
+        said = (
+            _serve_roll(number, most, deadline, name) if serves else _answer_roll(address, number, deadline, name)
+        )
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {number} is already in use on {address}; give a free one") from None
+        said = f"{name} does not reach {address}:{number}: {error}"
+    if said != _ALL:
+        raise _Absent(f"{said}, within {seconds:.0f} s")
+
+
+def _is_here(host: str, deadline: float) -> bool:
+    """Whether a name leads to this machine. OSError: it is not known, nor becomes so."""
+    while True:
+        try:
+            address = resolved(host)
+            return ipaddress.ip_address(address).is_loopback or source_address(host) == address
+        except OSError:  # a cluster's names may come after its machines
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_LOOK_S)
+
+
+def _serve_roll(port: int, hosts: int, deadline: float, own: str) -> str:
+    """Collect every host's name, and tell all of them whether any is missing. The port is free again by then."""
+    names, connections = [own], []
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    with socket.create_server(("", port), family=family, dualstack_ipv6=both) as server:
+        while len(names) < hosts and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            with suppress(TimeoutError, ConnectionError):
+                connection, _ = server.accept()
+                connection.settimeout(_NAME_S)
+                connections.append(connection)
+                if name := connection.makefile().readline(_NAME_LENGTH).strip():
+                    names.append(name)
+    shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+    said = (
+        _ALL
+        if len(names) == hosts
+        else f"only {len(names)} of {hosts} hosts came to port {port} of {own}: {shown}"
+    )
+    for connection in connections:
+        with suppress(OSError), connection:
+            connection.sendall(said.encode())
+    return said
+
+
+def _answer_roll(address: str, port: int, deadline: float, own: str) -> str:
+    with connect(address, port, deadline) as connection:
+        connection.sendall(f"{own}\n".encode())
+        connection.settimeout(max(0.0, deadline - time.monotonic()) + _NAME_S)
+        said = connection.makefile().read()
+    if said == _ALL:
+        connect(address, port, deadline).close()  # torchrun's own client prints stacks until its server is there
+    return said or f"{address}:{port} has ended, where {own} waited for the other hosts"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
