@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_dist.target import gpu_is_rehearsed, is_gpu
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
@@ -152,13 +154,13 @@ def _fits_varlen(query: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
     """Whether torch's flash kernel for documents of different lengths can be used."""
     return (
         varlen_attn is not None
-        and query.is_cuda
+        and is_gpu(query.device)
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] == value.shape[-1] <= 256
         and query.shape[-1] % 8 == 0
         and not options.get("dropout")
         and options.get("softcap") is None
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and (gpu_is_rehearsed() or torch.cuda.get_device_capability(query.device) >= (8, 0))
     )
 
 

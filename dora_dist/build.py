@@ -37,6 +37,7 @@ from dora_dist.optim import LossScale, make_optimizer, optimizer_class
 from dora_dist.pack import pack_linears
 from dora_dist.prequantized import check_quantization, find_four_bit
 from dora_dist.shards import Shards, blocks
+from dora_dist.target import is_gpu
 from dora_dist.weights import (
     SafetensorsFiles,
     base_tensors,
@@ -73,8 +74,9 @@ class Built:
     head_loss: HeadLoss | None = None  # see Blueprint
 
 
-def resolve_model(path: str, allow_pickle: bool = False) -> Path:
-    """A local directory for `model.path`, downloading a hub id; pickles only where they are allowed.
+def resolve_model(path: str, allow_pickle: bool = False, config_only: bool = False) -> Path:
+    """A local directory for `model.path`, downloading a hub id; pickles only where they are allowed, and no
+    weights at all with `config_only`.
 
     Raises:
         UserError: neither a directory with a config.json nor a hub id that can be fetched.
@@ -90,9 +92,10 @@ def resolve_model(path: str, allow_pickle: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+    wanted = ["config.json"] if config_only else ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+    wanted += ["pytorch_model*.bin"] * (allow_pickle and not config_only)
     try:
-        return Path(snapshot_download(path, allow_patterns=wanted + ["pytorch_model*.bin"] * allow_pickle))
+        return Path(snapshot_download(path, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -100,14 +103,16 @@ def resolve_model(path: str, allow_pickle: bool = False) -> Path:
         ) from None
 
 
-def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1) -> Blueprint:
-    """The injected meta model of a run. Reads config.json and the headers of the weight files, no weight."""
-    quantized = config.model.init == "pretrained" and check_quantization(directory, config.quant)
+def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from_files: bool = True) -> Blueprint:
+    """The injected meta model of a run. Reads config.json and the headers of the weight files, no weight; without
+    `from_files` config.json alone."""
+    from_files = from_files and config.model.init == "pretrained"
+    quantized = from_files and check_quantization(directory, config.quant)
     model = _meta_model(config.model, directory)
     _check_model(config, model)
     if config.train.activation_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(f"train.activation_checkpointing: {type(model).__name__} does not support it")
-    files = None if config.model.init == "random" else SafetensorsFiles(directory, config.model.allow_pickle)
+    files = SafetensorsFiles(directory, config.model.allow_pickle) if from_files else None
     if files is not None:
         if quantized:
             files.hold_four_bit(find_four_bit(files))
@@ -126,19 +131,32 @@ def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1) -> B
     return Blueprint(config, model, files, head, base, attach_head_loss(model) if plain_logits else None)
 
 
-def choose_strategy(config: RunConfig, model: nn.Module, processes: Processes) -> Strategy:
-    """What `parallel.strategy` says; `auto`: one process alone, else ddp where the weights take at most half of
-    a device's memory, else fsdp."""
+def strategy_for(config: RunConfig, model: nn.Module, world: int, device_memory: float) -> tuple[str, str]:
+    """The name of the strategy that a run of `world` processes takes, and why: what `parallel.strategy` says;
+    `auto`: one process alone, else ddp where the weights take at most half of `device_memory` bytes, else fsdp."""
+    parallel = config.parallel
+    if parallel.strategy != "auto":
+        return parallel.strategy, "parallel.strategy says so"
+    if parallel.cpu_offload or parallel.replicas > 1:
+        return "fsdp", "parallel.cpu_offload and parallel.replicas need it"
+    if world == 1:
+        return "single", "there is one process"
+    weights = sum(t.nbytes for t in base_tensors(model).values())
+    sizes = f"the weights, {weights / 1e9:.1f} GB, take {{}} half of a device's {device_memory / 1e9:.0f} GB"
+    fits = weights <= device_memory / 2
+    return ("ddp", sizes.format("at most")) if fits else ("fsdp", sizes.format("more than"))
+
+
+def choose_strategy(
+    config: RunConfig, model: nn.Module, processes: Processes, memory: float | None = None
+) -> Strategy:
+    """The strategy that `strategy_for` names. `memory`: a device's bytes; None: as found here."""
     parallel, world = config.parallel, processes.world_size
-    name: str = parallel.strategy
-    if name == "single" and world > 1:
+    if parallel.strategy == "single" and world > 1:
         raise UserError(
             f"parallel.strategy: single runs in one process, but {world} were launched; use ddp, fsdp or zero3"
         )
-    sharded = parallel.cpu_offload or parallel.replicas > 1
-    if name == "auto":
-        fits = sum(t.nbytes for t in base_tensors(model).values()) <= _device_memory(processes) / 2
-        name = "fsdp" if sharded or (world > 1 and not fits) else "ddp" if world > 1 else "single"
+    name, _ = strategy_for(config, model, world, memory or device_memory(processes))
     if optimizer_class(config.train) is not torch.optim.AdamW and name == "fsdp":  # as chosen by auto
         raise UserError(
             f"train.optimizer: {config.train.optimizer} does not work with fsdp, which parallel.strategy: auto "
@@ -147,7 +165,7 @@ def choose_strategy(config: RunConfig, model: nn.Module, processes: Processes) -
     if name == "fsdp":
         return Fsdp(processes, parallel.replicas, parallel.cpu_offload)
     if name.startswith("zero"):
-        settings = deepspeed_config(config, _sizes(model), world, on_gpu=processes.device.type == "cuda")
+        settings = deepspeed_config(config, _sizes(model), world, on_gpu=is_gpu(processes.device))
         return Zero(processes, settings)
     return Ddp(processes) if name == "ddp" else Single(processes)
 
@@ -330,7 +348,7 @@ def _sizes(model: nn.Module) -> Sizes:
     return Sizes(block or sum(p.numel() for p in model.parameters()), trained)
 
 
-def _device_memory(processes: Processes) -> float:
+def device_memory(processes: Processes) -> float:
     """Bytes that one process may count on."""
     if processes.device.type == "cuda":
         return torch.cuda.get_device_properties(processes.device).total_memory

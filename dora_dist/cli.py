@@ -2,6 +2,7 @@
 75: ended by a signal, with a checkpoint where a step was made; else a failure."""
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -37,6 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     merge.add_argument("out", metavar="OUT_DIR", help="a new directory")
     merge.add_argument("overrides", nargs="*", metavar="key.sub=value", help="laid over the YAML")
     merge.set_defaults(run=_merge)
+    plan = verbs.add_parser("plan", help="what a run will hold and how long a step will take, without a GPU")
+    plan.add_argument("--config", required=True, metavar="C.yaml")
+    plan.add_argument("--gpus", type=int, default=1, help="in all (default: 1)")
+    plan.add_argument("--gpu", required=True, help="rtx4090, a100-80, h100, h200 or b200")
+    plan.add_argument("--nodes", type=int, default=1, help="machines that the GPUs are in (default: 1)")
+    plan.add_argument("--net", default="400g", help="Gb/s of each GPU between machines (default: 400g)")
+    plan.add_argument("--json", action="store_true", help="numbers in place of the table")
+    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="laid over the YAML")
+    plan.set_defaults(run=_plan)
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") or "=" not in word for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -104,6 +114,19 @@ def _merge(options: argparse.Namespace) -> None:
 
     _quiet_transformers()
     run_merge(config, options.out, options.adapter, options.base)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    from dora_dist.hardware import find_cluster
+
+    cluster = find_cluster(options.gpu, options.gpus, options.nodes, options.net)
+    from dora_dist.build import resolve_model
+    from dora_dist.plan import as_json, as_text, make_plan
+
+    _quiet_transformers()
+    made = make_plan(config, resolve_model(config.model.path, config_only=True), cluster)
+    print(json.dumps(as_json(made), indent=2) if options.json else as_text(made))
 
 
 def _quiet_transformers() -> None:

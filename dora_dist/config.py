@@ -140,6 +140,7 @@ class ParallelConfig(Section):
     replicas: int = setting(1, low=1)  # > 1: hybrid sharding, one full copy per replica group
     cpu_offload: bool = False
     timeout_s: int = setting(300, low=1, high=10_000_000)
+    force: bool = False  # train although `plan` says that it does not fit
     deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed keys, laid over what we make
 
     def __post_init__(self) -> None:

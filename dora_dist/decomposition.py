@@ -11,10 +11,11 @@ from torch.autograd.function import once_differentiable
 
 from dora_dist import kernels
 from dora_dist.quant import Nf4, PackedMatrix
+from dora_dist.target import is_gpu
 
 # Scratch of the passes over a weight: on a CPU what its caches hold, on a GPU few launches. Fewer rows than these
 # would read the low-rank factor so often that a product of rank 384 took three times as long.
-_SCRATCH_BYTES = {"cpu": 900_000}
+_SCRATCH_BYTES = 900_000
 _SCRATCH_BYTES_GPU = 8_000_000
 _LEAST_ROWS = 48
 
@@ -27,7 +28,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def row_tiles(matrix: Tensor | PackedMatrix, dtype: torch.dtype, device: torch.device) -> list[slice]:
     """Rows of a matrix that are few enough to be held once more in `dtype` on `device`."""
     rows, cols = matrix.shape
-    budget = _SCRATCH_BYTES.get(device.type, _SCRATCH_BYTES_GPU)
+    budget = _SCRATCH_BYTES_GPU if is_gpu(device) else _SCRATCH_BYTES
     step = max(_LEAST_ROWS, budget // max(1, cols * dtype.itemsize))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 

@@ -1,7 +1,7 @@
 """Modules that hold a frozen weight, dense or in 4 bits: the base of DoRA's layers, and a linear layer that is not
 adapted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -72,8 +72,7 @@ class BaseWeight(nn.Module):
         step = max(1, _READ_ELEMENTS // self.layout.columns)
         for matrix, rows, _ in self.own_rows(shards):
             assert isinstance(matrix, PackedMatrix)
-            for start in range(rows.start, rows.stop, step):
-                stop = min(start + step, rows.stop)
+            for start, stop in _pieces(rows, step):
                 made = quantize(read(slice(start, stop)).to(device or matrix.device), self.layout)
                 for part, values in zip(matrix.parts, made, strict=True):
                     part[start - rows.start : stop - rows.start] = values
@@ -111,6 +110,12 @@ class BaseWeight(nn.Module):
                 "this layer's weight is sharded, so the layer cannot run by itself: call the model (the "
                 "module that was sharded), which gathers weights around its forward"
             )
+
+
+def _pieces(rows: slice, step: int) -> Iterator[tuple[int, int]]:
+    """Where pieces of at most `step` rows begin and end."""
+    for start in range(rows.start, rows.stop, step):
+        yield start, min(start + step, rows.stop)
 
 
 class PackedLinear(BaseWeight):

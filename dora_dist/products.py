@@ -7,13 +7,14 @@ from torch import Tensor
 
 from dora_dist.decomposition import row_tiles, wide_dtype
 from dora_dist.quant import Nf4, dequantize
+from dora_dist.target import is_gpu
 
 
 def wide_mm(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for operands of one dtype, the result not rounded to 16 bits: fp32 for bf16 and fp16."""
     if a.dtype == wide_dtype(a.dtype):
         return a @ b
-    if a.is_cuda:
+    if is_gpu(a.device):
         return torch.mm(a, b, out_dtype=torch.float32)
     out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     a = a.float()

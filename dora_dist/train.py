@@ -14,12 +14,22 @@ import torch
 from dora_dist.adapter import save_adapter
 from dora_dist.backends.process import Processes
 from dora_dist.backends.watchdog import Watchdog
-from dora_dist.build import Blueprint, Built, Strategy, build, choose_strategy, draw_blueprint, resolve_model
+from dora_dist.build import (
+    Blueprint,
+    Built,
+    Strategy,
+    build,
+    choose_strategy,
+    device_memory,
+    draw_blueprint,
+    resolve_model,
+)
 from dora_dist.checkpoint import Checkpoints, Found
 from dora_dist.config import RunConfig
 from dora_dist.errors import RunFailed, Stopped, UserError
 from dora_dist.health import StopSignals
 from dora_dist.identity import contradictions, describe_run, free_changes
+from dora_dist.plan import certainly_fits, why_it_does_not_fit
 from dora_dist.progress import Resumed, RunLog
 from dora_dist.rundata import RunData, load_tokenizer
 from dora_dist.schema import difference_between_ranks
@@ -55,6 +65,7 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog) -> None:
     blueprint = draw_blueprint(config, directory, processes.world_size)
     tokenizer = load_tokenizer(directory)
     strategy = choose_strategy(config, blueprint.model, processes)
+    unplanned = _refuse_what_does_not_fit(config, directory, blueprint, processes)
     data = RunData(blueprint, tokenizer, processes)
     processes.start(config.parallel.timeout_s, needed=strategy.needs_group)
     output_dir = Path(config.output_dir)
@@ -70,7 +81,7 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog) -> None:
         resumed = _log_position(found, checkpoints, config, data.steps)
         settings = dataclasses.asdict(config)
         with RunLog(config.log, output_dir, data.steps, settings, processes.is_main, resumed) as log:
-            for line in (*notices, data.describe()):
+            for line in (*unplanned, *notices, data.describe()):
                 log.say(line)
             built = build(blueprint, strategy)
             log.say(describe(built, strategy))
@@ -137,6 +148,29 @@ def _refuse_different_settings(config: RunConfig, processes: Processes) -> None:
     problem = processes.broadcast_object(problem)
     if problem is not None:
         raise UserError(problem)
+
+
+def _refuse_what_does_not_fit(
+    config: RunConfig, directory: Path, blueprint: Blueprint, processes: Processes
+) -> list[str]:
+    """UserError, on every rank: `plan` says that a device cannot hold this run, and what would fit. Returns a
+    warning where it has nothing to say."""
+    memory = device_memory(processes)
+    if config.parallel.force or certainly_fits(blueprint.model, config, memory):
+        return []
+    refusal = warning = None
+    if processes.is_main:
+        try:
+            refusal = why_it_does_not_fit(config, directory, processes, memory)
+        except UserError as error:
+            refusal = str(error)
+        except Exception as error:  # whatever a model's code does not do with fake tensors
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warning = f"warning: whether this run fits is not known: its rehearsal failed ({reason})"
+    refusal, warning = processes.told_by_main([refusal, warning])
+    if refusal is not None:
+        raise UserError(refusal)
+    return [warning] if warning else []
 
 
 def _describe(blueprint: Blueprint, data: RunData, strategy: Strategy) -> dict[str, Any]:

@@ -121,7 +121,7 @@ MISTAKES = {
     "bool for int": ({"train.steps": True}, "train.steps: expected a whole number or null, found true"),
     "choice": ({"model.dtype": "bf16"}, "model.dtype: expected one of bfloat16, float32, float16"),
     "range": ({"dora.rank": 0}, "dora.rank: 0 is too small"),
-    "not built yet": ({"parallel.force": True}, "parallel.force: unknown key"),
+    "not built yet": ({"model.revision": "main"}, "model.revision: unknown key"),
     "no checkpoint": ({"checkpoint.resume": "./nowhere"}, "checkpoint.resume: 'nowhere' is neither a checkpoint"),
     "no model": ({"model.path": "./nowhere"}, "model.path: there is no directory './nowhere'"),
     "no data": ({"data.train": "./nowhere.jsonl"}, "data.train"),

@@ -9,10 +9,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dora_dist"
 
 # Lowest first. A file may import those of the lines above it; files of one line do not import each other.
 LAYERS = [
-    ["errors", "launcher"],
+    ["errors", "launcher", "target"],
     ["schema", "files", "durable"],
     ["config", "fingerprint"],
-    ["quant"],
+    ["quant", "trace", "hardware"],
     ["triton_kernels"],
     ["kernels"],
     ["decomposition"],
@@ -32,7 +32,7 @@ LAYERS = [
         "backends.rendezvous",
     ],
     ["backends.process"],
-    ["engine", "packed", "backends.watchdog", "pieces"],
+    ["engine", "packed", "backends.watchdog", "backends.rehearsal", "pieces"],
     ["backends.replicated", "backends.fsdp", "backends.zero", "layers"],
     ["weights", "inject", "norms"],
     ["peft_format", "pack"],
@@ -41,6 +41,9 @@ LAYERS = [
     ["build", "progress"],
     ["rundata", "merge_weights", "checkpoint"],
     ["trainer", "merge"],
+    ["rehearse"],
+    ["cost"],
+    ["plan"],
     ["train"],
     ["cli"],
 ]

@@ -1,0 +1,258 @@
+"""What a run needs, before it is started: does it fit, how long does a step take, what to change.
+
+The numbers come from a rehearsal of the run's own code (rehearse.py) and a model of the hardware (cost.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dora_dist.backends.process import Processes
+from dora_dist.build import draw_blueprint, strategy_for
+from dora_dist.config import ParallelConfig, RunConfig
+from dora_dist.cost import StepTime, step_time
+from dora_dist.hardware import ASSUMPTIONS, GB, GPUS, Cluster
+from dora_dist.rehearse import LOADING, Job, Rehearsed, rehearse
+from dora_dist.trace import HOST
+from dora_dist.weights import base_tensors
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings that make a run smaller, and what a GPU holds with them."""
+
+    settings: Mapping[str, Any]
+    peak: float
+    fits: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a run. Bytes are those of one GPU, or of one process's host memory; seconds a step's."""
+
+    cluster: Cluster
+    strategy: str
+    reason: str
+    rehearsed: Rehearsed
+    time: StepTime
+    tokens: int  # of a step, over all GPUs, every row full
+    changes: Sequence[Change] = ()
+
+    @property
+    def moment(self) -> str:
+        """When the most is held."""
+        return self._fullest(False)
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """What a GPU holds then, the largest first."""
+        held = self.rehearsed.peaks()[self.moment, False]
+        return dict(sorted(held.items(), key=lambda item: -item[1]))
+
+    @property
+    def host_memory(self) -> dict[str, float]:
+        held = self.rehearsed.peaks().get((self._fullest(True), True), {})
+        return {tag.removeprefix(HOST): size for tag, size in sorted(held.items(), key=lambda item: -item[1])}
+
+    @property
+    def peak(self) -> float:
+        return self.rehearsed.peak()
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.cluster.device.usable()
+
+    def _fullest(self, on_host: bool) -> str:
+        totals = {
+            phase: sum(held.values()) for (phase, host), held in self.rehearsed.peaks().items() if host == on_host
+        }
+        return max(totals, key=lambda phase: totals[phase], default=LOADING)
+
+
+def make_plan(config: RunConfig, directory: Path, cluster: Cluster, advise: bool = True, gpu: bool = True) -> Plan:
+    """Rehearse a run on a cluster; where it does not fit and `advise`, what would. Without `gpu` on CPUs.
+
+    Raises:
+        UserError: the configuration is refused, as training would.
+    """
+    model = draw_blueprint(config, directory, cluster.gpus, from_files=False).model
+    plan = _plan(config, directory, cluster, model, gpu)
+    changes: list[Change] = []
+    for settings in _smaller(config, plan.strategy, cluster) if advise and not plan.fits else ():
+        found = _plan(_with(config, settings), directory, cluster, model, gpu)
+        changes.append(Change(settings, found.peak, found.fits, found.time.total))
+        if found.fits:
+            break
+    return replace(plan, changes=changes)
+
+
+def _plan(config: RunConfig, directory: Path, cluster: Cluster, model: nn.Module, gpu: bool) -> Plan:
+    memory = cluster.device.memory
+    job = Job(config, directory, cluster.gpus, cluster.per_node, gpu, memory)
+    found = rehearse(job)
+    _, reason = strategy_for(config, model, cluster.gpus, memory)
+    rows = config.train.micro_batch_size * config.train.accumulation * cluster.gpus
+    time = step_time(found, cluster)
+    return Plan(cluster, found.strategy, reason, found, time, rows * config.data.seq_len)
+
+
+def _smaller(config: RunConfig, strategy: str, cluster: Cluster) -> list[dict[str, Any]]:
+    """What to change, one thing after the other, the cheapest first; each entry holds those before it."""
+    train = config.train
+    wanted: list[dict[str, Any]] = []
+    if not train.activation_checkpointing:
+        wanted.append({"train.activation_checkpointing": True})
+    if train.micro_batch_size > 1:
+        more = train.accumulation * train.micro_batch_size
+        wanted.append({"train.micro_batch_size": 1, "train.accumulation": more})
+    if cluster.gpus > 1 and strategy not in ("fsdp", "zero3"):
+        wanted.append({"parallel.strategy": "fsdp"})
+    elif config.parallel.replicas > 1:
+        wanted.append({"parallel.replicas": 1})
+    if config.quant.scheme == "none":
+        wanted.append({"quant.scheme": "nf4"})
+    if not config.parallel.cpu_offload and (cluster.gpus > 1 or strategy == "fsdp"):
+        wanted.append({"parallel.cpu_offload": True})
+    if config.data.seq_len > 512:
+        wanted.append({"data.seq_len": max(512, config.data.seq_len // 4)})
+    steps: list[dict[str, Any]] = []
+    for settings in wanted:
+        steps.append({**(steps[-1] if steps else {}), **settings})
+    return steps
+
+
+def _with(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """The configuration with `section.key` values changed, checked anew."""
+    for name, value in settings.items():
+        section, key = name.split(".")
+        extra: dict[str, Any] = {"deepspeed": {}} if name == "parallel.strategy" else {}
+        config = replace(config, **{section: replace(getattr(config, section), **{key: value}, **extra)})
+    return config
+
+
+def why_it_does_not_fit(config: RunConfig, directory: Path, processes: Processes, memory: float) -> str | None:
+    """For `train`: one line on what a device of `memory` bytes would have to hold, and what would fit; None where
+    it fits."""
+    gpu = processes.device.type == "cuda"
+    device = replace(GPUS["h100"], name=processes.device.type, memory=memory)  # rates do not matter here
+    if not gpu:
+        device = replace(device, reserved=0.0)
+    nodes = processes.world_size // processes.local_world_size
+    plan = make_plan(config, directory, Cluster(device, processes.world_size, nodes), gpu=gpu)
+    if plan.fits:
+        return None
+    line = _verdict(plan).rstrip(":")
+    if plan.changes and plan.changes[-1].fits:
+        line = f"{line.partition('. ')[0]}; it would with {_settings(plan.changes[-1].settings)}"
+    return f"parallel.strategy: {_strategy(plan)}: {line}. parallel.force=true trains all the same"
+
+
+def parallel_of(plan: Plan) -> ParallelConfig:
+    return plan.rehearsed.job.config.parallel
+
+
+def as_text(plan: Plan) -> str:
+    """The table that `dora-dist plan` prints."""
+    device, time = plan.cluster.device, plan.time
+    rate = plan.tokens / time.total
+    lines = [
+        f"{plan.cluster}: {device.usable() / GB:.1f} of {device.memory / GB:.1f} GB of each are for the run",
+        f"strategy: {_strategy(plan)} ({plan.reason})",
+        "",
+        f"memory of a GPU at its fullest ({plan.moment})",
+        *_rows(plan.memory, plan.peak),
+    ]
+    if plan.host_memory:
+        total = sum(plan.host_memory.values())
+        lines += ["", "host memory of a process at its fullest", *_rows(plan.host_memory, total)]
+    sent = sum(time.sent.values())
+    norms = sum(size for (phase, _), size in time.sent.items() if phase == "norms")
+    lines += [
+        "",
+        "a step",
+        f"  {time.total:10.3f} s, of which {time.exposed:.3f} s wait for collectives or the host",
+        f"  {plan.tokens:10,d} tokens, {rate:,.0f} tokens/s, {rate / plan.cluster.gpus:,.0f} a GPU",
+    ]
+    if sent:
+        lines.append(f"  {sent / GB:10.2f} GB gathered and reduced, {100 * norms / sent:.3f} % for the norms")
+    lines += ["", _verdict(plan)]
+    lines += [f"  {_settings(c.settings)}: {c.peak / GB:.1f} GB, {c.seconds:.2f} s a step" for c in plan.changes]
+    lines += ["", "counted by a rehearsal on fake tensors; times from published rates, not measured:"]
+    return "\n".join([*lines, *(f"  - {assumption}" for assumption in ASSUMPTIONS)])
+
+
+def _rows(held: Mapping[str, float], total: float) -> list[str]:
+    rest = sum(size for size in held.values() if size < 0.002 * total)
+    rows = [f"  {size / GB:10.2f} GB  {tag}" for tag, size in held.items() if size >= 0.002 * total]
+    if rest:
+        rows.append(f"  {rest / GB:10.2f} GB  smaller ones")
+    return [*rows, f"  {total / GB:10.2f} GB  together"]
+
+
+def _strategy(plan: Plan) -> str:
+    parallel = parallel_of(plan)
+    replicas = f", {parallel.replicas} replicas" if parallel.replicas > 1 else ""
+    return f"{plan.strategy}{replicas}{', offloaded to the host' if parallel.cpu_offload else ''}"
+
+
+def _verdict(plan: Plan) -> str:
+    limit = plan.cluster.device.usable()
+    if plan.fits:
+        return f"it fits: {plan.peak / GB:.1f} of {limit / GB:.1f} GB"
+    line = f"it does not fit: a device would hold {plan.peak / GB:.1f} GB of {limit / GB:.1f} GB"
+    if plan.changes and plan.changes[-1].fits:
+        return f"{line}. The last of these would:"
+    return f"{line}, and none of these changes is enough: take more GPUs, or larger ones"
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    values = {key: str(v).lower() if isinstance(v, bool) else str(v) for key, v in settings.items()}
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The same as numbers: bytes, seconds, tokens."""
+    time, cluster = plan.time, plan.cluster
+    return {
+        "cluster": {
+            "gpu": cluster.device.name, "gpus": cluster.gpus, "nodes": cluster.nodes,
+            "net_bytes_per_second": cluster.net.rate, "memory_bytes": cluster.device.memory,
+            "usable_bytes": cluster.device.usable(),
+        },
+        "strategy": plan.strategy,
+        "reason": plan.reason,
+        "fits": plan.fits,
+        "peak_bytes": plan.peak,
+        "fullest": plan.moment,
+        "memory_bytes": plan.memory,
+        "host_memory_bytes": plan.host_memory,
+        "loading_peak_bytes": plan.rehearsed.peak(loading=True),
+        "step_seconds": time.total,
+        "exposed_seconds": time.exposed,
+        "seconds_by_phase": time.phases,
+        "tokens_per_step": plan.tokens,
+        "tokens_per_second": plan.tokens / time.total,
+        "sent_bytes": {f"{phase}: {kind}": size for (phase, kind), size in time.sent.items()},
+        "collectives": {f"{phase}: {kind}": round(n) for (phase, kind), n in time.messages.items()},
+        "changes": [
+            {"settings": dict(c.settings), "peak_bytes": c.peak, "fits": c.fits, "step_seconds": c.seconds}
+            for c in plan.changes
+        ],
+        "assumptions": list(ASSUMPTIONS),
+    }  # fmt: skip
+
+
+def certainly_fits(model: nn.Module, config: RunConfig, memory: float) -> bool:
+    """Whether a run is so small that no rehearsal is needed to say that it fits: a bound far above what it
+    holds."""
+    weights = 2 * sum(t.nbytes for t in base_tensors(model).values())
+    trained = 20 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    widths = sum(sum(p.shape) for p in model.parameters() if p.dim() == 2)
+    tokens = config.train.micro_batch_size * config.data.seq_len
+    heads = getattr(model.config, "num_attention_heads", 64) * config.data.seq_len  # attention by its definition
+    blocks = sum(1 for m in model.modules() if isinstance(m, nn.ModuleList) for _ in m)
+    return weights + trained + tokens * 4 * (6 * widths + blocks * heads * 2) < memory / 2

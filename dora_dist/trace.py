@@ -1,0 +1,236 @@
+"""What a program does with fake tensors: the memory it holds, the kernels it starts, the collectives it sends.
+
+Nothing is computed. Fake tensors (torch's FakeTensorMode) have shapes, dtypes and storages of a size but no
+memory, so a model of any size goes through the very code that trains it, and a `Tracer` around it writes down
+what happens.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+HOST = "host: "
+"""What is held for something that begins so lies in host memory."""
+GATHERED, REDUCED = "gathered weights", "gradients under way"
+_MAKES_NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_ANSWERS = {torch.bool: True, torch.uint8: 0}  # to the host that asks for a tensor's value; else 1
+
+
+class Collective(NamedTuple):
+    """What is sent by one call. `bytes`: of what is gathered, reduced or sent, whole; `ranks`: of the group;
+    `stride`: between neighbours in it (1: those of a machine are side by side); `blocks`: the host waits."""
+
+    kind: str
+    bytes: int
+    ranks: int
+    stride: int
+    blocks: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel, or one collective. `reads` and `writes`: the storages, by number."""
+
+    name: str
+    phase: str
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    bytes: int = 0  # read and written
+    host_bytes: int = 0  # those of them that lie in host memory
+    flops: int = 0
+    dtype: torch.dtype = torch.float32  # of what is multiplied
+    micro: int = 0  # the micro-batch, from 1; 0: none
+    collective: Collective | None = None
+
+
+class _Held:
+    """A storage that lives."""
+
+    __slots__ = ("bytes", "number", "tag", "watch")
+
+    def __init__(self, number: int, tag: str):
+        self.number, self.tag, self.bytes = number, tag, 0
+        self.watch: Any = None
+
+
+class Tracer(TorchDispatchMode):
+    """Around code that works on fake tensors, inside FakeTensorMode. `phase` is what that code is doing, and peaks
+    are kept for each; `tag` is what new memory is held for."""
+
+    def __init__(
+        self,
+        collective_of: Callable[[Any, tuple, dict[str, Any]], Collective | None],
+        scratch_of: Callable[[Collective], int] = lambda _: 0,
+        rounded: Callable[[str, int], int] = lambda tag, size: size,
+    ):
+        """`collective_of`: what an operator's call sends, known to who knows the process groups; `scratch_of`:
+        what its library holds until it is done; `rounded`: what an allocator takes for some bytes, held for a
+        tag."""
+        super().__init__()
+        self.collective_of, self.scratch_of, self.rounded = collective_of, scratch_of, rounded
+        self.phase = self.tag = "start"
+        self.micro = 0
+        self.live: Counter[str] = Counter()
+        self.peaks: dict[tuple[str, bool], dict[str, int]] = {}  # (phase, on the host) -> held at the fullest
+        self.calls: list[Call] = []
+        self._totals, self._most = [0, 0], Counter[tuple[str, bool]]()
+        self._held: dict[int, _Held] = {}
+        self._behind = ("", 0)  # what the last collective holds: it may still run beside the next
+        self._count = 0
+
+    def enter(self, phase: str, tag: str) -> None:
+        self.phase, self.tag = phase, tag
+        for on_host in (False, True):
+            self._note_peak(on_host)
+
+    def retag(self, tag: str, tensors: Iterable[Tensor]) -> None:
+        """Say what tensors are held for."""
+        for tensor in tensors:
+            held = self._held.get(tensor.untyped_storage()._cdata)
+            if held is not None:
+                self._set(held, held.bytes, tag)
+
+    def rename(self, old: str, new: str) -> None:
+        """All that is held for `old` is held for `new` from now on."""
+        for held in self._held.values():
+            if held.tag == old:
+                self._set(held, held.bytes, new)
+
+    @contextmanager
+    def held_for(self, tag: str) -> Iterator[None]:
+        """New memory is held for `tag` inside."""
+        before, self.tag = self.tag, tag
+        try:
+            yield
+        finally:
+            self.tag = before
+
+    def __enter__(self) -> "Tracer":
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            held = self._held.get(storage._cdata)
+            if held is not None:  # FSDP2 frees gathered weights so, and takes memory for them again
+                self._set(held, size, GATHERED)
+            return result
+
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*exception)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(is_traceable_wrapper_subclass(tensor) for tensor in inputs):
+            return NotImplemented  # a DTensor: what it does with its local part comes here by itself
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return _ANSWERS.get(args[0].dtype, 1)
+        if func is torch.ops.aten.nonzero.default:  # every token is learned
+            result = args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.long)
+        else:
+            result = func(*args, **kwargs)
+        self._record(func, args, kwargs, inputs, result)
+        return result
+
+    def _record(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], result: Any) -> None:
+        read = {self._hold(t).number: t for t in inputs}
+        before = self._count
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        new = {held.number: t for t in outputs if (held := self._hold(t)).number > before}
+        collective = self.collective_of(func, args, kwargs)
+        changed = list(_changed(func, args, kwargs)) if func._schema.is_mutable else []
+        if collective is None and (func._opname in _MAKES_NO_KERNEL or not (new or changed)):
+            return  # a view, or memory alone
+        written = {*new, *(self._hold(t).number for t in changed or (inputs if collective else ()))}
+        if collective is not None:
+            self._begin(collective, inputs)
+        flops = flop_registry.get(func._overloadpacket)
+        touched = [*inputs, *new.values()]
+        call = Call(
+            func._opname,
+            self.phase,
+            tuple(read),
+            tuple(written),
+            sum(_extent(t) for t in touched),
+            sum(_extent(t) for t in touched if self._hold(t).tag.startswith(HOST)),
+            0 if flops is None else int(flops(*args, **kwargs, out_val=result)),
+            inputs[0].dtype if inputs else torch.float32,
+            self.micro,
+            collective,
+        )
+        self.calls.append(call)
+
+    def _begin(self, collective: Collective, tensors: list[Tensor]) -> None:
+        """A collective is under way."""
+        tag = GATHERED if collective.kind == "all_gather" else REDUCED
+        for held in (self._hold(tensor) for tensor in tensors):
+            if held.tag == self.tag:  # made for it
+                self._set(held, held.bytes, tag)
+        scratch = self.scratch_of(collective)
+        self._add(tag, scratch)
+        self._add(*self._behind)
+        self._behind = tag, -scratch
+        if collective.blocks:
+            self._add(*self._behind)
+            self._behind = tag, 0
+
+    def _hold(self, tensor: Tensor) -> _Held:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        held = self._held.get(key)
+        if held is None:
+            self._count += 1
+            held = self._held[key] = _Held(self._count, self.tag)
+            held.watch = weakref.ref(storage, lambda _: self._release(key))
+            self._set(held, 0 if tensor.is_meta else storage.nbytes(), self.tag)
+        return held
+
+    def _release(self, key: int) -> None:
+        held = self._held.pop(key, None)
+        if held is not None:
+            self._set(held, 0, held.tag)
+
+    def _set(self, held: _Held, size: int, tag: str) -> None:
+        size = self.rounded(tag, size)
+        self._add(held.tag, -held.bytes)
+        held.tag, held.bytes = tag, size
+        self._add(tag, size)
+
+    def _add(self, tag: str, size: int) -> None:
+        on_host = tag.startswith(HOST)
+        self.live[tag] += size
+        self._totals[on_host] += size
+        if size > 0:
+            self._note_peak(on_host)
+
+    def _note_peak(self, on_host: bool) -> None:
+        key = (self.phase, on_host)
+        if self._totals[on_host] >= self._most[key]:
+            self._most[key] = self._totals[on_host]
+            self.peaks[key] = {t: n for t, n in self.live.items() if n and t.startswith(HOST) == on_host}
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes that a kernel touches of it: expanded dimensions are read from the caches."""
+    return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
+
+
+def _changed(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The tensors that an operator writes in place."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
