@@ -9,6 +9,7 @@ cluster:
     python benchmarks/scaling.py --ranks 1 2 4 --strategies fsdp zero3 ddp     # starts the launches itself, here
     python benchmarks/scaling.py --hosts 1 2 --mbit 1000 --delay-ms 5          # on made hosts (Linux, root)
     python benchmarks/scaling.py --links --ranks 2                             # single collectives by size
+    python benchmarks/scaling.py --beside 2 4                                  # runs of one rank, at once
     python benchmarks/scaling.py --draw [--out results/DIR]                    # curves of the records there
 
 weak: every rank has the same rows whatever the world size. strong: --global-batch rows are divided, and what
@@ -49,7 +50,7 @@ from _results import RESULTS
 from _scaling_curves import draw_all
 from _scaling_links import measure_links
 from _scaling_run import measure
-from _scaling_start import start_all
+from _scaling_start import start_all, start_beside
 
 from dora_dist.cli import leave
 from dora_dist.errors import UserError
@@ -68,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         if args.draw:
             if not draw_all(args.out or RESULTS / "scaling"):
                 raise UserError(f"--draw: there are no records in {str(args.out or RESULTS / 'scaling')!r}")
+        elif not launched and args.beside:
+            return start_beside(args)
         elif not launched and (args.ranks or args.hosts):
             return start_all(args)
         else:
@@ -122,6 +125,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     start = parser.add_argument_group("without a launcher")
     start.add_argument("--ranks", type=int, nargs="+", metavar="N", help="launches on this machine")
     start.add_argument("--hosts", type=int, nargs="+", metavar="N", help="launches on as many made hosts")
+    start.add_argument("--beside", type=int, nargs="+", metavar="N", help="as many runs of one rank at once")
     start.add_argument("--ranks-per-host", type=int, nargs="+", default=[1], metavar="N")
     start.add_argument("--mbit", type=float, help="that a made host can send, in Mbit/s; default: no limit")
     start.add_argument("--delay-ms", type=float, default=0.0, help="of a packet from a made host to another")

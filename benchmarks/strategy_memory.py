@@ -90,7 +90,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make_models(directory: Path, args: argparse.Namespace) -> None:
+def make_models(directory: Path, args: argparse.Namespace, positions: int = TOKENS) -> None:
     """Directories with a config.json each: the model that is measured, and a tiny one."""
     from transformers import LlamaConfig
 
@@ -99,7 +99,7 @@ def make_models(directory: Path, args: argparse.Namespace) -> None:
         LlamaConfig(
             vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden * 11 // 4,
             num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64,
-            tie_word_embeddings=False, max_position_embeddings=TOKENS,
+            tie_word_embeddings=False, max_position_embeddings=positions,
         ).save_pretrained(directory / name)  # fmt: skip
 
 
@@ -166,8 +166,9 @@ def train(config: RunConfig, steps: int) -> dict[str, int]:
     gc.collect()
     held = memory.held()
     trainer = Trainer(config, built, strategy, SimpleNamespace(steps=steps, causal=True), log=None)
-    ids = torch.arange(TOKENS).unsqueeze(0)
-    targets = TOKENS * processes.world_size
+    rows, length = config.train.micro_batch_size, config.data.seq_len
+    ids = torch.arange(length).expand(rows, length) % 128  # the tiny model knows as many words
+    targets = rows * length * processes.world_size
     memory.reset_peak()
     for _ in range(steps):
         trainer.train_step(GlobalBatch([{"input_ids": ids, "targets": ids}], targets, targets))

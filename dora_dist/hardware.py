@@ -4,6 +4,7 @@ Units: bytes, bytes/s, FLOP/s, seconds. Rates are for one GPU and one direction;
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -77,6 +78,7 @@ class Cluster:
     gpus: int  # in all
     nodes: int = 1
     net: Link = field(default_factory=lambda: Link(50 * GB, 1e-5))  # for each GPU, between machines
+    measured: Mapping[str, Link] = field(default_factory=dict)  # of whole collectives, by kind; used where given
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.nodes < 1 or self.gpus % self.nodes:

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -63,6 +63,7 @@ class Job:
     gpu: bool = True  # as on GPUs; else as on this machine's CPU, with gloo
     device_memory: float = float("inf")  # bytes, which parallel.strategy: auto asks for
     blocks: int | None = None  # of the model's; None: all
+    around: Callable[[], AbstractContextManager] | None = None  # the rehearsal, for comparisons
     every_piece: bool = False  # also go through a weight piece by piece, which takes time and holds nothing more
 
 
@@ -153,6 +154,8 @@ def rehearse_here(job: Job) -> Short:
         around.enter_context(fake_group(job.world_size, job.ranks_per_node))
         if job.gpu:
             around.enter_context(rehearsed_gpu())
+        if job.around is not None:
+            around.enter_context(job.around())
         processes = Processes()
         blueprint = _drawn(job)
         strategy = choose_strategy(job.config, blueprint.model, processes, job.device_memory)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -136,9 +137,10 @@ class Tracer(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(is_traceable_wrapper_subclass(tensor) for tensor in inputs):
             return NotImplemented  # a DTensor: what it does with its local part comes here by itself
-        if func is torch.ops.aten._local_scalar_dense.default:
+        fake = any(isinstance(tensor, FakeTensor) for tensor in inputs)  # others, such as a mesh of ranks, have values
+        if fake and func is torch.ops.aten._local_scalar_dense.default:
             return _ANSWERS.get(args[0].dtype, 1)
-        if func is torch.ops.aten.nonzero.default:  # every token is learned
+        if fake and func is torch.ops.aten.nonzero.default:  # every token is learned
             result = args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.long)
         else:
             result = func(*args, **kwargs)

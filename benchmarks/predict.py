@@ -1,0 +1,119 @@
+"""Step times as dora_dist/cost.py predicts them against those that scaling.py measured, on the same machine.
+
+From the run of one rank comes how fast the machine computes: the kernels of its rehearsal, priced by the shape
+of a roofline, are scaled by one factor to the time measured. From single collectives by size (scaling.py
+--links) comes a latency and a rate for each kind. From one-rank runs side by side (scaling.py --beside) comes
+what they cost each other, since ranks of one machine share its memory. The times of several ranks are not looked
+at until the end.
+
+    python benchmarks/predict.py [--records benchmarks/results/scaling/DEVICE]
+"""
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from _results import RESULTS, default_path, environment
+from _scaling_run import write_llama
+
+from dora_dist.config import DataConfig, DoraConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from dora_dist.cost import step_time
+from dora_dist.hardware import Cluster, Device, Link
+from dora_dist.rehearse import Job, Rehearsed, rehearse
+
+# The shape of a CPU core's roofline; the factor that is fitted makes it this machine's.
+CORE = Device(
+    "cpu", memory=float("inf"), bandwidth=12e9, flops_16=5e10, flops_32=5e10, link=Link(1e9, 1e-5), host=1e10,
+    product_share=1.0, memory_share=1.0, link_share=1.0, kernel_s=5e-6, launch_s=0.0, blocking=True,
+)  # fmt: skip
+Record = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    device = default_path(torch.device("cpu")).stem
+    parser.add_argument("--records", type=Path, default=RESULTS / "scaling" / device)
+    parser.add_argument("--out", type=Path, default=RESULTS / f"predicted-{device}.json")
+    args = parser.parse_args(arguments)
+    records = [json.loads(path.read_text()) for path in sorted(args.records.glob("*/*.json"))]
+    found = predict_all(records)
+    for row in found:
+        print(f"{row['case']:44} measured {row['measured']:.3f} s, predicted {row['predicted']:.3f} s, "
+              f"{100 * row['error']:+.1f} %")  # fmt: skip
+    about = environment(torch.device("cpu"))
+    args.out.write_text(json.dumps({"about": about, "rows": found}, indent=1) + "\n")
+
+
+def predict_all(records: list[Record]) -> list[Record]:
+    runs = [r for r in records if r["kind"] == "step" and r["mode"] == "weak"]
+    alone = {r["strategy"]: r for r in runs if r["world_size"] == 1 and r["link"] == "one host"}
+    beside = {r["beside"]: r for r in records if r["kind"] == "beside"}
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        for run in (r for r in runs if r["world_size"] > 1):
+            one = alone[run["strategy"]]
+            links = next(r for r in records if r["kind"] == "links" and same_place(r, run))
+            cluster = Cluster(CORE, run["world_size"], measured=fitted(links))
+            slower = beside[run["world_size"]]["step_seconds"]["median"] / alone["fsdp"]["step_seconds"]["median"]
+            predicted = predict(one, run, cluster, slower, Path(directory))
+            measured = run["step_seconds"]["median"]
+            rows.append({
+                "case": f"{run['strategy']} on {run['world_size']} ranks, {place(run)}",
+                "measured": measured, "predicted": predicted, "error": predicted / measured - 1,
+                "one_rank": one["step_seconds"]["median"], "slower_side_by_side": slower,
+            })  # fmt: skip
+    return rows
+
+
+def same_place(a: Record, b: Record) -> bool:
+    return all(a[key] == b[key] for key in ("world_size", "hosts", "link"))
+
+
+def place(run: Record) -> str:
+    link = run["link"]
+    return link if isinstance(link, str) else f"hosts at {link['mbit']:g} Mbit/s, {link['delay_ms']:g} ms"
+
+
+def fitted(links: Record) -> dict[str, Link]:
+    """Latency and rate of each kind: least squares of seconds over bytes, relative to the seconds."""
+    found = {}
+    for kind, points in links["seconds"].items():
+        size = torch.tensor([point["bytes"] for point in points], dtype=torch.float64)
+        time = torch.tensor([point["median"] for point in points], dtype=torch.float64)
+        design = torch.stack([torch.ones_like(size), size], dim=1) / time[:, None]
+        latency, per_byte = torch.linalg.lstsq(design, torch.ones_like(time)[:, None]).solution.flatten().tolist()
+        found[kind] = Link(1 / max(per_byte, 1e-15), max(latency, 0.0))
+    return found
+
+
+def predict(one: Record, run: Record, cluster: Cluster, slower: float, directory: Path) -> float:
+    """Seconds of a step of `run`, from the run of one rank and what the links do."""
+    base = rehearsed(one, 1, directory)
+    factor = one["step_seconds"]["median"] / step_time(base, Cluster(CORE, 1)).total
+    slow = replace(CORE, **{
+        name: getattr(CORE, name) / (factor * slower) for name in ("bandwidth", "flops_16", "flops_32")
+    }, kernel_s=CORE.kernel_s * factor * slower)  # fmt: skip
+    many = rehearsed(run, run["world_size"], directory)
+    return step_time(many, replace(cluster, device=slow)).total
+
+
+def rehearsed(run: Record, world: int, directory: Path) -> Rehearsed:
+    sizes = run["settings"]
+    write_llama(directory, SimpleNamespace(**{key: sizes[key] for key in ("hidden", "layers", "tokens")}))
+    config = RunConfig(
+        model=ModelConfig(path=str(directory), init="random", dtype=sizes["dtype"]),
+        dora=DoraConfig(rank=sizes["rank"], targets="all-linear"),
+        data=DataConfig(train="none", seq_len=sizes["tokens"]),
+        train=TrainConfig(steps=1, micro_batch_size=sizes["micro_batch_size"], accumulation=sizes["accumulation"]),
+        parallel=ParallelConfig(strategy=run["strategy"]),
+    )
+    return rehearse(Job(config, directory, world, world, gpu=False, every_piece=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""`dora-dist plan`: what it prints, what it advises, and that `train` refuses what does not fit."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, child_environment
+from test_rehearse import SHAPE_8B, config_of, write
+
+from dora_dist import train
+from dora_dist.backends.process import Processes
+from dora_dist.build import draw_blueprint
+from dora_dist.cli import main
+from dora_dist.errors import UserError
+from dora_dist.hardware import find_cluster
+from dora_dist.plan import as_json, as_text, certainly_fits, make_plan
+
+YAML = """
+model: {{path: {model}}}
+dora: {{targets: all-linear}}
+data: {{train: none, seq_len: 1024}}
+train: {{steps: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def shape_8b(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("8b"), **SHAPE_8B)
+
+
+@pytest.fixture(scope="module")
+def too_large(shape_8b):
+    """An 8B model with 4096 tokens on a 4090: 16 GB of weights alone."""
+    return make_plan(config_of(shape_8b, length=4096, dtype="bfloat16"), shape_8b, find_cluster("rtx4090", 1))
+
+
+def test_the_verb_needs_neither_weights_nor_a_gpu(shape_8b, tmp_path):
+    """In a process of its own: its children import what started them."""
+    (tmp_path / "c.yaml").write_text(YAML.format(model=shape_8b))
+    command = [sys.executable, "-c", "from dora_dist.cli import entry; entry()", "plan", "--config", "c.yaml",
+               "--gpus", "2", "--gpu", "rtx4090", "parallel.strategy=fsdp", "--json"]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=child_environment(), timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    weights = 2 * (2 * 128256 * 4096 + 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336))
+    assert found["memory_bytes"]["base weights"] == pytest.approx(weights / 2, rel=0.001)
+    assert found["peak_bytes"] == pytest.approx(sum(found["memory_bytes"].values()))
+    assert found["strategy"] == "fsdp" and found["fits"] and found["changes"] == []
+    assert found["tokens_per_step"] == 2 * 1024
+    assert found["sent_bytes"]["norms: all_reduce"] > 0
+
+
+def test_what_does_not_fit_comes_with_what_would(too_large):
+    assert not too_large.fits and too_large.peak > 16e9
+    last = too_large.changes[-1]
+    assert last.fits and last.peak <= too_large.cluster.device.usable()
+    assert all(not change.fits for change in too_large.changes[:-1])
+    assert last.settings["train.activation_checkpointing"] is True
+    text = as_text(too_large)
+    assert "it does not fit" in text and "train.activation_checkpointing=true" in text
+    assert "16.06 GB  base weights" in text and "not measured" in text
+    assert json.loads(json.dumps(as_json(too_large)))["changes"][-1]["fits"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--gpu", "rtx5090"], "--gpu: 'rtx5090'"),
+        (["--gpu", "h100", "--gpus", "12", "--nodes", "5"], "--gpus: 12"),
+        (["--gpu", "h100", "--gpus", "2", "parallel.strategy=single"], "parallel.strategy: single"),
+        (["--gpu", "h100", "--net", "1e9"], "--net: '1e9'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes(arguments, named, shape_8b, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(YAML.format(model=shape_8b))
+    assert main(["plan", "--config", str(tmp_path / "c.yaml"), *arguments]) == 2
+    assert named in capsys.readouterr().err
+
+
+def check_as_training_does(config, memory, monkeypatch):
+    processes, directory = Processes(), config.model.path
+    monkeypatch.setattr(train, "device_memory", lambda _: memory)
+    blueprint = draw_blueprint(config, train.Path(directory))
+    return train._refuse_what_does_not_fit(config, train.Path(directory), blueprint, processes)
+
+
+def test_train_refuses_what_does_not_fit_before_loading(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **sizes)
+    config = config_of(model, length=64)
+    with pytest.raises(UserError, match=r"parallel.strategy: single: it does not fit.*parallel.force=true"):
+        check_as_training_does(config, 8e6, monkeypatch)
+    forced = config_of(model, length=64, force=True)
+    assert check_as_training_does(forced, 8e6, monkeypatch) == []
+    assert (
+        check_as_training_does(config, 30e6, monkeypatch) == []
+    )  # fits, but not so surely that nothing is rehearsed
+    assert not certainly_fits(draw_blueprint(config, model).model, config, 30e6)
+
+
+def test_a_rehearsal_that_fails_does_not_stop_training(tmp_path, monkeypatch):
+    model = write(tmp_path, num_hidden_layers=2, vocab_size=512, hidden_size=64, num_attention_heads=2)
+
+    def fails(*_):
+        raise NotImplementedError("an operator\nwithout a fake")
+
+    monkeypatch.setattr(train, "why_it_does_not_fit", fails)
+    (warning,) = check_as_training_does(config_of(model), 1e6, monkeypatch)
+    assert warning.startswith("warning:") and warning.endswith("its rehearsal failed (an operator)")
+
+
+def test_a_bound_that_holds(tmp_path):
+    """What is let pass without a rehearsal holds far less than it is given."""
+    model = write(tmp_path, num_hidden_layers=2, vocab_size=512, hidden_size=64, num_attention_heads=2)
+    config = config_of(model, length=128, rows=4)
+    memory = 1e6
+    while not certainly_fits(draw_blueprint(config, model).model, config, memory):
+        memory *= 1.2
+    from dora_dist.rehearse import Job, rehearse
+
+    assert rehearse(Job(config, model, 1, 1, gpu=False)).peak() < memory / 2
+
+
+def test_the_command_line_knows_the_verb():
+    command = [sys.executable, "-c", "from dora_dist.cli import main; main(['--help'])"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=child_environment(), timeout=60)
+    assert "plan" in done.stdout

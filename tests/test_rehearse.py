@@ -1,0 +1,187 @@
+"""A rehearsal holds and sends what a real run does, and short models tell of deep ones."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dora_dist import rehearse as rehearsals
+from dora_dist.backends.process import Processes
+from dora_dist.build import build, choose_strategy, draw_blueprint
+from dora_dist.config import (
+    DataConfig,
+    DoraConfig,
+    ModelConfig,
+    ParallelConfig,
+    QuantConfig,
+    RunConfig,
+    TrainConfig,
+)
+from dora_dist.cost import step_time
+from dora_dist.data import GlobalBatch
+from dora_dist.hardware import find_cluster
+from dora_dist.rehearse import BACK, FORWARD, LOADING, REFRESH, Job, rehearse
+from dora_dist.trainer import Trainer
+
+SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256,
+}  # fmt: skip
+
+
+def write(directory, **sizes):
+    from transformers import LlamaConfig
+
+    LlamaConfig(tie_word_embeddings=False, **sizes).save_pretrained(directory)
+    return directory
+
+
+def config_of(model, strategy="single", rows=1, length=64, four_bit=False, **more):
+    parallel = {key: more.pop(key) for key in ("replicas", "cpu_offload", "force") if key in more}
+    return RunConfig(
+        model=ModelConfig(path=str(model), init="random", dtype=more.pop("dtype", "float32")),
+        dora=DoraConfig(targets="all-linear"),
+        quant=QuantConfig(scheme="nf4" if four_bit else "none"),
+        data=DataConfig(train="none", seq_len=length, packing=more.pop("packing", False)),
+        train=TrainConfig(steps=2, micro_batch_size=rows, **more),
+        parallel=ParallelConfig(strategy=strategy, **parallel),
+    )
+
+
+def allocated(config, steps):
+    """The most that torch's CPU allocator holds in the steps of a real run, by the profiler's account."""
+    processes = Processes()
+    blueprint = draw_blueprint(config, Path(config.model.path))
+    strategy = choose_strategy(config, blueprint.model, processes)
+    rows, length = config.train.micro_batch_size, config.data.seq_len
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        built = build(blueprint, strategy)
+        data = SimpleNamespace(steps=steps, causal=True)
+        watch = SimpleNamespace(at=lambda *_, **__: None)
+        trainer = Trainer(config, built, strategy, data, log=None, watch=watch)
+        with torch.profiler.record_function("steps begin"):
+            pass
+        for _ in range(steps):
+            micro_batches = [{"input_ids": ids, "targets": ids}] * config.train.accumulation
+            trainer.train_step(GlobalBatch(micro_batches, rows * length, rows * length))
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    live = most = 0
+    began = False
+    for event in events:
+        began |= event.name() == "steps begin"
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live if began else 0)
+    return most
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"activation_checkpointing": True, "rows": 2},
+        {"four_bit": True, "dtype": "bfloat16"},
+        {"four_bit": True, "dtype": "bfloat16", "activation_checkpointing": True},
+        {"dtype": "bfloat16", "accumulation": 2},
+    ],
+    ids=str,
+)
+def test_a_rehearsal_holds_what_a_real_run_does(settings, tmp_path):
+    """One process, to 5 %; benchmarks/plan_memory.py does it for several, whose gloo holds copies unseen here."""
+    model = write(tmp_path, num_hidden_layers=3, vocab_size=512, **SIZES)
+    config = config_of(model, length=128, **settings)
+    planned = rehearse(Job(config, model, 1, 1, gpu=False)).peak(loading=False)
+    assert planned == pytest.approx(allocated(config, 2), rel=0.05)
+
+
+@pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("fsdp", 4), ("zero2", 4), ("zero3", 4)])
+def test_two_short_models_tell_of_a_deep_one(strategy, world, tmp_path, monkeypatch):
+    model = write(tmp_path, num_hidden_layers=7, vocab_size=512, **SIZES)
+    job = Job(config_of(model, strategy, activation_checkpointing=True), model, world, 2)
+    cluster = find_cluster("h100", world, max(1, world // 2))
+    short = rehearse(job)
+    monkeypatch.setattr(rehearsals, "_SHORT", (7, 7))
+    whole = rehearse(job)
+    assert [run.blocks for run in short.runs] == [3, 5] and [run.blocks for run in whole.runs] == [7]
+    assert short.strategy == whole.strategy == strategy
+    buckets = strategy == "zero2"  # their sizes are no straight line
+    for loading in (True, False):
+        assert short.peak(loading=loading) == pytest.approx(
+            whole.peak(loading=loading), rel=0.03 if buckets else 0.002
+        )
+    drawn, counted = step_time(short, cluster), step_time(whole, cluster)
+    assert drawn.messages == pytest.approx(counted.messages)
+    assert drawn.sent == pytest.approx(counted.sent)
+    assert drawn.total == pytest.approx(counted.total, rel=0.01)
+
+
+def test_what_fsdp_sends_is_what_the_sizes_say(tmp_path):
+    model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
+    found = rehearse(Job(config_of(model, "fsdp"), model, 2, 2))
+    step = step_time(found, find_cluster("h100", 2))
+    H, M, V, R = SIZES["hidden_size"], SIZES["intermediate_size"], 512, 16
+    kv = H // 2
+    linears = [(H, H), (kv, H), (kv, H), (H, H), (M, H), (M, H), (H, M)]
+    trained = 4 * sum(R * i + o * R + o for o, i in linears)
+    block = 4 * sum(o * i for o, i in linears) + trained + 4 * 2 * H
+    assert (
+        step.sent[FORWARD, "all_gather"] == 2 * block + 2 * 4 * V * H + 4 * H
+    )  # and both embeddings, and the norm
+    assert step.sent[BACK, "all_gather"] == 2 * block
+    assert step.sent[BACK, "reduce_scatter"] == 2 * trained
+    assert step.sent[REFRESH, "all_reduce"] == 2 * 4 * sum(o for o, _ in linears)
+    assert step.sent[REFRESH, "all_gather"] == 2 * 4 * sum(R * i for _, i in linears)
+
+
+def test_norms_of_8b_at_1024_ranks_are_two_collectives_and_a_thousandth_of_the_bytes(tmp_path):
+    """A step of four rows of 4096 tokens a GPU, one at a time. Without accumulation the same bytes are 0.2 %."""
+    model = write(tmp_path, **SHAPE_8B)
+    config = config_of(model, "fsdp", length=4096, accumulation=4, dtype="bfloat16", activation_checkpointing=True)
+    step = step_time(rehearse(Job(config, model, 1024, 8)), find_cluster("h100", 1024, 128))
+    norms = {kind: count for (phase, kind), count in step.messages.items() if phase == REFRESH}
+    assert sum(norms.values()) == pytest.approx(2)
+    sent = sum(size for (phase, _), size in step.sent.items() if phase == REFRESH)
+    assert sent <= 0.001 * sum(step.sent.values())
+
+
+def test_hybrid_sharding_stays_inside_machines(tmp_path):
+    """Weights and norms in groups of neighbours; only gradients cross."""
+    model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
+    found = rehearse(Job(config_of(model, "fsdp", replicas=4), model, 8, 2))
+    for call in found.runs[0].calls:
+        if call.collective is not None and call.phase in (FORWARD, REFRESH):
+            assert (call.collective.ranks, call.collective.stride) == (2, 1)
+    across = [c.collective for c in found.runs[0].calls if c.collective and c.collective.stride == 2]
+    assert {c.kind for c in across} == {"all_reduce"} and {c.ranks for c in across} == {4}
+
+
+def test_offloaded_weights_are_the_hosts(tmp_path):
+    model = write(tmp_path, num_hidden_layers=3, vocab_size=512, **SIZES)
+    held = rehearse(Job(config_of(model, "fsdp", cpu_offload=True, dtype="bfloat16"), model, 2, 2)).peaks()
+    on_host, on_gpu = held[REFRESH, True], held[REFRESH, False]
+    assert "base weights" not in on_gpu and on_host["host: base weights"] > 0
+    assert on_host["host: optimizer states"] > 0
+
+
+def test_loading_holds_rows_of_files_on_the_host(tmp_path):
+    model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
+    held = rehearse(Job(config_of(model), model, 1, 1)).peaks()
+    assert json.dumps(sorted(held[LOADING, True])) == '["host: rows of files"]'
+    assert 0 < held[LOADING, True]["host: rows of files"] <= 2 * 4 * 512 * SIZES["hidden_size"]
+
+
+def test_mistakes_are_told_as_in_training(tmp_path):
+    from dora_dist.errors import UserError
+
+    model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
+    config = config_of(model, "fsdp", replicas=3)
+    with pytest.raises(UserError, match="replicas: 3"):
+        rehearse(Job(config, model, 4, 4))
+    wrong = replace(config, dora=DoraConfig(targets=["nothing"]))
+    with pytest.raises(UserError, match="nothing"):
+        rehearse(Job(wrong, model, 4, 4))
