@@ -1,11 +1,13 @@
 """Draws benchmarks/results/<device>.png from the JSON beside it: ratios of training steps, and what they keep;
-and scaling.py's curves."""
+and the curves of scaling.py and simulate.py."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from _scaling_curves import draw_all
+from _simulation_tables import SIMULATED
+from _simulation_tables import draw as draw_simulated
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BARS = {"PEFT LoRA": "peft {}lora", "PEFT DoRA": "peft {}dora", "our LoRA": "ours {}lora"}
@@ -15,6 +17,7 @@ def main() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         draw(json.loads(path.read_text()), path.with_suffix(".png"))
     draw_all(RESULTS / "scaling")
+    draw_simulated(SIMULATED.with_suffix(".png"))
 
 
 def draw(results: dict[str, Any], out: Path) -> None:

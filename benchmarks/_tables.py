@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from _simulation_tables import planned, predicted, simulated
+
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/strategies.md", "docs/quantization.md", "docs/performance.md")
+PAGES = ("README.md", "docs/strategies.md", "docs/quantization.md", "docs/performance.md", "docs/scaling.md")
 BEGIN = "<!-- performance: made by benchmarks/_tables.py -->"
 COLUMNS = {
     "DoRA / PEFT LoRA": "ours dora / peft lora",
@@ -294,7 +296,21 @@ def gb(size: float) -> str:
 
 def updated(page: str) -> str:
     """`page` with each table that it has marks for made anew."""
-    for make in (performance, memory, block, host, gpu, folded, profiles, kept, norms, refresh):
+    for make in (
+        performance,
+        memory,
+        block,
+        host,
+        gpu,
+        folded,
+        profiles,
+        kept,
+        norms,
+        refresh,
+        simulated,
+        planned,
+        predicted,
+    ):
         begin, end = BEGIN.replace("performance", make.__name__), f"<!-- /{make.__name__} -->"
         if begin in page:
             head, _, rest = page.partition(begin)

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     device = default_path(torch.device("cpu")).stem
     parser.add_argument("--records", type=Path, default=RESULTS / "scaling" / device)
-    parser.add_argument("--out", type=Path, default=RESULTS / f"predicted-{device}.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "simulation" / f"predicted-{device}.json")
     args = parser.parse_args(arguments)
     records = [json.loads(path.read_text()) for path in sorted(args.records.glob("*/*.json"))]
     found = predict_all(records)

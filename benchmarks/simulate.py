@@ -43,7 +43,7 @@ from dora_dist.hardware import ASSUMPTIONS, Cluster, find_cluster
 from dora_dist.layers import DoraLinear
 from dora_dist.rehearse import Job, Rehearsed, rehearse
 
-OUT = RESULTS / "simulated.json"
+OUT = RESULTS / "simulation" / "weak.json"
 TOKENS, ROWS = 4096, 4
 NODE = 8
 CASES = [

@@ -27,17 +27,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dora_dist import decomposition, packed, products, weights
 from dora_dist.backends.process import Processes
-from dora_dist.backends.rehearsal import collective_of, every_rank_alike, fake_group, send_in_python, stay_fake
+from dora_dist.backends.rehearsal import (
+    collective_of,
+    every_rank_alike,
+    fake_group,
+    send_in_python,
+    shapes_uncounted,
+    stay_fake,
+)
 from dora_dist.build import Blueprint, Built, Strategy, build, choose_strategy, draw_blueprint
 from dora_dist.config import RunConfig
 from dora_dist.data import GlobalBatch
 from dora_dist.shards import Rectangle, blocks
 from dora_dist.target import rehearsed_gpu
-from dora_dist.trace import HOST, Call, Collective, Tracer
+from dora_dist.trace import HOST, REDUCED, Call, Collective, Tracer
 from dora_dist.trainer import Trainer
 from dora_dist.weights import base_tensors, packed_layers
 
-_SHORT = (3, 5)  # blocks of the two short versions
+_SHORT = {"zero3": (3, 5)}  # blocks of the two short versions, else 2 and 3: ZeRO-3 is at two blocks at a time
 _STEPS = {"zero3": 3}  # else 2: the second has the optimizer's states, the third ZeRO-3's prefetches
 _ALLOCATION = 512  # what torch's CUDA allocator rounds up to
 BASE, SCALES, TRAINED, NORMS = "base weights", "scales of 4-bit weights", "A, B and m", "norms and other buffers"
@@ -136,7 +143,8 @@ def _depths(job: Job) -> tuple[int, Sequence[int | None]]:
     model = draw_blueprint(config, job.directory, job.world_size, from_files=False).model
     found = [_signature(block) for block in blocks(model)]
     equal = len(set(found)) == 1
-    return len(found), _SHORT if equal and len(found) > _SHORT[1] else (None,)
+    short = _SHORT.get(config.parallel.strategy, (2, 3))
+    return len(found), short if equal and len(found) > short[1] else (None,)
 
 
 def _signature(block: nn.Module) -> tuple:
@@ -165,6 +173,7 @@ def rehearse_here(job: Job) -> Short:
         for module, name in () if job.every_piece else _PIECES:
             around.enter_context(mock.patch.object(module, name, _first_of(getattr(module, name))))
         tracer = Tracer(collective_of, **({"rounded": _rounded} if job.gpu else {"scratch_of": _gloo_scratch}))
+        around.enter_context(shapes_uncounted(tracer.paused))
         around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         around.enter_context(tracer)
         count = sum(1 for _ in blocks(blueprint.model))
@@ -175,6 +184,7 @@ def rehearse_here(job: Job) -> Short:
 def _run(job: Job, blueprint: Blueprint, strategy: Strategy, tracer: Tracer) -> None:
     config = job.config
     stay_fake(blueprint.model)
+    blueprint.model.config.pad_token_id = 0  # type: ignore[union-attr]  # RunData sets one: classifiers ask for it
     offloaded = HOST if config.parallel.cpu_offload and job.gpu else ""
     tracer.enter(LOADING, offloaded + BASE)
     blueprint = replace(blueprint, files=_Files(blueprint.model, tracer))  # type: ignore[arg-type]
@@ -257,7 +267,8 @@ class _Watch:
             tracer.enter(BACK, BACKWARD)
         elif operation.startswith("gradient norm"):
             tracer.micro = 0
-            tracer.rename(BACKWARD, self.offloaded + GRADIENTS)
+            for tag in (BACKWARD, REDUCED):
+                tracer.rename(tag, self.offloaded + GRADIENTS)
             tracer.enter(STEP, self.offloaded + STATES)
         else:
             tracer.enter(REFRESH, OTHER)

@@ -85,6 +85,7 @@ class Tracer(TorchDispatchMode):
         self.calls: list[Call] = []
         self._totals, self._most = [0, 0], Counter[tuple[str, bool]]()
         self._held: dict[int, _Held] = {}
+        self._paused = False
         self._behind = ("", 0)  # what the last collective holds: it may still run beside the next
         self._count = 0
 
@@ -115,6 +116,15 @@ class Tracer(TorchDispatchMode):
         finally:
             self.tag = before
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is counted inside."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
     def __enter__(self) -> "Tracer":
         resize = self._resize = torch.UntypedStorage.resize_
 
@@ -137,14 +147,17 @@ class Tracer(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(is_traceable_wrapper_subclass(tensor) for tensor in inputs):
             return NotImplemented  # a DTensor: what it does with its local part comes here by itself
-        fake = any(isinstance(tensor, FakeTensor) for tensor in inputs)  # others, such as a mesh of ranks, have values
+        fake = any(
+            isinstance(tensor, FakeTensor) for tensor in inputs
+        )  # others, such as a mesh of ranks, have values
         if fake and func is torch.ops.aten._local_scalar_dense.default:
             return _ANSWERS.get(args[0].dtype, 1)
         if fake and func is torch.ops.aten.nonzero.default:  # every token is learned
             result = args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.long)
         else:
             result = func(*args, **kwargs)
-        self._record(func, args, kwargs, inputs, result)
+        if not self._paused:
+            self._record(func, args, kwargs, inputs, result)
         return result
 
     def _record(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], result: Any) -> None:

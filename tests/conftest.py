@@ -57,6 +57,19 @@ def tiny_gpt2(tmp_path_factory) -> Path:
     return save_model(GPT2LMHeadModel(config), tmp_path_factory.mktemp("tiny_gpt2"))
 
 
+@pytest.fixture(scope="session")
+def tiny_distilbert(tmp_path_factory) -> Path:
+    """A bare encoder, as on the hub: a classifier's head is new."""
+    from transformers import DistilBertConfig, DistilBertForMaskedLM
+
+    torch.manual_seed(0)
+    config = DistilBertConfig(
+        vocab_size=96, dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=32, pad_token_id=0,
+        dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, initializer_range=0.2,
+    )  # fmt: skip
+    return save_model(DistilBertForMaskedLM(config), tmp_path_factory.mktemp("tiny_distilbert"))
+
+
 def save_model(model: torch.nn.Module, directory: Path) -> Path:
     model.save_pretrained(directory)
     letter_tokenizer().save_pretrained(directory)

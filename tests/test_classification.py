@@ -5,27 +5,13 @@ import json
 import random
 
 import pytest
-import torch
 import yaml
-from conftest import ROOT, save_model, torchrun
+from conftest import ROOT, torchrun
 from safetensors.torch import load_file
 
 from dora_dist.cli import main
 
 LINES = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
-
-
-@pytest.fixture(scope="module")
-def distilbert(tmp_path_factory):
-    """A bare encoder, as on the hub: the classifier's head is new."""
-    from transformers import DistilBertConfig, DistilBertForMaskedLM
-
-    torch.manual_seed(0)
-    config = DistilBertConfig(
-        vocab_size=96, dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=32, pad_token_id=0,
-        dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, initializer_range=0.2,
-    )  # fmt: skip
-    return save_model(DistilBertForMaskedLM(config), tmp_path_factory.mktemp("distilbert"))
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +29,10 @@ def reviews(tmp_path_factory):
 
 
 @pytest.fixture
-def config(distilbert, reviews, tmp_path):
+def config(tiny_distilbert, reviews, tmp_path):
     text = {
         "model": {
-            "path": str(distilbert),
+            "path": str(tiny_distilbert),
             "task": "sequence_classification",
             "num_labels": 2,
             "dtype": "float32",

@@ -8,8 +8,8 @@ ranks are alike.
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -82,6 +82,21 @@ def every_rank_alike() -> Iterator[None]:
     finally:
         for patch in patches:
             patch.stop()
+
+
+@contextmanager
+def shapes_uncounted(pause: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """DTensor runs an operator once more, on whole tensors, to learn the shapes of its results: inside `pause`."""
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    original = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def propagate(propagator: Any, schema: Any) -> Any:
+        with pause():
+            return original(propagator, schema)
+
+    with mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate):
+        yield
 
 
 def stay_fake(model: nn.Module) -> None:
