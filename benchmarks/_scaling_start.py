@@ -51,7 +51,13 @@ def start_beside(args: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory() as directory:
             outs = [Path(directory) / str(index) for index in range(count)]
             words = [*torchrun(1, "--standalone"), *child_arguments(args), "--strategies", "fsdp", "--out"]
-            status = first_failure([subprocess.Popen([*words, str(out)], env=environment(args)) for out in outs])
+            runs = [subprocess.Popen([*words, str(out)], env=environment(args)) for out in outs]
+            try:
+                status = first_failure(runs)
+            finally:
+                for run in runs:
+                    run.kill()
+                    run.wait()
             if status:
                 return status
             found = [json.loads(next(out.glob("*.json")).read_text()) for out in outs]

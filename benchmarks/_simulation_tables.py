@@ -65,7 +65,7 @@ def planned() -> str:
                 f"{record['tokens']} tokens | {planned / 1e6:.0f} MB | {measured / 1e6:.0f} MB | "
                 f"{100 * (planned / measured - 1):+.1f} % |"
             )
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else "Not measured."
 
 
 def predicted() -> str:
@@ -75,7 +75,7 @@ def predicted() -> str:
         for row in json.loads(path.read_text())["rows"]:
             times = f"{row['measured']:.3f} s | {row['predicted']:.3f} s"
             lines.append(f"| {row['case']} | {times} | {100 * row['error']:+.1f} % |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else "Not measured."
 
 
 def draw(out: Path) -> None:

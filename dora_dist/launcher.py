@@ -86,7 +86,7 @@ def _parent(process: int) -> int:
     """0 where the process has ended."""
     try:
         # After the name, which is in parentheses and may have spaces: the state, the parent (man 5 proc).
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        return int(Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[1])
     except OSError:
         return 0
 

@@ -38,6 +38,7 @@ from dora_dist.backends.rehearsal import (
 from dora_dist.build import Blueprint, Built, Strategy, build, choose_strategy, draw_blueprint
 from dora_dist.config import RunConfig
 from dora_dist.data import GlobalBatch
+from dora_dist.errors import RunFailed, UserError
 from dora_dist.shards import Rectangle, blocks
 from dora_dist.target import rehearsed_gpu
 from dora_dist.trace import HOST, REDUCED, Call, Collective, Tracer
@@ -128,12 +129,19 @@ def rehearse(job: Job) -> Rehearsed:
 
     Raises:
         UserError: the configuration is refused, as training would.
+        RunFailed: its code does something that fake tensors cannot.
     """
     total, depths = _depths(job)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with context.Pool(len(depths), maxtasksperchild=1) as pool:
-        runs = tuple(pool.map(rehearse_here, [replace(job, blocks=n) for n in depths], chunksize=1))
+        try:
+            runs = tuple(pool.map(rehearse_here, [replace(job, blocks=n) for n in depths], chunksize=1))
+        except UserError:
+            raise
+        except Exception as error:  # whatever a model's or a library's code does not do with fake tensors
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RunFailed(f"this run cannot be rehearsed, so whether it fits is not known: {reason}") from error
     return Rehearsed(job, runs[0].strategy, total, runs)
 
 

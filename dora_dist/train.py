@@ -64,8 +64,10 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog) -> None:
     directory = resolve_model(config.model.path, config.model.allow_pickle)
     blueprint = draw_blueprint(config, directory, processes.world_size)
     tokenizer = load_tokenizer(directory)
-    strategy = choose_strategy(config, blueprint.model, processes)
-    unplanned = _refuse_what_does_not_fit(config, directory, blueprint, processes)
+    # Of the smallest device: what follows from it is the same on all ranks.
+    memory = -processes.agree([-int(device_memory(processes))]).read()[0]
+    strategy = choose_strategy(config, blueprint.model, processes, memory)
+    unplanned = _refuse_what_does_not_fit(config, directory, blueprint, processes, memory)
     data = RunData(blueprint, tokenizer, processes)
     processes.start(config.parallel.timeout_s, needed=strategy.needs_group)
     output_dir = Path(config.output_dir)
@@ -151,11 +153,10 @@ def _refuse_different_settings(config: RunConfig, processes: Processes) -> None:
 
 
 def _refuse_what_does_not_fit(
-    config: RunConfig, directory: Path, blueprint: Blueprint, processes: Processes
+    config: RunConfig, directory: Path, blueprint: Blueprint, processes: Processes, memory: float
 ) -> list[str]:
-    """UserError, on every rank: `plan` says that a device cannot hold this run, and what would fit. Returns a
-    warning where it has nothing to say."""
-    memory = device_memory(processes)
+    """UserError, on every rank: `plan` says that a device of `memory` bytes, the same on all ranks, cannot hold
+    this run, and what would fit. Returns a warning where it has nothing to say."""
     if config.parallel.force or certainly_fits(blueprint.model, config, memory):
         return []
     refusal = warning = None
@@ -164,9 +165,8 @@ def _refuse_what_does_not_fit(
             refusal = why_it_does_not_fit(config, directory, processes, memory)
         except UserError as error:
             refusal = str(error)
-        except Exception as error:  # whatever a model's code does not do with fake tensors
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warning = f"warning: whether this run fits is not known: its rehearsal failed ({reason})"
+        except RunFailed as error:
+            warning = f"warning: {error}"
     refusal, warning = processes.told_by_main([refusal, warning])
     if refusal is not None:
         raise UserError(refusal)

@@ -13,7 +13,8 @@ from conftest import ROOT, child_environment
 from support_launch import SECONDS, Launch, free_port, wait_until
 
 SRUN = """#!{python}
-# A task for each node, all on this machine; signals are passed on, as by srun; ends with the largest status.
+# A task for each node, all on this machine; as srun does, passes SIGUSR1 on and kills them for a SIGTERM; ends
+# with the largest status.
 import os, signal, subprocess, sys
 words = sys.argv[1:]
 while words[0].startswith("-"):
@@ -22,8 +23,8 @@ tasks = [
     subprocess.Popen(words, env={{**os.environ, "SLURM_PROCID": str(i)}})
     for i in range(int(os.environ["SLURM_JOB_NUM_NODES"]))
 ]
-for number in (signal.SIGTERM, signal.SIGUSR1):
-    signal.signal(number, lambda number, frame: [task.send_signal(number) for task in tasks])
+signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
+signal.signal(signal.SIGTERM, lambda number, frame: [task.kill() for task in tasks])
 sys.exit(max(task.wait() % 256 for task in tasks))
 """
 SCONTROL = """#!/bin/sh

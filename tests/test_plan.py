@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, child_environment
 from test_rehearse import SHAPE_8B, config_of, write
 
-from dora_dist import train
+from dora_dist import rehearse, train
 from dora_dist.backends.process import Processes
 from dora_dist.build import draw_blueprint
 from dora_dist.cli import main
@@ -81,36 +82,35 @@ def test_mistakes(arguments, named, shape_8b, tmp_path, capsys):
     assert named in capsys.readouterr().err
 
 
-def check_as_training_does(config, memory, monkeypatch):
-    processes, directory = Processes(), config.model.path
-    monkeypatch.setattr(train, "device_memory", lambda _: memory)
-    blueprint = draw_blueprint(config, train.Path(directory))
-    return train._refuse_what_does_not_fit(config, train.Path(directory), blueprint, processes)
+def check_as_training_does(config, memory):
+    directory = Path(config.model.path)
+    return train._refuse_what_does_not_fit(
+        config, directory, draw_blueprint(config, directory), Processes(), memory
+    )
 
 
-def test_train_refuses_what_does_not_fit_before_loading(tmp_path, monkeypatch):
+def fails(_):
+    raise NotImplementedError("an operator\nwithout a fake")
+
+
+def test_train_refuses_what_does_not_fit_before_loading(tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4}
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **sizes)
     config = config_of(model, length=64)
     with pytest.raises(UserError, match=r"parallel.strategy: single: it does not fit.*parallel.force=true"):
-        check_as_training_does(config, 8e6, monkeypatch)
+        check_as_training_does(config, 8e6)
     forced = config_of(model, length=64, force=True)
-    assert check_as_training_does(forced, 8e6, monkeypatch) == []
-    assert (
-        check_as_training_does(config, 30e6, monkeypatch) == []
-    )  # fits, but not so surely that nothing is rehearsed
+    assert check_as_training_does(forced, 8e6) == []
+    assert check_as_training_does(config, 30e6) == []  # fits, but not so surely that nothing is rehearsed
     assert not certainly_fits(draw_blueprint(config, model).model, config, 30e6)
 
 
 def test_a_rehearsal_that_fails_does_not_stop_training(tmp_path, monkeypatch):
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, hidden_size=64, num_attention_heads=2)
 
-    def fails(*_):
-        raise NotImplementedError("an operator\nwithout a fake")
-
-    monkeypatch.setattr(train, "why_it_does_not_fit", fails)
-    (warning,) = check_as_training_does(config_of(model), 1e6, monkeypatch)
-    assert warning.startswith("warning:") and warning.endswith("its rehearsal failed (an operator)")
+    monkeypatch.setattr(rehearse, "rehearse_here", fails)
+    (warning,) = check_as_training_does(config_of(model), 1e6)
+    assert warning.startswith("warning: this run cannot be rehearsed") and warning.endswith(": an operator")
 
 
 def test_a_bound_that_holds(tmp_path):
@@ -120,9 +120,7 @@ def test_a_bound_that_holds(tmp_path):
     memory = 1e6
     while not certainly_fits(draw_blueprint(config, model).model, config, memory):
         memory *= 1.2
-    from dora_dist.rehearse import Job, rehearse
-
-    assert rehearse(Job(config, model, 1, 1, gpu=False)).peak() < memory / 2
+    assert rehearse.rehearse(rehearse.Job(config, model, 1, 1, gpu=False)).peak() < memory / 2
 
 
 def test_the_command_line_knows_the_verb():

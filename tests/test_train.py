@@ -50,7 +50,7 @@ def run_config(parallel: dict) -> RunConfig:
     ],
 )
 def test_auto_goes_by_world_size_and_memory(monkeypatch, world, memory, settings, expected):
-    monkeypatch.setattr(build_module, "_device_memory", lambda _: memory)
+    monkeypatch.setattr(build_module, "device_memory", lambda _: memory)
     model = nn.Sequential(nn.Linear(4, 4, bias=False, device="meta"))
     assert choose_strategy(run_config(settings), model, processes(world)).name == expected
 
