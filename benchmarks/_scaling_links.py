@@ -19,9 +19,11 @@ SIZES = [1 << power for power in range(10, 26)]  # 1 KB to 32 MB
 TIMEOUT_S = 300
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-CALLS: dict[str, Callable[[Tensor, Tensor], Any]] = {  # of the whole vector, and of this rank's part
-    "all_gather": lambda whole, part: _all_gather(whole, part),
-    "reduce_scatter": lambda whole, part: _reduce_scatter(part, whole),
+# Of the whole vector, and of this rank's part. What they write is new memory each time, as in FSDP2: on a CPU its
+# pages are made then.
+CALLS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "all_gather": lambda whole, part: _all_gather(torch.empty_like(whole), part),
+    "reduce_scatter": lambda whole, part: _reduce_scatter(torch.empty_like(part), whole),
     "all_reduce": lambda whole, part: dist.all_reduce(whole),
 }
 

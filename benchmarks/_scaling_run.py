@@ -199,6 +199,8 @@ def time_rounds(
     waits = Waits(phases, trainer.built.model, reducer=strategy == "ddp" and trainer.processes.world_size > 1)
     for _ in range(args.rounds):
         trainer.processes.barrier()
+        probe = probe_seconds(trainer.device)
+        trainer.processes.barrier()
         if on_gpu:
             torch.cuda.synchronize(trainer.device)
         with waits.watched():
@@ -212,10 +214,23 @@ def time_rounds(
                 norms = trainer.norm_clock.seconds() * args.steps  # the last step's: to read each would wait
             seconds = time.perf_counter() - start
         found = waits.take()
-        rounds.append({"step": seconds / args.steps, "norms": norms / args.steps,
+        rounds.append({"probe": probe, "step": seconds / args.steps, "norms": norms / args.steps,
                        "waited": {name: value / args.steps for name, value in found.items()}})  # fmt: skip
     waits.close()
     return rounds
+
+
+def probe_seconds(device: torch.device) -> float:
+    """Of a fixed piece of work of this rank's alone, while the others do the same: how fast the machine is just
+    now, shared as it is. Products and passes over memory, as in a step."""
+    x, w = torch.ones(512, 512, device=device), torch.ones(512, 1408, device=device)
+    start = time.perf_counter()
+    for _ in range(12):
+        y = torch.nn.functional.silu(x @ w)
+        x = (y @ w.t()).mul_(1e-6)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def over_ranks(ranks: tuple[dict[str, Any], ...]) -> dict[str, Any]:
@@ -223,6 +238,7 @@ def over_ranks(ranks: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     sums = [sum(rank["waited"].values()) for rank in ranks]
     most, least = sums.index(max(sums)), sums.index(min(sums))
     return {
+        "probe_seconds": max(rank["probe"] for rank in ranks),
         "step_seconds": max(rank["step"] for rank in ranks),
         "norm_seconds": max(rank["norms"] for rank in ranks),
         "waited_most": ranks[most]["waited"],
@@ -239,6 +255,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_second": spread([tokens / turn["step_seconds"] for turn in rounds]),
         "step_seconds": steps,
         "norm_seconds": spread([turn["norm_seconds"] for turn in rounds]),
+        "probe_seconds": spread([turn["probe_seconds"] for turn in rounds]),
         "norm_share": statistics.median(turn["norm_seconds"] / turn["step_seconds"] for turn in rounds),
     }
     if "profiled_exposed_seconds" in record:

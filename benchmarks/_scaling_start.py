@@ -1,23 +1,20 @@
 """Starts scaling.py under torchrun: one launch per world size and strategy, on this machine or on made hosts."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from _results import spread
-from _scaling_run import directory_of, run_config, shared_out, strategies_of
+from _scaling_run import run_config, shared_out, strategies_of
 
 from dora_dist.errors import UserError
 
 SCRIPT = str(Path(__file__).resolve().parent / "scaling.py")
-DRIVERS = ("ranks", "hosts", "ranks_per_host", "beside", "passes", "draw", "append", "strategies", "local_rank")
+DRIVERS = ("ranks", "hosts", "ranks_per_host", "passes", "draw", "append", "strategies", "local_rank")
 PORT = 29500  # on a made host, whose network is its own
 
 
@@ -43,31 +40,6 @@ def start_all(args: argparse.Namespace) -> int:
     for what in failed:
         print(f"error: failed: {what}", file=sys.stderr)
     return int(bool(failed))
-
-
-def start_beside(args: argparse.Namespace) -> int:
-    """For each number of --beside: as many runs of one rank at once, which send nothing and share the machine."""
-    for count in args.beside:
-        with tempfile.TemporaryDirectory() as directory:
-            outs = [Path(directory) / str(index) for index in range(count)]
-            words = [*torchrun(1, "--standalone"), *child_arguments(args), "--strategies", "fsdp", "--out"]
-            runs = [subprocess.Popen([*words, str(out)], env=environment(args)) for out in outs]
-            try:
-                status = first_failure(runs)
-            finally:
-                for run in runs:
-                    run.kill()
-                    run.wait()
-            if status:
-                return status
-            found = [json.loads(next(out.glob("*.json")).read_text()) for out in outs]
-        seconds = [turn["step_seconds"] for record in found for turn in record["rounds"]]
-        record = {**found[0], "kind": "beside", "beside": count, "step_seconds": spread(seconds), "rounds": []}
-        path = directory_of(args, record) / f"beside-{count:05}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"{count} at once: a step of {record['step_seconds']['median'] * 1e3:.1f} ms\n  {path}", flush=True)
-    return 0
 
 
 def ranks_of(args: argparse.Namespace) -> list[int]:

@@ -1,10 +1,10 @@
 """Step times as dora_dist/cost.py predicts them against those that scaling.py measured, on the same machine.
 
-From the run of one rank comes how fast the machine computes: the kernels of its rehearsal, priced by the shape
-of a roofline, are scaled by one factor to the time measured. From single collectives by size (scaling.py
---links) comes a latency and a rate for each kind. From one-rank runs side by side (scaling.py --beside) comes
-what they cost each other, since ranks of one machine share its memory. The times of several ranks are not looked
-at until the end.
+From the run of one rank comes how fast the machine computes: the kernels of its rehearsal, priced by the shape of
+a roofline, are scaled by one factor to the time measured. From single collectives by size (scaling.py --links)
+comes a latency and a rate for each kind. From the probe that each run makes before each round comes how fast it
+was then for each of its ranks, which share it with each other and with others. The step times of several ranks are
+not looked at until the end.
 
     python benchmarks/predict.py [--records benchmarks/results/scaling/DEVICE]
 """
@@ -46,26 +46,26 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{row['case']:44} measured {row['measured']:.3f} s, predicted {row['predicted']:.3f} s, "
               f"{100 * row['error']:+.1f} %")  # fmt: skip
     about = environment(torch.device("cpu"))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"about": about, "rows": found}, indent=1) + "\n")
 
 
 def predict_all(records: list[Record]) -> list[Record]:
     runs = [r for r in records if r["kind"] == "step" and r["mode"] == "weak"]
     alone = {r["strategy"]: r for r in runs if r["world_size"] == 1 and r["link"] == "one host"}
-    beside = {r["beside"]: r for r in records if r["kind"] == "beside"}
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for run in (r for r in runs if r["world_size"] > 1):
             one = alone[run["strategy"]]
             links = next(r for r in records if r["kind"] == "links" and same_place(r, run))
             cluster = Cluster(CORE, run["world_size"], measured=fitted(links))
-            slower = beside[run["world_size"]]["step_seconds"]["median"] / alone["fsdp"]["step_seconds"]["median"]
+            slower = run["probe_seconds"]["median"] / one["probe_seconds"]["median"]
             predicted = predict(one, run, cluster, slower, Path(directory))
             measured = run["step_seconds"]["median"]
             rows.append({
                 "case": f"{run['strategy']} on {run['world_size']} ranks, {place(run)}",
                 "measured": measured, "predicted": predicted, "error": predicted / measured - 1,
-                "one_rank": one["step_seconds"]["median"], "slower_side_by_side": slower,
+                "one_rank": one["step_seconds"]["median"], "slower": slower,
             })  # fmt: skip
     return rows
 

@@ -9,7 +9,6 @@ cluster:
     python benchmarks/scaling.py --ranks 1 2 4 --strategies fsdp zero3 ddp     # starts the launches itself, here
     python benchmarks/scaling.py --hosts 1 2 --mbit 1000 --delay-ms 5          # on made hosts (Linux, root)
     python benchmarks/scaling.py --links --ranks 2                             # single collectives by size
-    python benchmarks/scaling.py --beside 2 4                                  # runs of one rank, at once
     python benchmarks/scaling.py --draw [--out results/DIR]                    # curves of the records there
 
 weak: every rank has the same rows whatever the world size. strong: --global-batch rows are divided, and what
@@ -27,6 +26,9 @@ rounds; --passes makes the launches several times, in rotating order, and append
 they were measured, and of them median, min and max. Efficiency is computed where the curves are drawn:
 throughput per rank over that of the smallest world size of the curve. first_loss is the same for every strategy,
 and in strong scaling for every world size, or something else was computed.
+
+probe_seconds is a fixed piece of work that each rank does by itself before each round, at the same time as the
+others: it tells how fast the machine was just then, where neighbours or ranks share it.
 
 Bytes are those of a collective's whole vector in one step: what an all-gather has gathered, what a reduce-scatter
 or an all-reduce sums. A ring sends (N-1)/N of it to each rank, an all-reduce twice as much. collectives counts by
@@ -50,7 +52,7 @@ from _results import RESULTS
 from _scaling_curves import draw_all
 from _scaling_links import measure_links
 from _scaling_run import measure
-from _scaling_start import start_all, start_beside
+from _scaling_start import start_all
 
 from dora_dist.cli import leave
 from dora_dist.errors import UserError
@@ -69,8 +71,6 @@ def main(arguments: list[str] | None = None) -> int:
         if args.draw:
             if not draw_all(args.out or RESULTS / "scaling"):
                 raise UserError(f"--draw: there are no records in {str(args.out or RESULTS / 'scaling')!r}")
-        elif not launched and args.beside:
-            return start_beside(args)
         elif not launched and (args.ranks or args.hosts):
             return start_all(args)
         else:
@@ -125,7 +125,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     start = parser.add_argument_group("without a launcher")
     start.add_argument("--ranks", type=int, nargs="+", metavar="N", help="launches on this machine")
     start.add_argument("--hosts", type=int, nargs="+", metavar="N", help="launches on as many made hosts")
-    start.add_argument("--beside", type=int, nargs="+", metavar="N", help="as many runs of one rank at once")
     start.add_argument("--ranks-per-host", type=int, nargs="+", default=[1], metavar="N")
     start.add_argument("--mbit", type=float, help="that a made host can send, in Mbit/s; default: no limit")
     start.add_argument("--delay-ms", type=float, default=0.0, help="of a packet from a made host to another")

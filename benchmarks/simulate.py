@@ -73,7 +73,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--net", default="400g", help="Gb/s of each GPU between machines")
     parser.add_argument("--micro", type=int, default=ROWS, help="rows of a micro-batch; the rest is accumulated")
     parser.add_argument("--out", type=Path, default=OUT)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.micro < 1 or ROWS % args.micro:
+        parser.error(f"--micro: {args.micro} does not divide the {ROWS} rows of a step")
+    return args
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:

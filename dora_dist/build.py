@@ -118,7 +118,7 @@ def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from
             files.hold_four_bit(find_four_bit(files))
         check_shapes(files, model)
     base = Base(base_fingerprint(files, directory, config.train.seed), str(config.quant))
-    if config.dora.init_from is not None:
+    if config.dora.init_from is not None and from_files:
         check_adapter_files(config.dora.init_from, base, config.dora.accept_other_base, "dora.init_from")
     causal = config.model.task == "causal_lm"
     plain_logits = causal and has_plain_logits(model)

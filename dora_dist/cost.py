@@ -153,5 +153,5 @@ def collective_time(collective: Collective, cluster: Cluster) -> float:
         machines = -(-ranks // on_node)
         # A machine's ranks each bring their own network link, and share what comes in.
         rate = min(inside.rate, cluster.net.rate * on_node)
-        hops = (machines - 1) * cluster.net.latency + (on_node - 1) * inside.latency
+        hops = (machines - 1) * cluster.net.latency + (ranks - machines) * inside.latency
     return passes * (hops + collective.bytes * (ranks - 1) / ranks / (rate * device.link_share))

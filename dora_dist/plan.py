@@ -14,6 +14,7 @@ from dora_dist.backends.process import Processes
 from dora_dist.build import draw_blueprint, strategy_for
 from dora_dist.config import ParallelConfig, RunConfig
 from dora_dist.cost import StepTime, step_time
+from dora_dist.errors import UserError
 from dora_dist.hardware import ASSUMPTIONS, GB, GPUS, Cluster
 from dora_dist.rehearse import LOADING, Job, Rehearsed, rehearse
 from dora_dist.trace import HOST
@@ -82,9 +83,14 @@ def make_plan(config: RunConfig, directory: Path, cluster: Cluster, advise: bool
     model = draw_blueprint(config, directory, cluster.gpus, from_files=False).model
     plan = _plan(config, directory, cluster, model, gpu)
     changes: list[Change] = []
+    chosen: dict[str, Any] = {}
     for settings in _smaller(config, plan.strategy, cluster) if advise and not plan.fits else ():
-        found = _plan(_with(config, settings), directory, cluster, model, gpu)
-        changes.append(Change(settings, found.peak, found.fits, found.time.total))
+        try:
+            found = _plan(_with(config, {**chosen, **settings}), directory, cluster, model, gpu)
+        except UserError:  # another setting rules it out
+            continue
+        chosen |= settings
+        changes.append(Change(dict(chosen), found.peak, found.fits, found.time.total))
         if found.fits:
             break
     return replace(plan, changes=changes)
@@ -101,7 +107,7 @@ def _plan(config: RunConfig, directory: Path, cluster: Cluster, model: nn.Module
 
 
 def _smaller(config: RunConfig, strategy: str, cluster: Cluster) -> list[dict[str, Any]]:
-    """What to change, one thing after the other, the cheapest first; each entry holds those before it."""
+    """What to change, one thing after the other, the cheapest first."""
     train = config.train
     wanted: list[dict[str, Any]] = []
     if not train.activation_checkpointing:
@@ -119,10 +125,9 @@ def _smaller(config: RunConfig, strategy: str, cluster: Cluster) -> list[dict[st
         wanted.append({"parallel.cpu_offload": True})
     if config.data.seq_len > 512:
         wanted.append({"data.seq_len": max(512, config.data.seq_len // 4)})
-    steps: list[dict[str, Any]] = []
-    for settings in wanted:
-        steps.append({**(steps[-1] if steps else {}), **settings})
-    return steps
+    if wanted and config.parallel.strategy == "auto":  # which would choose anew
+        wanted[0].setdefault("parallel.strategy", strategy)
+    return wanted
 
 
 def _with(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
@@ -141,7 +146,8 @@ def why_it_does_not_fit(config: RunConfig, directory: Path, processes: Processes
     device = replace(GPUS["h100"], name=processes.device.type, memory=memory)  # rates do not matter here
     if not gpu:
         device = replace(device, reserved=0.0)
-    nodes = processes.world_size // processes.local_world_size
+    nodes, uneven = divmod(processes.world_size, processes.local_world_size)
+    nodes = 1 if uneven else nodes
     plan = make_plan(config, directory, Cluster(device, processes.world_size, nodes), gpu=gpu)
     if plan.fits:
         return None
@@ -180,7 +186,7 @@ def as_text(plan: Plan) -> str:
     if sent:
         lines.append(f"  {sent / GB:10.2f} GB gathered and reduced, {100 * norms / sent:.3f} % for the norms")
     lines += ["", _verdict(plan)]
-    lines += [f"  {_settings(c.settings)}: {c.peak / GB:.1f} GB, {c.seconds:.2f} s a step" for c in plan.changes]
+    lines += [f"  {_settings(c.settings)}: {_size(c.peak)}, {c.seconds:.2f} s a step" for c in plan.changes]
     lines += ["", "counted by a rehearsal on fake tensors; times from published rates, not measured:"]
     return "\n".join([*lines, *(f"  - {assumption}" for assumption in ASSUMPTIONS)])
 
@@ -202,11 +208,15 @@ def _strategy(plan: Plan) -> str:
 def _verdict(plan: Plan) -> str:
     limit = plan.cluster.device.usable()
     if plan.fits:
-        return f"it fits: {plan.peak / GB:.1f} of {limit / GB:.1f} GB"
-    line = f"it does not fit: a device would hold {plan.peak / GB:.1f} GB of {limit / GB:.1f} GB"
+        return f"it fits: {_size(plan.peak)} of {_size(limit)}"
+    line = f"it does not fit: a device would hold {_size(plan.peak)} of {_size(limit)}"
     if plan.changes and plan.changes[-1].fits:
         return f"{line}. The last of these would:"
     return f"{line}, and none of these changes is enough: take more GPUs, or larger ones"
+
+
+def _size(size: float) -> str:
+    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

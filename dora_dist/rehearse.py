@@ -13,6 +13,8 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -22,6 +24,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -45,6 +48,7 @@ from dora_dist.trace import HOST, REDUCED, Call, Collective, Tracer
 from dora_dist.trainer import Trainer
 from dora_dist.weights import base_tensors, packed_layers
 
+_attend = F.scaled_dot_product_attention
 _SHORT = {"zero3": (3, 5)}  # blocks of the two short versions, else 2 and 3: ZeRO-3 is at two blocks at a time
 _STEPS = {"zero3": 3}  # else 2: the second has the optimizer's states, the third ZeRO-3's prefetches
 _ALLOCATION = 512  # what torch's CUDA allocator rounds up to
@@ -53,6 +57,7 @@ STATES, GRADIENTS, ACTIVATIONS = "optimizer states", "gradients", "activations"
 LOGITS, BACKWARD, OTHER, ROWS = "logits and loss", "backward's own tensors", "other", HOST + "rows of files"
 LOADING, FORWARD, HEAD, BACK, STEP, REFRESH = "loading", "forward", "loss", "backward", "optimizer step", "norms"
 
+_UNKNOWN = "this run cannot be rehearsed, so whether it fits is not known: "
 # What goes through a weight piece by piece holds the same for each.
 _PIECES = ((packed, "_pieces"), (weights, "_pieces"), (decomposition, "row_tiles"), (products, "row_tiles"))
 _PINNED = {HOST + tag for tag in (BASE, SCALES, TRAINED, GRADIENTS)}
@@ -131,18 +136,41 @@ def rehearse(job: Job) -> Rehearsed:
         UserError: the configuration is refused, as training would.
         RunFailed: its code does something that fake tensors cannot.
     """
+    job = replace(job, config=_plain(job.config))
     total, depths = _depths(job)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with context.Pool(len(depths), maxtasksperchild=1) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as pools:
+        futures = [
+            pools.enter_context(ProcessPoolExecutor(1, mp_context=context)).submit(
+                _in_child, replace(job, blocks=n)
+            )
+            for n in depths
+        ]
         try:
-            runs = tuple(pool.map(rehearse_here, [replace(job, blocks=n) for n in depths], chunksize=1))
-        except UserError:
-            raise
-        except Exception as error:  # whatever a model's or a library's code does not do with fake tensors
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RunFailed(f"this run cannot be rehearsed, so whether it fits is not known: {reason}") from error
+            found = [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise RunFailed(_UNKNOWN + "its process was killed; perhaps the machine has no memory left") from None
+    for result in found:
+        if isinstance(result, Exception):
+            raise result
+    runs = tuple(result for result in found if isinstance(result, Short))
     return Rehearsed(job, runs[0].strategy, total, runs)
+
+
+def _in_child(job: Job) -> "Short | UserError | RunFailed":
+    """Errors as values: not all that libraries raise can be sent to another process."""
+    try:
+        return rehearse_here(job)
+    except UserError as error:
+        return UserError(str(error))
+    except Exception as error:  # whatever a model's or a library's code does not do with fake tensors
+        return RunFailed(_UNKNOWN + (str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def _plain(config: RunConfig) -> RunConfig:
+    """Without what changes nothing here: the values of an adapter to go on from, and compilation."""
+    dora, train = replace(config.dora, init_from=None), replace(config.train, compile=False)
+    return replace(config, dora=dora, train=train)
 
 
 def _depths(job: Job) -> tuple[int, Sequence[int | None]]:
@@ -170,6 +198,8 @@ def rehearse_here(job: Job) -> Short:
         around.enter_context(fake_group(job.world_size, job.ranks_per_node))
         if job.gpu:
             around.enter_context(rehearsed_gpu())
+            attend = mock.patch.object(F, "scaled_dot_product_attention", _without_dropout)
+            around.enter_context(attend)
         if job.around is not None:
             around.enter_context(job.around())
         processes = Processes()
@@ -182,32 +212,38 @@ def rehearse_here(job: Job) -> Short:
             around.enter_context(mock.patch.object(module, name, _first_of(getattr(module, name))))
         tracer = Tracer(collective_of, **({"rounded": _rounded} if job.gpu else {"scratch_of": _gloo_scratch}))
         around.enter_context(shapes_uncounted(tracer.paused))
+        batch = _batch(job.config, job.world_size)  # real: the lengths of documents are read
         around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         around.enter_context(tracer)
         count = sum(1 for _ in blocks(blueprint.model))
-        _run(job, blueprint, strategy, tracer)
+        _run(job, blueprint, strategy, tracer, batch)
         return Short(strategy.name, count, {k: dict(v) for k, v in tracer.peaks.items()}, tracer.calls)
 
 
-def _run(job: Job, blueprint: Blueprint, strategy: Strategy, tracer: Tracer) -> None:
+def _run(job: Job, blueprint: Blueprint, strategy: Strategy, tracer: Tracer, batch: GlobalBatch) -> None:
     config = job.config
     stay_fake(blueprint.model)
     blueprint.model.config.pad_token_id = 0  # type: ignore[union-attr]  # RunData sets one: classifiers ask for it
-    offloaded = HOST if config.parallel.cpu_offload and job.gpu else ""
-    tracer.enter(LOADING, offloaded + BASE)
+    offloaded = HOST if config.parallel.cpu_offload and job.gpu else ""  # states and gradients
+    weights_at = offloaded if strategy.name in ("fsdp", "zero3") else ""
+    tracer.enter(LOADING, weights_at + BASE)
     blueprint = replace(blueprint, files=_Files(blueprint.model, tracer))  # type: ignore[arg-type]
     built = build(blueprint, strategy)
     gc.collect()
-    _tell_apart(built, tracer, offloaded)
+    _tell_apart(built, tracer, weights_at)
     send_in_python(built.engine.module)
     _tell_head(built.model, tracer)
-    config = replace(config, train=replace(config.train, compile=False))
     steps = _STEPS.get(strategy.name, 2)
     told: Any = SimpleNamespace(steps=steps, causal=config.model.task == "causal_lm")
     trainer = Trainer(config, built, strategy, told, log=None, watch=_Watch(tracer, offloaded))  # type: ignore[arg-type]
     for _ in range(steps):
         tracer.calls = []
-        trainer.train_step(_batch(config, built.model, strategy.processes.world_size))
+        trainer.train_step(batch)
+
+
+def _without_dropout(*arguments: Any, dropout_p: float = 0.0, **options: Any) -> Tensor:
+    """GPUs' kernels drop without holding what they drop; a CPU's attention would fall back to its definition."""
+    return _attend(*arguments, **options)
 
 
 def _first_of(pieces: Callable) -> Callable:
@@ -306,7 +342,7 @@ class _Files:
             return torch.empty(rows.stop - rows.start, self.shapes[name][1], dtype=self._dtypes[name])
 
 
-def _batch(config: RunConfig, model: Any, world_size: int) -> GlobalBatch:
+def _batch(config: RunConfig, world_size: int) -> GlobalBatch:
     """One step's full rows: of two micro-batches where there are more, the first stands for all but the last."""
     B, T = config.train.micro_batch_size, config.data.seq_len
     ids = torch.zeros(B, T, dtype=torch.long)

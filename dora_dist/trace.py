@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 HOST = "host: "
 """What is held for something that begins so lies in host memory."""
 GATHERED, REDUCED = "gathered weights", "gradients under way"
+_COPY_IN = "all_gather_copy_in"  # FSDP2's
 _MAKES_NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _ANSWERS = {torch.bool: True, torch.uint8: 0}  # to the host that asks for a tensor's value; else 1
 
@@ -103,7 +104,7 @@ class Tracer(TorchDispatchMode):
 
     def rename(self, old: str, new: str) -> None:
         """All that is held for `old` is held for `new` from now on."""
-        for held in self._held.values():
+        for held in list(self._held.values()):
             if held.tag == old:
                 self._set(held, held.bytes, new)
 
@@ -172,7 +173,6 @@ class Tracer(TorchDispatchMode):
         written = {*new, *(self._hold(t).number for t in changed or (inputs if collective else ()))}
         if collective is not None:
             self._begin(collective, inputs)
-        flops = flop_registry.get(func._overloadpacket)
         touched = [*inputs, *new.values()]
         call = Call(
             func._opname,
@@ -181,12 +181,15 @@ class Tracer(TorchDispatchMode):
             tuple(written),
             sum(_extent(t) for t in touched),
             sum(_extent(t) for t in touched if self._hold(t).tag.startswith(HOST)),
-            0 if flops is None else int(flops(*args, **kwargs, out_val=result)),
+            _flops(func, args, kwargs, result),
             inputs[0].dtype if inputs else torch.float32,
             self.micro,
             collective,
         )
         self.calls.append(call)
+        if func._opname == _COPY_IN and call.host_bytes:  # offloaded rows lie on the GPU until they are sent
+            self._add(GATHERED, call.host_bytes)
+            self._add(GATHERED, -call.host_bytes)
 
     def _begin(self, collective: Collective, tensors: list[Tensor]) -> None:
         """A collective is under way."""
@@ -236,6 +239,25 @@ class Tracer(TorchDispatchMode):
         if self._totals[on_host] >= self._most[key]:
             self._most[key] = self._totals[on_host]
             self.peaks[key] = {t: n for t, n in self.live.items() if n and t.startswith(HOST) == on_host}
+
+
+def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Of one call. Attention, which torch counts as if it were not causal or, on CPUs, not at all, by a rule here:
+    two products of [T, D] with [D, S] a head in the forward, five in the backward."""
+    name = func._opname
+    if "attention_for_cpu" in name or "varlen_attn" in name:
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        products = 5 if "backward" in name else 2
+        query, key = given["query"], given["key"]
+        if "varlen" in name:  # [B T, N, D]; `max_k`: the longest document
+            pairs, causal = query.shape[0] * int(given["max_k"]), True
+            heads, D = query.shape[1], query.shape[2]
+        else:
+            B, heads, T, D = query.shape
+            pairs, causal = B * T * key.shape[2], bool(given.get("is_causal"))
+        return 2 * products * pairs * heads * D // (2 if causal else 1)
+    counted = flop_registry.get(func._overloadpacket)
+    return 0 if counted is None else int(counted(*args, **kwargs, out_val=result))
 
 
 def _extent(tensor: Tensor) -> int:

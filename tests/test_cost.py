@@ -76,6 +76,8 @@ def test_rings():
     across = Cluster(DEVICE, 16, 2, Link(0.05e9, 0.25))  # 8 links a machine: 0.4e9 between them
     expected = 8e9 * 15 / 16 / 0.4e9 + 0.25
     assert collective_time(inside._replace(ranks=16), across) == pytest.approx(expected)
+    hops = replace(across, device=replace(DEVICE, link=Link(1e9, 0.125)))  # 14 of the 15 steps are inside machines
+    assert collective_time(inside._replace(ranks=16), hops) == pytest.approx(expected + 14 * 0.125)
     replicas = inside._replace(kind="all_reduce", ranks=2, stride=8)  # one rank of each machine
     assert collective_time(replicas, across) == pytest.approx(2 * (8e9 / 2 / 0.05e9 + 0.25))
     measured = replace(ONE_NODE, measured={"all_gather": Link(4e9, 1.0)})

@@ -36,6 +36,7 @@ def test_our_settings_become_deepspeed_s():
         "stage3_max_live_parameters": 2000,
         "stage3_prefetch_bucket_size": 1000,
         "stage3_max_reuse_distance": 0,
+        "stage3_param_persistence_threshold": 0,
     }
     assert not {"bf16", "fp16"} & got.keys()  # they would round the magnitudes
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from dora_dist.backends.process import Processes
 from dora_dist.build import draw_blueprint
 from dora_dist.cli import main
 from dora_dist.errors import UserError
-from dora_dist.hardware import find_cluster
+from dora_dist.hardware import GPUS, find_cluster
 from dora_dist.plan import as_json, as_text, certainly_fits, make_plan
 
 YAML = """
@@ -23,6 +24,9 @@ dora: {{targets: all-linear}}
 data: {{train: none, seq_len: 1024}}
 train: {{steps: 1}}
 """
+
+
+IN_CHILD = rehearse._in_child
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +93,14 @@ def check_as_training_does(config, memory):
     )
 
 
-def fails(_):
+def raises(_):
     raise NotImplementedError("an operator\nwithout a fake")
+
+
+def fails(job):
+    """In the child."""
+    rehearse.rehearse_here = raises
+    return IN_CHILD(job)
 
 
 def test_train_refuses_what_does_not_fit_before_loading(tmp_path):
@@ -108,7 +118,7 @@ def test_train_refuses_what_does_not_fit_before_loading(tmp_path):
 def test_a_rehearsal_that_fails_does_not_stop_training(tmp_path, monkeypatch):
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, hidden_size=64, num_attention_heads=2)
 
-    monkeypatch.setattr(rehearse, "rehearse_here", fails)
+    monkeypatch.setattr(rehearse, "_in_child", fails)
     (warning,) = check_as_training_does(config_of(model), 1e6)
     assert warning.startswith("warning: this run cannot be rehearsed") and warning.endswith(": an operator")
 
@@ -121,6 +131,16 @@ def test_a_bound_that_holds(tmp_path):
     while not certainly_fits(draw_blueprint(config, model).model, config, memory):
         memory *= 1.2
     assert rehearse.rehearse(rehearse.Job(config, model, 1, 1, gpu=False)).peak() < memory / 2
+
+
+def test_advice_that_another_setting_rules_out_is_left_out(tmp_path):
+    """An 8-bit optimizer does not go with fsdp, which would be the next thing to try."""
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **sizes)
+    config = config_of(model, "zero2", optimizer="adamw8bit")
+    cluster = replace(find_cluster("h100", 2), device=replace(GPUS["h100"], memory=1e6, reserved=0.0))
+    plan = make_plan(config, model, cluster)
+    assert plan.changes and all("parallel.strategy" not in change.settings for change in plan.changes)
 
 
 def test_the_command_line_knows_the_verb():

@@ -1,6 +1,8 @@
 """A rehearsal holds and sends what a real run does, and short models tell of deep ones."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from dora_dist.config import (
 )
 from dora_dist.cost import step_time
 from dora_dist.data import GlobalBatch
+from dora_dist.errors import RunFailed, UserError
 from dora_dist.hardware import find_cluster
 from dora_dist.rehearse import BACK, FORWARD, LOADING, REFRESH, Job, rehearse
 from dora_dist.trainer import Trainer
@@ -176,8 +179,6 @@ def test_loading_holds_rows_of_files_on_the_host(tmp_path):
 
 
 def test_mistakes_are_told_as_in_training(tmp_path):
-    from dora_dist.errors import UserError
-
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
     config = config_of(model, "fsdp", replicas=3)
     with pytest.raises(UserError, match="replicas: 3"):
@@ -185,3 +186,43 @@ def test_mistakes_are_told_as_in_training(tmp_path):
     wrong = replace(config, dora=DoraConfig(targets=["nothing"]))
     with pytest.raises(UserError, match="nothing"):
         rehearse(Job(wrong, model, 4, 4))
+
+
+def test_attention_is_counted_once_and_causal(tmp_path):
+    """Packed rows of one document each and plain ones do the same arithmetic: half of all pairs of tokens."""
+    model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
+    found = {}
+    for packing in (False, True):
+        config = config_of(model, rows=2, length=64, dtype="bfloat16", packing=packing)
+        calls = rehearse(Job(config, model, 1, 1)).runs[0].calls
+        found[packing] = sum(c.flops for c in calls if "attention" in c.name or "attn" in c.name)
+    pairs, layers = 2 * 64 * 64 / 2, 2
+    assert found[False] == found[True] == layers * 2 * (2 + 5) * pairs * SIZES["hidden_size"]
+
+
+def test_an_adapter_to_go_on_from_changes_nothing(tmp_path):
+    model = write(tmp_path / "model", num_hidden_layers=7, vocab_size=512, **SIZES)
+    config = config_of(model)
+    plain = rehearse(Job(config, model, 1, 1)).peak()
+    (tmp_path / "adapter").mkdir()
+    going_on = replace(config, dora=replace(config.dora, init_from=str(tmp_path / "adapter")))
+    assert rehearse(Job(going_on, model, 1, 1)).peak() == plain
+
+
+@pytest.mark.parametrize(("strategy", "on_gpu"), [("zero2", True), ("zero3", False)])
+def test_zero_offloads_states_and_only_stage_3_the_weights(strategy, on_gpu, tmp_path):
+    model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
+    config = config_of(model, strategy, cpu_offload=True, dtype="bfloat16")
+    held = rehearse(Job(config, model, 2, 2)).peaks()[REFRESH, False]
+    assert ("base weights" in held) == on_gpu
+
+
+def dies(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_rehearsal_does_not_hang(tmp_path, monkeypatch):
+    model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
+    monkeypatch.setattr(rehearsals, "_in_child", dies)
+    with pytest.raises(RunFailed, match="was killed"):
+        rehearse(Job(config_of(model), model, 1, 1))
