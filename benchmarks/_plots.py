@@ -17,7 +17,8 @@ def main() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         draw(json.loads(path.read_text()), path.with_suffix(".png"))
     draw_all(RESULTS / "scaling")
-    draw_simulated(SIMULATED.with_suffix(".png"))
+    if SIMULATED.is_file():
+        draw_simulated(SIMULATED.with_suffix(".png"))
 
 
 def draw(results: dict[str, Any], out: Path) -> None:

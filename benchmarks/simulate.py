@@ -54,6 +54,7 @@ CASES = [
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     everything = json.loads(args.out.read_text()) if args.out.is_file() else {}
     with tempfile.TemporaryDirectory() as directory:
         for case in args.cases:
