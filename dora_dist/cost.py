@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 
 from dora_dist.hardware import Cluster, Link
 from dora_dist.rehearse import STEP, Rehearsed, Short
-from dora_dist.trace import Call, Collective
-
-_COPY_IN = "all_gather_copy_in"  # FSDP2's, on the gather's stream
+from dora_dist.trace import COPY_IN, Call, Collective
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def simulate(calls: Sequence[Call], cluster: Cluster) -> StepTime:
             written.update(dict.fromkeys(call.writes, start + takes))
             if call.collective.kind == "all_gather":
                 gathered.update(call.writes)
-        elif call.name == _COPY_IN and not device.blocking:
+        elif call.name == COPY_IN and not device.blocking:  # on the gather's stream
             takes = kernel_time(call, cluster)
             written.update(dict.fromkeys(call.writes, max(gate, ready) + takes))
         else:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 HOST = "host: "
 """What is held for something that begins so lies in host memory."""
 GATHERED, REDUCED = "gathered weights", "gradients under way"
-_COPY_IN = "all_gather_copy_in"  # FSDP2's
+COPY_IN = "all_gather_copy_in"  # FSDP2's
 _MAKES_NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _ANSWERS = {torch.bool: True, torch.uint8: 0}  # to the host that asks for a tensor's value; else 1
 
@@ -187,7 +187,7 @@ class Tracer(TorchDispatchMode):
             collective,
         )
         self.calls.append(call)
-        if func._opname == _COPY_IN and call.host_bytes:  # offloaded rows lie on the GPU until they are sent
+        if func._opname == COPY_IN and call.host_bytes:  # offloaded rows lie on the GPU until they are sent
             self._add(GATHERED, call.host_bytes)
             self._add(GATHERED, -call.host_bytes)
 
