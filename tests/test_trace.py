@@ -17,8 +17,8 @@ def test_what_is_held_at_the_fullest_by_phase():
     with FakeTensorMode(), traced() as tracer:
         tracer.enter("first", "a")
         kept = torch.empty(MB)  # 4 MB
-        for _ in range(3):
-            del_me = torch.empty(2 * MB)  # freed before the next
+        for size in (MB, 2 * MB, MB):  # each freed before the next, and the fullest moment in the middle
+            del_me = torch.empty(size)
             del del_me
         tracer.enter("second", "b")
         other = kept.view(-1, 2).t() * 2  # views hold nothing, a product does
