@@ -49,7 +49,7 @@ from dora_dist.trainer import Trainer
 from dora_dist.weights import base_tensors, packed_layers
 
 _attend = F.scaled_dot_product_attention
-_SHORT = {"zero3": (3, 5)}  # blocks of the two short versions, else 2 and 3: ZeRO-3 is at two blocks at a time
+_SHORT = {"zero3": (3, 5)}  # blocks of the two short versions, else 3 and 4: ZeRO-3 is at two blocks at a time
 _STEPS = {"zero3": 3}  # else 2: the second has the optimizer's states, the third ZeRO-3's prefetches
 _ALLOCATION = 512  # what torch's CUDA allocator rounds up to
 BASE, SCALES, TRAINED, NORMS = "base weights", "scales of 4-bit weights", "A, B and m", "norms and other buffers"
@@ -179,7 +179,7 @@ def _depths(job: Job) -> tuple[int, Sequence[int | None]]:
     model = draw_blueprint(config, job.directory, job.world_size, from_files=False).model
     found = [_signature(block) for block in blocks(model)]
     equal = len(set(found)) == 1
-    short = _SHORT.get(config.parallel.strategy, (2, 3))
+    short = _SHORT.get(config.parallel.strategy, (3, 4))
     return len(found), short if equal and len(found) > short[1] else (None,)
 
 

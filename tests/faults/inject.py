@@ -132,9 +132,9 @@ class Injector:
             engine = trainer.built.engine
             backward, step = engine.backward, engine.step
 
-            def watched_backward(loss, last):
+            def watched_backward(loss):
                 factor = self.reach("backward", trainer.progress.step + 1)
-                backward(loss if factor == 1 else loss * factor, last)
+                backward(loss if factor == 1 else loss * factor)
 
             def watched_step():
                 self.reach("step", trainer.progress.step + 1)
