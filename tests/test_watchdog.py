@@ -31,7 +31,8 @@ def start(directory: Path, *arguments: str, launcher: str = "torchrun", ranks: i
 
 
 def runs(directory: Path) -> bool:
-    return wait_until(lambda: any(int(p.read_text() or 0) > 30 for p in directory.glob("life-*")), 60)
+    """And has for longer than a beat takes."""
+    return wait_until(lambda: any(int(p.read_text() or 0) > 150 for p in directory.glob("life-*")), 60)
 
 
 def errors(output: str) -> list[str]:
@@ -61,6 +62,24 @@ def test_a_rank_that_is_late_is_named(tmp_path):
     (line,) = errors(output)
     said = r"has waited for \d s \(parallel.timeout_s: 2\); missing is rank 1 \(\S+\), which is still in"
     assert re.fullmatch(rf"step 20, sum: rank 0 \(\S+\) {said} step 20, pause", line)
+
+
+def test_a_rank_that_is_lost_while_another_saves_is_named(tmp_path):
+    """Nobody has to be quick there, but all have to live."""
+    with start(tmp_path, "2", "1000000", "save") as launch:
+        assert runs(tmp_path)
+        saving, waiting = launch.rank(0), launch.rank(1)
+        assert not wait_until(lambda: saving not in launch.processes(), 8)
+        os.kill(waiting, signal.SIGSTOP)
+        assert wait_until(lambda: saving not in launch.processes(), 20)
+        os.kill(waiting, signal.SIGKILL)
+        status, output = launch.end()
+    assert status != 0
+    (line,) = errors(output)
+    assert line.startswith("step 20, saving: rank 0 ")
+    assert re.search(
+        r"missing is rank 1 \(\S+\), which no longer answers and was last heard of in step 20, saving$", line
+    )
 
 
 def test_the_error_of_a_collective_becomes_the_name_of_the_rank_that_has_left(tmp_path):
@@ -119,6 +138,12 @@ def test_who_is_missing_follows_from_two_looks_at_the_beats(monkeypatch):
     assert describe_missing(0, 4, place[0], before, beats(r0=8, r1=5, r2=8, r3=8)) == silent
     assert describe_missing(0, 2, place[0], {}, beats(r0=8)) == "rank 1, never heard of"
     assert describe_missing(0, 2, place[0], before, beats(r0=8, r1=8)) is None
+    saves = Place(7, 4, "saving", watched=False)
+    assert describe_missing(0, 4, saves, before, all_live) is None
+    assert describe_missing(0, 4, saves, before, beats(r0=8, r1=5, r2=8, r3=8)) == silent
+    assert describe_missing(0, 2, saves, {}, beats(r0=8)) is None
+    place[1] = Place(8, 0, "the end")
+    assert describe_missing(0, 2, saves, before, beats(r0=8, r1=5)) is None
 
 
 def test_other_errors_and_single_processes_are_not_explained():

@@ -1,6 +1,8 @@
 """Run under a launcher: all-reduces under the watchdog, and one mishap of rank 1 in the run's first life.
 
-usage: watched_loop.py DIR TIMEOUT_S STEPS [MISHAP at step 20: kill, leave or dawdle]     DIR gets rank 0's step
+usage: watched_loop.py DIR TIMEOUT_S STEPS [MISHAP at step 20: kill, leave, dawdle or save]
+
+DIR gets rank 0's step. save is no mishap: rank 0 takes long at an unwatched place, for which the other waits.
 """
 
 import os
@@ -32,7 +34,13 @@ def main(directory: str, timeout_s: str, steps: str, mishap: str = "none") -> No
         for step in range(int(steps)):
             watch.at(step, "pause")
             time.sleep(0.01)
-            if (processes.rank, step, life) == (1, 20, "0"):
+            if mishap == "save" and step == 20:
+                watch.at(step, "saving", watched=False)
+                if processes.is_main:
+                    (Path(directory) / f"life-{life}").write_text("1000")
+                    time.sleep(600)
+                processes.told_by_main(None)
+            elif (processes.rank, step, life) == (1, 20, "0"):
                 MISHAPS[mishap]()
             watch.at(step, "sum")
             assert processes.sum_(torch.ones(1000)).eq(processes.world_size).all()

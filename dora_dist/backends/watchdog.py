@@ -30,6 +30,8 @@ _EARLY_S = 8.0  # before the limit: to listen, to speak, and to end before a col
 _ASLEEP_S = 5.0  # a thread that overslept by as much was stopped itself, and its waiting does not count
 _STORE_S = 2.0  # for an answer of the store, whose host may be the one that is gone
 _NAMED = 4  # ranks that a line names
+_APART_S = 0.01  # between the looks of two ranks where nothing is urgent: each asks the store for all ranks' beats
+_END = "the end"
 
 T = TypeVar("T")
 
@@ -57,6 +59,10 @@ class Beat:
     place: Place
     host: str
 
+    @property
+    def ended(self) -> bool:
+        return self.place.operation == _END
+
 
 Beats = dict[int, Beat]  # by rank
 
@@ -70,19 +76,22 @@ class Watchdog:
             ...
             watch.at(step, "forward of micro-batch 2")
 
-    An error of a collective that a missing rank has caused ends the process in the same way. A single process is
-    not watched. On GPUs an operation is the one that the host is in: the device may be behind it.
+    What is not watched may take any time, but there, too, no rank may be silent for half of `timeout_s`. An error
+    of a collective that a missing rank has caused ends the process in the same way. A single process is not
+    watched. On GPUs an operation is the one that the host is in: the device may be behind it.
     """
 
     def __init__(self, processes: Processes, timeout_s: float):
         self.processes, self.timeout_s = processes, timeout_s
         self._place = Place(0, 0, "start", watched=False)
         self._over = threading.Event()
+        self._thread: threading.Thread | None = None
         self._board = _Board(processes)
 
     def __enter__(self) -> "Watchdog":
         if self.processes.world_size > 1:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(
@@ -90,6 +99,9 @@ class Watchdog:
     ) -> None:
         line = None if error is None else self.explain(error)
         self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._board.write(Place(self._place.step, self._place.index + 1, _END))
         if line is not None:
             _leave(line, self._board.gone)
 
@@ -122,31 +134,38 @@ class Watchdog:
         return self._one_voice(f"error: {place}: {self._me} {lost}")
 
     def _watch(self) -> None:
-        """The thread: a beat a second; shortly before the limit a look at the others' beats, then a second."""
-        last, awake = time.monotonic(), 0.0
+        """The thread: a beat a second; shortly before the limit a look at the others' beats, and another later."""
+        last, awake, pause = time.monotonic(), 0.0, 0.0
         look: tuple[Place, float, Beats | None] | None = None  # where this rank stood, when, and what it saw
-        pause = 0.0
         while not self._over.wait(pause):
             now, place = time.monotonic(), self._place
             awake = now if now - last > _BEAT_S + _ASLEEP_S else awake
-            last, pause = now, _BEAT_S if self._board.write(place) else _MEETING_S
-            waited = now - max(place.since, awake)
-            if not place.watched or waited < max(self.timeout_s / 2, self.timeout_s - _EARLY_S):
+            met = self._board.write(place)
+            last, pause = now, _BEAT_S if met else _MEETING_S
+            since = max(place.since, awake)
+            if not met or now - since < self._patience(place):
                 continue
-            if look is None or look[0] is not place:
+            if look is None or look[0] is not place or look[1] < since:
                 look = (place, now, self._board.read())
-            left = look[1] + _LISTEN_S - now
+            left = look[1] + (_LISTEN_S if place.watched else max(_LISTEN_S, self.timeout_s / 2)) - now
             if left <= 0:
-                self._give_up(place, waited, look[2])
-            pause = min(_BEAT_S, max(left, 0.01))
+                self._give_up(place, now - since, look[2])
+                look = None
+            else:
+                pause = min(_BEAT_S, max(left, 0.01))
+
+    def _patience(self, place: Place) -> float:
+        """Seconds in one place before this rank looks at the others' beats."""
+        half = self.timeout_s / 2
+        return max(half, self.timeout_s - _EARLY_S) if place.watched else half + _APART_S * self.processes.rank
 
     def _give_up(self, place: Place, waited: float, before: Beats | None) -> None:
         missing = describe_missing(
             self.processes.rank, self.processes.world_size, place, before, self._board.read()
         )
         if missing is None:  # long work; or the network, where the collective's own limit ends it
-            if self._place is place:
-                self._place = dataclasses.replace(place, watched=False)
+            if self._place is place:  # from now on only silence counts
+                self._place = dataclasses.replace(place, watched=False, since=time.monotonic())
             return
         limit = f"parallel.timeout_s: {self.timeout_s:g}"
         line = f"error: {place}: {self._me} has waited for {waited:.0f} s ({limit}); missing is {missing}"
@@ -225,19 +244,26 @@ def describe_missing(
     rank: int, world_size: int, place: Place, before: Beats | None, now: Beats | None
 ) -> str | None:
     """The ranks that `rank` waits for, by two looks at the beats: those without a beat in between, or else those
-    at an earlier operation than the others; None where it is none of them."""
+    at an earlier operation than the others; None where it is none of them. At a place that is not watched others
+    may be late, or not have come yet."""
     if before is None or now is None:
         return f"{_store_host()}, which keeps the run's store and no longer answers"
     others = [other for other in range(world_size) if other != rank]
-    silent = [r for r in others if r not in now or (r in before and now[r].count == before[r].count)]
-    living = {r: beat.place for r, beat in now.items() if r not in silent} | {rank: place}
-    furthest = max((p.step, p.index) for p in living.values())
-    behind = [r for r, p in sorted(living.items()) if (p.step, p.index) < furthest]
+    silent = [
+        r for r in others if r in before and r in now and before[r].count == now[r].count and not now[r].ended
+    ]
+    if place.watched:
+        silent = sorted({*silent, *(r for r in others if r not in now)})
     if silent:
         return _names(silent, now, "which no longer answers and was last heard of in")
+    living = {r: beat.place for r, beat in now.items() if not beat.ended} | {rank: place}
+    furthest = max((p.step, p.index) for p in living.values())
+    behind = [r for r, p in sorted(living.items()) if (p.step, p.index) < furthest]
+    if not behind or not place.watched:
+        return None
     if rank in behind:
         return "this rank, for which others wait"
-    return _names(behind, now, "which is still in") if behind else None
+    return _names(behind, now, "which is still in")
 
 
 def _names(ranks: list[int], beats: Beats, state: str) -> str:
