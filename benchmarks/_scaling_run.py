@@ -21,10 +21,11 @@ from _results import default_path, environment, spread
 from _scaling_comm import Counter, Phases, Waits, profiled_exposure, trained
 
 from dora_dist.backends.process import Processes
-from dora_dist.build import build, choose_strategy, draw_blueprint, resolve_model
+from dora_dist.build import build, choose_strategy, draw_blueprint
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, RunConfig, TrainConfig, load_config
 from dora_dist.data import GlobalBatch
 from dora_dist.errors import UserError
+from dora_dist.hf_model import resolve_model
 from dora_dist.progress import peak_memory
 from dora_dist.trainer import Trainer
 from dora_dist.weights import base_tensors

@@ -6,30 +6,26 @@ Parameters stay on the meta device until they are sharded, so no rank ever holds
 tensor it is reading. Buffers (rotary frequencies) are real from the start: they are computed, not loaded.
 """
 
-import inspect
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dora_dist.adapter import check_adapter_files, load_adapter
-from dora_dist.attention import has_windows
 from dora_dist.backends.fsdp import Fsdp
 from dora_dist.backends.process import Processes
 from dora_dist.backends.replicated import Ddp, Single
 from dora_dist.backends.zero import Zero
-from dora_dist.config import ModelConfig, RunConfig
+from dora_dist.config import RunConfig
 from dora_dist.deepspeed_config import Sizes, deepspeed_config
 from dora_dist.engine import Engine
 from dora_dist.errors import UserError
-from dora_dist.files import check_path
 from dora_dist.fingerprint import Base, base_fingerprint
+from dora_dist.hf_model import check_model, classifier_head, load_with_transformers, meta_model
 from dora_dist.inject import inject_dora
 from dora_dist.loss import HeadLoss, attach_head_loss, has_plain_logits
 from dora_dist.norms import attach_norm_refresh, initialize_adapters
@@ -74,44 +70,13 @@ class Built:
     head_loss: HeadLoss | None = None  # see Blueprint
 
 
-def resolve_model(path: str, allow_pickle: bool = False, config_only: bool = False) -> Path:
-    """A local directory for `model.path`, downloading a hub id; pickles only where they are allowed, and no
-    weights at all with `config_only`.
-
-    Raises:
-        UserError: neither a directory with a config.json nor a hub id that can be fetched.
-    """
-    directory = Path(path)
-    check_path(path, "model.path")
-    if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise UserError(f"model.path: {path!r} has no config.json; expected a model in Hugging Face layout")
-        return directory
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise UserError(f"model.path: there is no directory {path!r}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["config.json"] if config_only else ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
-    wanted += ["pytorch_model*.bin"] * (allow_pickle and not config_only)
-    try:
-        return Path(snapshot_download(path, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.path: {path!r} is no directory, and as a hub id it cannot be fetched: {reason}"
-        ) from None
-
-
 def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from_files: bool = True) -> Blueprint:
     """The injected meta model of a run. Reads config.json and the headers of the weight files, no weight; without
     `from_files` config.json alone."""
     from_files = from_files and config.model.init == "pretrained"
     quantized = from_files and check_quantization(directory, config.quant)
-    model = _meta_model(config.model, directory)
-    _check_model(config, model)
-    if config.train.activation_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
-        raise UserError(f"train.activation_checkpointing: {type(model).__name__} does not support it")
+    model = meta_model(config.model, directory)
+    check_model(config, model)
     files = SafetensorsFiles(directory, config.model.allow_pickle) if from_files else None
     if files is not None:
         if quantized:
@@ -122,7 +87,7 @@ def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from
         check_adapter_files(config.dora.init_from, base, config.dora.accept_other_base, "dora.init_from")
     causal = config.model.task == "causal_lm"
     plain_logits = causal and has_plain_logits(model)
-    head = () if causal else _classifier_head(model)
+    head = () if causal else classifier_head(model)
     saved = [*config.dora.modules_to_save, *(h for h in head if h not in config.dora.modules_to_save)]
     inject_dora(model, replace(config.dora, modules_to_save=saved), base)
     if config.quant.scheme == "nf4":
@@ -228,118 +193,8 @@ def _load(blueprint: Blueprint, shards: Shards, processes: Processes) -> None:
             "differ from the model's, only 16-bit checkpoints can be loaded"
         )
     else:
-        load = partial(_load_with_transformers, config, files, blueprint.head)
+        load = partial(load_with_transformers, config, files, blueprint.head)
         load_whole(model, load, shards, processes)
-
-
-def _load_with_transformers(config: ModelConfig, files: SafetensorsFiles, head: tuple[str, ...]) -> nn.Module:
-    directory = files.directory
-    if (directory / "adapter_config.json").exists():
-        raise UserError(
-            f"model.path: {str(directory)!r} holds an adapter_config.json, which would have transformers load the "
-            "base that it names; remove it"
-        )
-    try:
-        model, info = _auto_class(config).from_pretrained(
-            directory,
-            output_loading_info=True,
-            use_safetensors=not files.pickled,
-            weights_only=True,  # pickles of anything but tensors are refused
-            **_model_arguments(config, directory),
-        )
-    except Exception as error:  # torch, safetensors and transformers share no base
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"model.path: the weights in {str(directory)!r} cannot be loaded: {reason}") from None
-    missing = [name for name in info["missing_keys"] if not name.startswith(tuple(f"{h}." for h in head))]
-    if missing:
-        raise UserError(
-            f"model.path: {str(directory)!r} holds no weights for {sorted(missing)[0]!r} ({len(missing)} missing)"
-        )
-    return model
-
-
-def _meta_model(config: ModelConfig, directory: Path) -> nn.Module:
-    arguments = _model_arguments(config, directory)
-    try:
-        with _parameters_on_meta():
-            model = _auto_class(config).from_config(**arguments)
-    except Exception as error:  # whatever a model's code makes of a wrong config.json
-        raise _bad_config(directory, error) from None
-    model.config.use_cache = False
-    return model
-
-
-def _model_arguments(config: ModelConfig, directory: Path) -> dict[str, Any]:
-    """What transformers is told, the same for the meta model and for its own loading."""
-    from transformers import AutoConfig
-
-    extra = {"num_labels": config.num_labels} if config.num_labels is not None else {}
-    try:
-        hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **extra)
-    except Exception as error:  # transformers' own validation raises many kinds
-        raise _bad_config(directory, error) from None
-    if hasattr(hf_config, "quantization_config"):
-        del hf_config.quantization_config  # what can be read of such weights, prequantized.py reads
-    return {
-        "config": hf_config,
-        "trust_remote_code": False,  # said, because unsaid it is asked for on the terminal
-        "dtype": getattr(torch, config.dtype),
-        "attn_implementation": config.attention,
-    }
-
-
-def _bad_config(directory: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"model.path: {str(directory / 'config.json')!r} cannot be used: {reason}")
-
-
-def _check_model(config: RunConfig, model: nn.Module) -> None:
-    hf_config: Any = model.config
-    if config.model.task == "sequence_classification":
-        if hf_config.num_labels < 2:
-            raise UserError(f"model.num_labels: {hf_config.num_labels}; a classifier needs at least 2")
-    elif any("MaskedLM" in name for name in getattr(hf_config, "architectures", None) or ()):
-        raise UserError(
-            f"model.task: causal_lm does not fit {hf_config.architectures[0]}, which sees the tokens it predicts; "
-            "sequence_classification does"
-        )
-    if config.data.packing and has_windows(hf_config):
-        raise UserError(f"data.packing: {type(model).__name__} has windowed attention, which packing would undo")
-    if config.data.packing and "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UserError(
-            f"data.packing: {type(model).__name__} takes no position_ids, by which rows are told apart"
-        )
-
-
-def _auto_class(config: ModelConfig) -> Any:
-    import transformers
-
-    if config.task == "causal_lm":
-        return transformers.AutoModelForCausalLM
-    return transformers.AutoModelForSequenceClassification
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters made inside go to the meta device; buffers, which modules compute, stay real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # a tied one is there already
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _classifier_head(model: nn.Module) -> tuple[str, ...]:
-    """A classifier's modules outside its base model: new to most checkpoints, so they are trained in full."""
-    base = getattr(model, "base_model_prefix", "")
-    return tuple(n for n, m in model.named_children() if n != base and any(True for _ in m.parameters()))
 
 
 def _sizes(model: nn.Module) -> Sizes:

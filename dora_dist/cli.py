@@ -121,7 +121,7 @@ def _plan(options: argparse.Namespace) -> None:
     from dora_dist.hardware import find_cluster
 
     cluster = find_cluster(options.gpu, options.gpus, options.nodes, options.net)
-    from dora_dist.build import resolve_model
+    from dora_dist.hf_model import resolve_model
     from dora_dist.plan import as_json, as_text, make_plan
 
     _quiet_transformers()

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dora_dist.hardware import Cluster, Link
-from dora_dist.rehearse import STEP, Rehearsed, Short
+from dora_dist.rehearse import Rehearsed, Short
+from dora_dist.stand_ins import STEP
 from dora_dist.trace import COPY_IN, Call, Collective
 
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from dora_dist.adapter_files import CONFIG, TENSORS
 from dora_dist.backends.process import Processes
 from dora_dist.backends.replicated import Single
-from dora_dist.build import Blueprint, build, draw_blueprint, resolve_model
+from dora_dist.build import Blueprint, build, draw_blueprint
 from dora_dist.config import ParallelConfig, QuantConfig, RunConfig
 from dora_dist.errors import UserError
 from dora_dist.files import check_link, read_header, read_json
+from dora_dist.hf_model import resolve_model
 from dora_dist.merge_weights import read_plan, write_weights
 from dora_dist.rundata import RunData, load_tokenizer
 

@@ -16,7 +16,8 @@ from dora_dist.config import ParallelConfig, RunConfig
 from dora_dist.cost import StepTime, step_time
 from dora_dist.errors import UserError
 from dora_dist.hardware import ASSUMPTIONS, GB, GPUS, Cluster
-from dora_dist.rehearse import LOADING, Job, Rehearsed, rehearse
+from dora_dist.rehearse import Job, Rehearsed, rehearse
+from dora_dist.stand_ins import LOADING
 from dora_dist.trace import HOST
 from dora_dist.weights import base_tensors
 

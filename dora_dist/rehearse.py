@@ -12,7 +12,7 @@ import logging
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack
@@ -23,7 +23,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -38,29 +37,34 @@ from dora_dist.backends.rehearsal import (
     shapes_uncounted,
     stay_fake,
 )
-from dora_dist.build import Blueprint, Built, Strategy, build, choose_strategy, draw_blueprint
+from dora_dist.build import Blueprint, Strategy, build, choose_strategy, draw_blueprint
 from dora_dist.config import RunConfig
 from dora_dist.data import GlobalBatch
 from dora_dist.errors import RunFailed, UserError
-from dora_dist.shards import Rectangle, blocks
+from dora_dist.shards import blocks
+from dora_dist.stand_ins import (
+    BASE,
+    LOADING,
+    Files,
+    Watch,
+    full_batch,
+    gloo_scratch,
+    rounded,
+    tell_apart,
+    tell_head,
+)
 from dora_dist.target import rehearsed_gpu
-from dora_dist.trace import HOST, REDUCED, Call, Collective, Tracer
+from dora_dist.trace import HOST, Call, Tracer
 from dora_dist.trainer import Trainer
-from dora_dist.weights import base_tensors, packed_layers
 
 _attend = F.scaled_dot_product_attention
 _SHORT = {"zero3": (3, 5)}  # blocks of the two short versions, else 3 and 4: ZeRO-3 is at two blocks at a time
 _STEPS = {"zero3": 3}  # else 2: the second has the optimizer's states, the third ZeRO-3's prefetches
-_ALLOCATION = 512  # what torch's CUDA allocator rounds up to
-BASE, SCALES, TRAINED, NORMS = "base weights", "scales of 4-bit weights", "A, B and m", "norms and other buffers"
-STATES, GRADIENTS, ACTIVATIONS = "optimizer states", "gradients", "activations"
-LOGITS, BACKWARD, OTHER, ROWS = "logits and loss", "backward's own tensors", "other", HOST + "rows of files"
-LOADING, FORWARD, HEAD, BACK, STEP, REFRESH = "loading", "forward", "loss", "backward", "optimizer step", "norms"
+
 
 _UNKNOWN = "this run cannot be rehearsed, so whether it fits is not known: "
 # What goes through a weight piece by piece holds the same for each.
 _PIECES = ((packed, "_pieces"), (weights, "_pieces"), (decomposition, "row_tiles"), (products, "row_tiles"))
-_PINNED = {HOST + tag for tag in (BASE, SCALES, TRAINED, GRADIENTS)}
 
 Peaks = dict[tuple[str, bool], dict[str, float]]  # (phase, on the host) -> what is held at the fullest -> bytes
 
@@ -210,9 +214,9 @@ def rehearse_here(job: Job) -> Short:
         around.enter_context(every_rank_alike())
         for module, name in () if job.every_piece else _PIECES:
             around.enter_context(mock.patch.object(module, name, _first_of(getattr(module, name))))
-        tracer = Tracer(collective_of, **({"rounded": _rounded} if job.gpu else {"scratch_of": _gloo_scratch}))
+        tracer = Tracer(collective_of, **({"rounded": rounded} if job.gpu else {"scratch_of": gloo_scratch}))
         around.enter_context(shapes_uncounted(tracer.paused))
-        batch = _batch(job.config, job.world_size)  # real: the lengths of documents are read
+        batch = full_batch(job.config, job.world_size)  # real: the lengths of documents are read
         around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         around.enter_context(tracer)
         count = sum(1 for _ in blocks(blueprint.model))
@@ -227,15 +231,15 @@ def _run(job: Job, blueprint: Blueprint, strategy: Strategy, tracer: Tracer, bat
     offloaded = HOST if config.parallel.cpu_offload and job.gpu else ""  # states and gradients
     weights_at = offloaded if strategy.name in ("fsdp", "zero3") else ""
     tracer.enter(LOADING, weights_at + BASE)
-    blueprint = replace(blueprint, files=_Files(blueprint.model, tracer))  # type: ignore[arg-type]
+    blueprint = replace(blueprint, files=Files(blueprint.model, tracer))  # type: ignore[arg-type]
     built = build(blueprint, strategy)
     gc.collect()
-    _tell_apart(built, tracer, weights_at)
+    tell_apart(built, tracer, weights_at)
     send_in_python(built.engine.module)
-    _tell_head(built.model, tracer)
+    tell_head(built.model, tracer)
     steps = _STEPS.get(strategy.name, 2)
     told: Any = SimpleNamespace(steps=steps, causal=config.model.task == "causal_lm")
-    trainer = Trainer(config, built, strategy, told, log=None, watch=_Watch(tracer, offloaded))  # type: ignore[arg-type]
+    trainer = Trainer(config, built, strategy, told, log=None, watch=Watch(tracer, offloaded))  # type: ignore[arg-type]
     for _ in range(steps):
         tracer.calls = []
         trainer.train_step(batch)
@@ -257,113 +261,3 @@ def _drawn(job: Job) -> Blueprint:
             if isinstance(child, nn.ModuleList) and any(True for _ in child.parameters()):
                 setattr(parent, name, child[: job.blocks])
     return blueprint
-
-
-def _tell_apart(built: Built, tracer: Tracer, offloaded: str) -> None:
-    """What is held once all is loaded, by what it is."""
-    tracer.rename(offloaded + BASE, offloaded + OTHER)
-    trained = [p for p in built.model.parameters() if p.requires_grad]
-    scales = [part for layer in packed_layers(built.model).values() for part in layer.weight_parts[1:]]
-    others = {id(p) for p in [*trained, *scales]}
-    base = [p for p in built.model.parameters() if id(p) not in others]
-    for tag, parameters in ((BASE, base), (TRAINED, trained), (SCALES, scales)):
-        tracer.retag(offloaded + tag, _own(parameters))
-    tracer.retag(NORMS, built.model.buffers())
-
-
-def _own(parameters: Sequence[Any]) -> Iterator[Tensor]:
-    """What this rank holds of each."""
-    for parameter in parameters:
-        own = getattr(parameter, "ds_tensor", parameter)
-        yield own.detach().to_local() if hasattr(own, "to_local") else own
-
-
-def _tell_head(model: nn.Module, tracer: Tracer) -> None:
-    """What is made inside the output head is logits and their loss."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None:
-        return
-    before = []
-
-    def begin(*_: object) -> None:
-        before.append((tracer.phase, tracer.tag))
-        tracer.enter(HEAD, LOGITS)
-
-    def end(*_: object) -> None:
-        tracer.enter(*before.pop())
-
-    head.register_forward_pre_hook(begin)
-    head.register_forward_hook(end)
-
-
-class _Watch:
-    """Told by the training loop what comes next, as the watchdog is."""
-
-    def __init__(self, tracer: Tracer, offloaded: str):
-        self.tracer, self.offloaded = tracer, offloaded
-
-    def at(self, _: int, operation: str, watched: bool = True) -> None:
-        tracer = self.tracer
-        if operation.startswith("forward"):
-            tracer.micro = int(operation.rpartition(" ")[2])
-            tracer.enter(FORWARD, ACTIVATIONS)
-        elif operation.startswith("backward"):
-            tracer.enter(BACK, BACKWARD)
-        elif operation.startswith("gradient norm"):
-            tracer.micro = 0
-            for tag in (BACKWARD, REDUCED):
-                tracer.rename(tag, self.offloaded + GRADIENTS)
-            tracer.enter(STEP, self.offloaded + STATES)
-        else:
-            tracer.enter(REFRESH, OTHER)
-
-
-class _Files:
-    """Weight files that hold just what the model needs, and give fake rows of it."""
-
-    pickled: Sequence[Path] = ()
-
-    def __init__(self, model: nn.Module, tracer: Tracer):
-        self.tracer, self.four_bit, self.stored = tracer, {}, {}  # type: ignore[var-annotated]
-        layers = packed_layers(model)
-        self._dtypes: dict[str, torch.dtype] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for name, tensor in base_tensors(model).items():
-            layout = layers[tensor].layout if tensor in layers else None
-            self.shapes[name] = layout.shape if layout else tuple(tensor.shape)
-            self._dtypes[name] = layout.dtype if layout else tensor.dtype
-
-    def read(self, name: str, own: Rectangle) -> Tensor:
-        with self.tracer.held_for(ROWS):
-            return torch.empty(own.values.shape, dtype=self._dtypes[name])
-
-    def rows(self, name: str, rows: slice) -> Tensor:
-        with self.tracer.held_for(ROWS):
-            return torch.empty(rows.stop - rows.start, self.shapes[name][1], dtype=self._dtypes[name])
-
-
-def _batch(config: RunConfig, world_size: int) -> GlobalBatch:
-    """One step's full rows: of two micro-batches where there are more, the first stands for all but the last."""
-    B, T = config.train.micro_batch_size, config.data.seq_len
-    ids = torch.zeros(B, T, dtype=torch.long)
-    if config.model.task == "causal_lm":
-        micro = {"input_ids": ids, "targets": ids}
-        if config.data.packing:
-            micro |= {"position_ids": ids, "document_lengths": torch.full((B, 1), T)}
-    else:
-        micro = {"input_ids": ids, "attention_mask": ids, "labels": ids[:, 0]}
-    tokens = B * T * world_size
-    return GlobalBatch([micro] * min(2, config.train.accumulation), tokens, tokens)
-
-
-def _rounded(tag: str, size: int) -> int:
-    """What torch's allocators take: of a GPU's memory multiples of 512 bytes, of pinned host memory powers of
-    two."""
-    if tag in _PINNED:
-        return 1 << (size - 1).bit_length() if size else 0
-    return -(-size // _ALLOCATION) * _ALLOCATION
-
-
-def _gloo_scratch(collective: Collective) -> int:
-    """gloo gathers into memory of its own first, and reduces a copy."""
-    return collective.bytes if collective.kind in ("all_gather", "reduce_scatter") and collective.ranks > 1 else 0

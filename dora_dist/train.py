@@ -22,12 +22,12 @@ from dora_dist.build import (
     choose_strategy,
     device_memory,
     draw_blueprint,
-    resolve_model,
 )
 from dora_dist.checkpoint import Checkpoints, Found
 from dora_dist.config import RunConfig
 from dora_dist.errors import RunFailed, Stopped, UserError
 from dora_dist.health import StopSignals
+from dora_dist.hf_model import resolve_model
 from dora_dist.identity import contradictions, describe_run, free_changes
 from dora_dist.plan import certainly_fits, why_it_does_not_fit
 from dora_dist.progress import Resumed, RunLog

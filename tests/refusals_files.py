@@ -20,9 +20,10 @@ from support_refusals import CANARY, Case
 from dora_dist import DoraConfig, inject_dora, load_adapter, save_adapter
 from dora_dist.backends.process import Processes
 from dora_dist.backends.replicated import Single
-from dora_dist.build import build, draw_blueprint, resolve_model
+from dora_dist.build import build, draw_blueprint
 from dora_dist.config import DataConfig, ModelConfig, RunConfig
 from dora_dist.fingerprint import Base
+from dora_dist.hf_model import resolve_model
 from dora_dist.rundata import load_tokenizer
 
 Q = "model.layers.0.self_attn.q_proj.weight"

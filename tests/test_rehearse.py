@@ -26,7 +26,8 @@ from dora_dist.cost import step_time
 from dora_dist.data import GlobalBatch
 from dora_dist.errors import RunFailed, UserError
 from dora_dist.hardware import find_cluster
-from dora_dist.rehearse import BACK, FORWARD, LOADING, REFRESH, Job, rehearse
+from dora_dist.rehearse import Job, rehearse
+from dora_dist.stand_ins import BACK, FORWARD, LOADING, REFRESH
 from dora_dist.trainer import Trainer
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
