@@ -1,9 +1,11 @@
 """Seconds of single collectives by size, as FSDP2 asks for them: what a model of the network is fitted to."""
 
 import argparse
+import os
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +43,8 @@ def measure_links(args: argparse.Namespace) -> None:
     if hosts is not None:
         count = len({rank["host"] for rank in hosts})
         record = {"kind": "links", "world_size": processes.world_size, "hosts": count,
-                  "link": link_of(args, count), "dtype": "float32", "seconds": seconds}  # fmt: skip
+                  "link": link_of(args, count), "dtype": "float32", "cores": os.cpu_count(),
+                  "seconds": seconds}  # fmt: skip
         save(directory_of(args, record), environment(processes.device) | record, append=False)
     processes.stop()
 
@@ -49,14 +52,28 @@ def measure_links(args: argparse.Namespace) -> None:
 def time_sizes(
     processes: Processes, call: Callable[[Tensor, Tensor], Any], size: int, rounds: int
 ) -> dict[str, float]:
-    """Spread, over the rounds, of the slowest rank's seconds from a common start."""
+    """Spread, over the rounds, of the slowest rank's seconds from a common start; and the seconds in which cores
+    of this machine were busy, of a round."""
     part = torch.zeros(-(-size // (4 * processes.world_size)), device=processes.device)
     whole = torch.zeros(part.numel() * processes.world_size, device=processes.device)
-    own = [time_once(processes, lambda: call(whole, part)) for _ in range(rounds + 2)][2:]
+    for _ in range(2):
+        time_once(processes, lambda: call(whole, part))
+    busy = busy_seconds()
+    own = [time_once(processes, lambda: call(whole, part)) for _ in range(rounds)]
+    busy = (busy_seconds() - busy) / rounds
     slowest = torch.tensor(own)
     if processes.world_size > 1:
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return {"bytes": whole.nbytes, **spread(slowest.tolist())}
+    return {"bytes": whole.nbytes, **spread(slowest.tolist()), "busy": busy}
+
+
+def busy_seconds() -> float:
+    """Of all cores of this machine since it was started, whoever had them; 0.0 where Linux does not say so."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return 0.0
+    user, nice, system, _, _, irq, softirq = map(int, stat.read_text().split("\n", 1)[0].split()[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def time_once(processes: Processes, call: Callable[[], Any]) -> float:

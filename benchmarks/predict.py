@@ -2,7 +2,8 @@
 
 From the run of one rank comes how fast the machine computes: the kernels of its rehearsal, priced by the shape of
 a roofline, are scaled by one factor to the time measured. From single collectives by size (scaling.py --links)
-comes a latency and a rate for each kind. From the probe that each run makes before each round comes how fast it
+comes a latency and a rate for each kind, and how busy they keep the cores, which computing beside them loses where
+there are no more cores than ranks. From the probe that each run makes before each round comes how fast the machine
 was then for each of its ranks, which share it with each other and with others. The step times of several ranks are
 not looked at until the end.
 
@@ -11,6 +12,7 @@ not looked at until the end.
 
 import argparse
 import json
+import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +44,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     records = [json.loads(path.read_text()) for path in sorted(args.records.glob("*/*.json"))]
     found = predict_all(records)
+    if not found:
+        parser.error(
+            f"{args.records} holds no run of several ranks beside one of one rank and the --links of both"
+        )
     for row in found:
         print(f"{row['case']:44} measured {row['measured']:.3f} s, predicted {row['predicted']:.3f} s, "
               f"{100 * row['error']:+.1f} %")  # fmt: skip
@@ -56,16 +62,19 @@ def predict_all(records: list[Record]) -> list[Record]:
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for run in (r for r in runs if r["world_size"] > 1):
-            one = alone[run["strategy"]]
-            links = next(r for r in records if r["kind"] == "links" and same_place(r, run))
-            cluster = Cluster(CORE, run["world_size"], measured=fitted(links))
-            slower = run["probe_seconds"]["median"] / one["probe_seconds"]["median"]
-            predicted = predict(one, run, cluster, slower, Path(directory))
+            one = alone.get(run["strategy"])
+            links = next((r for r in records if r["kind"] == "links" and same_place(r, run)), None)
+            if one is None or links is None:
+                print(f"{run['strategy']} on {run['world_size']} ranks, {place(run)}: not predicted, for want of "
+                      f"{'its run of one rank' if one is None else '--links there'}")  # fmt: skip
+                continue
+            cluster = Cluster(CORE, run["world_size"], measured=fitted(links), work=lost(links))
+            predicted = predict(one, run, cluster, Path(directory))
             measured = run["step_seconds"]["median"]
             rows.append({
                 "case": f"{run['strategy']} on {run['world_size']} ranks, {place(run)}",
                 "measured": measured, "predicted": predicted, "error": predicted / measured - 1,
-                "one_rank": one["step_seconds"]["median"], "slower": slower,
+                "one_rank": one["step_seconds"]["median"], "slower": slower(one, run),
             })  # fmt: skip
     return rows
 
@@ -91,13 +100,31 @@ def fitted(links: Record) -> dict[str, Link]:
     return found
 
 
-def predict(one: Record, run: Record, cluster: Cluster, slower: float, directory: Path) -> float:
+def lost(links: Record) -> dict[str, float]:
+    """Seconds that computing loses to collectives beside it, by byte of each kind: their share of every core,
+    where all compute."""
+    if links["world_size"] < links["cores"]:
+        return {}
+    return {
+        kind: sum(point["busy"] for point in points) / sum(point["bytes"] for point in points) / links["cores"]
+        for kind, points in links["seconds"].items()
+    }
+
+
+def slower(one: Record, run: Record) -> float:
+    """How many times as long a piece of work took a rank of `run`."""
+    return run["probe_seconds"]["median"] / one["probe_seconds"]["median"]
+
+
+def predict(one: Record, run: Record, cluster: Cluster, directory: Path) -> float:
     """Seconds of a step of `run`, from the run of one rank and what the links do."""
     base = rehearsed(one, 1, directory)
-    factor = one["step_seconds"]["median"] / step_time(base, Cluster(CORE, 1)).total
+    in_probes = statistics.median(turn["step_seconds"] / turn["probe_seconds"] for turn in one["rounds"])
+    measured = in_probes * run["probe_seconds"]["median"]
+    factor = measured / step_time(base, Cluster(CORE, 1)).total
     slow = replace(CORE, **{
-        name: getattr(CORE, name) / (factor * slower) for name in ("bandwidth", "flops_16", "flops_32")
-    }, kernel_s=CORE.kernel_s * factor * slower)  # fmt: skip
+        name: getattr(CORE, name) / factor for name in ("bandwidth", "flops_16", "flops_32")
+    }, kernel_s=CORE.kernel_s * factor)  # fmt: skip
     many = rehearsed(run, run["world_size"], directory)
     return step_time(many, replace(cluster, device=slow)).total
 

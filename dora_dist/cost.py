@@ -99,6 +99,7 @@ def simulate(calls: Sequence[Call], cluster: Cluster) -> StepTime:
             else:
                 ahead = gate if call.collective.kind == "all_gather" else now
                 start = max(ready, ahead, free[across])
+                now += cluster.work.get(call.collective.kind, 0.0) * call.collective.bytes
             free[across] = start + takes
             written.update(dict.fromkeys(call.writes, start + takes))
             if call.collective.kind == "all_gather":

@@ -161,6 +161,7 @@ def _refuse_what_does_not_fit(
         return []
     refusal = warning = None
     if processes.is_main:
+        print("looking whether this run fits (not with parallel.force=true) ...", flush=True)
         try:
             refusal = why_it_does_not_fit(config, directory, processes, memory)
         except UserError as error:

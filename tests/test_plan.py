@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, child_environment
+from conftest import ROOT, child_environment, letter_tokenizer, torchrun
 from test_rehearse import SHAPE_8B, config_of, write
 
 from dora_dist import rehearse, train
 from dora_dist.backends.process import Processes
-from dora_dist.build import draw_blueprint
+from dora_dist.build import device_memory, draw_blueprint
 from dora_dist.cli import main
 from dora_dist.errors import UserError
 from dora_dist.hardware import GPUS, find_cluster
@@ -113,6 +113,26 @@ def test_train_refuses_what_does_not_fit_before_loading(tmp_path):
     assert check_as_training_does(forced, 8e6) == []
     assert check_as_training_does(config, 30e6) == []  # fits, but not so surely that nothing is rehearsed
     assert not certainly_fits(draw_blueprint(config, model).model, config, 30e6)
+
+
+def test_ranks_refuse_together_before_anything_is_written(tmp_path, tiny_rows):
+    """More than the machine has in 4 bits, with all done that could be advised."""
+    H, M = 8192, 32768
+    block = (4 * H * H + 3 * H * M) / 2
+    count = int(device_memory(Processes()) // block) + 4
+    sizes = {"hidden_size": H, "intermediate_size": M, "num_attention_heads": 64}
+    model = write(tmp_path / "model", num_hidden_layers=count, vocab_size=96, **sizes)
+    letter_tokenizer().save_pretrained(model)
+    config = config_of(model, "fsdp", four_bit=True, cpu_offload=True, activation_checkpointing=True)
+    config = replace(config, data=replace(config.data, train=str(tiny_rows)), output_dir=str(tmp_path / "out"))
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    done = torchrun(2, ROOT / "launch" / "train.py", "--config", str(tmp_path / "c.yaml"))
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and told[0].startswith(
+        "error: parallel.strategy: fsdp, offloaded to the host: it does not fit"
+    ), done.stderr[-3000:]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_rehearsal_that_fails_does_not_stop_training(tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ def test_two_short_models_tell_of_a_deep_one(strategy, world, tmp_path, monkeypa
     drawn, counted = step_time(short, cluster), step_time(whole, cluster)
     assert drawn.messages == pytest.approx(counted.messages)
     assert drawn.sent == pytest.approx(counted.sent)
-    assert drawn.total == pytest.approx(counted.total, rel=0.01)
+    assert drawn.total == pytest.approx(counted.total, rel=0.03 if buckets else 0.01)
 
 
 def test_what_fsdp_sends_is_what_the_sizes_say(tmp_path):
