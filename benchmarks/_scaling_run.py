@@ -9,7 +9,7 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from dora_dist.trainer import Trainer
 from dora_dist.weights import base_tensors
 
 VOCABULARY = 2048
+PROBE_PARTS = 12
 SAME = ("device", "versions", "mode", "strategy", "world_size", "hosts", "link", "settings")  # or no --append
 
 
@@ -221,17 +222,19 @@ def time_rounds(
     return rounds
 
 
-def probe_seconds(device: torch.device) -> float:
+def probe_seconds(device: torch.device, before: Callable[[int], float] = lambda _: 0.0) -> float:
     """Of a fixed piece of work of this rank's alone, while the others do the same: how fast the machine is just
-    now, shared as it is. Products and passes over memory, as in a step."""
+    now, shared as it is. Products and passes over memory, as in a step. `before` is called before each of its
+    PROBE_PARTS parts, and the seconds that it returns are left out."""
     x, w = torch.ones(512, 512, device=device), torch.ones(512, 1408, device=device)
-    start = time.perf_counter()
-    for _ in range(12):
+    start, other = time.perf_counter(), 0.0
+    for part in range(PROBE_PARTS):
+        other += before(part)
         y = torch.nn.functional.silu(x @ w)
         x = (y @ w.t()).mul_(1e-6)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start - other
 
 
 def over_ranks(ranks: tuple[dict[str, Any], ...]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from dora_dist.config import (
     RunConfig,
     TrainConfig,
 )
-from dora_dist.rehearse import Job, rehearse
+from dora_dist.rehearse import Job, Rehearsals
 
 CASES = [
     "single x1", "single x1 checkpointing", "single x1 4-bit", "ddp x2", "fsdp x2", "fsdp x2 checkpointing",
@@ -42,7 +42,7 @@ STEPS = 3
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     device = torch.device("cpu")
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, Rehearsals() as rehearse:
         for case in args.cases:
             make_models(Path(directory), case, args)
             config, ranks = run_config(case, Path(directory), args)

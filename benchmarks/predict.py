@@ -2,10 +2,9 @@
 
 From the run of one rank comes how fast the machine computes: the kernels of its rehearsal, priced by the shape of
 a roofline, are scaled by one factor to the time measured. From single collectives by size (scaling.py --links)
-comes a latency and a rate for each kind, and how busy they keep the cores, which computing beside them loses where
-there are no more cores than ranks. From the probe that each run makes before each round comes how fast the machine
-was then for each of its ranks, which share it with each other and with others. The step times of several ranks are
-not looked at until the end.
+comes a latency and a rate for each kind, and what computing around and beside them loses to their threads. From
+the probe that each run makes before each round comes how fast the machine was then for each of its ranks, which
+share it with each other and with others. The step times of several ranks are not looked at until the end.
 
     python benchmarks/predict.py [--records benchmarks/results/scaling/DEVICE]
 """
@@ -26,11 +25,12 @@ from _scaling_run import write_llama
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from dora_dist.cost import step_time
 from dora_dist.hardware import Cluster, Device, Link
-from dora_dist.rehearse import Job, Rehearsed, rehearse
+from dora_dist.rehearse import Job, Rehearsals
 
-# The shape of a CPU core's roofline; the factor that is fitted makes it this machine's.
+# The shape of a CPU core's roofline: products, and passes that write new memory, whose pages the system makes. The
+# factor that is fitted makes it this machine's.
 CORE = Device(
-    "cpu", memory=float("inf"), bandwidth=12e9, flops_16=5e10, flops_32=5e10, link=Link(1e9, 1e-5), host=1e10,
+    "cpu", memory=float("inf"), bandwidth=4.5e9, flops_16=8e10, flops_32=8e10, link=Link(1e9, 1e-5), host=1e10,
     product_share=1.0, memory_share=1.0, link_share=1.0, kernel_s=5e-6, launch_s=0.0, blocking=True,
 )  # fmt: skip
 Record = dict[str, Any]
@@ -60,7 +60,7 @@ def predict_all(records: list[Record]) -> list[Record]:
     runs = [r for r in records if r["kind"] == "step" and r["mode"] == "weak"]
     alone = {r["strategy"]: r for r in runs if r["world_size"] == 1 and r["link"] == "one host"}
     rows = []
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, Rehearsals() as rehearse:
         for run in (r for r in runs if r["world_size"] > 1):
             one = alone.get(run["strategy"])
             links = next((r for r in records if r["kind"] == "links" and same_place(r, run)), None)
@@ -68,15 +68,25 @@ def predict_all(records: list[Record]) -> list[Record]:
                 print(f"{run['strategy']} on {run['world_size']} ranks, {place(run)}: not predicted, for want of "
                       f"{'its run of one rank' if one is None else '--links there'}")  # fmt: skip
                 continue
-            cluster = Cluster(CORE, run["world_size"], measured=fitted(links), work=lost(links))
-            predicted = predict(one, run, cluster, Path(directory))
+            cluster = cluster_of(run, links)
+            predicted = predict(one, run, cluster, Path(directory), rehearse)
             measured = run["step_seconds"]["median"]
             rows.append({
                 "case": f"{run['strategy']} on {run['world_size']} ranks, {place(run)}",
                 "measured": measured, "predicted": predicted, "error": predicted / measured - 1,
-                "one_rank": one["step_seconds"]["median"], "slower": slower(one, run),
+                "one_rank": one["step_seconds"]["median"],
             })  # fmt: skip
     return rows
+
+
+def cluster_of(run: Record, links: Record) -> Cluster:
+    """The ranks of `run` and what connects them. Where that is one machine's cores, they were as much slower in
+    sending as in computing."""
+    inside = run["link"] == "one host"
+    factor = run["probe_seconds"]["median"] / links["probe_seconds"] if inside else 1.0
+    measured = {kind: slowed(link, factor) for kind, link in fitted(links).items()}
+    lost = {kind: slowed(link, run["probe_seconds"]["median"]) for kind, link in lost_to(links).items()}
+    return Cluster(CORE, run["world_size"], measured=measured, lost=lost)
 
 
 def same_place(a: Record, b: Record) -> bool:
@@ -89,47 +99,50 @@ def place(run: Record) -> str:
 
 
 def fitted(links: Record) -> dict[str, Link]:
-    """Latency and rate of each kind: least squares of seconds over bytes, relative to the seconds."""
+    """Latency and rate of each kind."""
     found = {}
     for kind, points in links["seconds"].items():
-        size = torch.tensor([point["bytes"] for point in points], dtype=torch.float64)
-        time = torch.tensor([point["median"] for point in points], dtype=torch.float64)
-        design = torch.stack([torch.ones_like(size), size], dim=1) / time[:, None]
-        latency, per_byte = torch.linalg.lstsq(design, torch.ones_like(time)[:, None]).solution.flatten().tolist()
-        found[kind] = Link(1 / max(per_byte, 1e-15), max(latency, 0.0))
+        seconds = [point["median"] for point in points]
+        found[kind] = line([point["bytes"] for point in points], seconds, seconds)
     return found
 
 
-def lost(links: Record) -> dict[str, float]:
-    """Seconds that computing loses to collectives beside it, by byte of each kind: their share of every core,
-    where all compute."""
-    if links["world_size"] < links["cores"]:
-        return {}
+def line(sizes: list[float], seconds: list[float], scales: list[float] | None = None) -> Link:
+    """Least squares of seconds over bytes, relative to `scales`."""
+    size, time = (torch.tensor(values, dtype=torch.float64) for values in (sizes, seconds))
+    scale = torch.ones_like(time) if scales is None else torch.tensor(scales, dtype=torch.float64)
+    design = torch.stack([torch.ones_like(size), size], dim=1) / scale[:, None]
+    latency, per_byte = torch.linalg.lstsq(design, (time / scale)[:, None]).solution.flatten().tolist()
+    return Link(1 / max(per_byte, 1e-15), max(latency, 0.0))
+
+
+def lost_to(links: Record) -> dict[tuple[str, bool], Link]:
+    """What computing loses to a collective of each kind, waited for or not, with a probe as the unit of time."""
     return {
-        kind: sum(point["busy"] for point in points) / sum(point["bytes"] for point in points) / links["cores"]
-        for kind, points in links["seconds"].items()
+        (kind, blocks): line([p["bytes"] for p in points], [p["around" if blocks else "beside"] for p in points])
+        for kind, points in links["lost_probes"].items()
+        for blocks in (True, False)
     }
 
 
-def slower(one: Record, run: Record) -> float:
-    """How many times as long a piece of work took a rank of `run`."""
-    return run["probe_seconds"]["median"] / one["probe_seconds"]["median"]
+def slowed(link: Link, factor: float) -> Link:
+    return Link(link.rate / factor, link.latency * factor)
 
 
-def predict(one: Record, run: Record, cluster: Cluster, directory: Path) -> float:
+def predict(one: Record, run: Record, cluster: Cluster, directory: Path, rehearse: Rehearsals) -> float:
     """Seconds of a step of `run`, from the run of one rank and what the links do."""
-    base = rehearsed(one, 1, directory)
+    base = rehearse(job_of(one, 1, directory))
     in_probes = statistics.median(turn["step_seconds"] / turn["probe_seconds"] for turn in one["rounds"])
     measured = in_probes * run["probe_seconds"]["median"]
     factor = measured / step_time(base, Cluster(CORE, 1)).total
     slow = replace(CORE, **{
         name: getattr(CORE, name) / factor for name in ("bandwidth", "flops_16", "flops_32")
     }, kernel_s=CORE.kernel_s * factor)  # fmt: skip
-    many = rehearsed(run, run["world_size"], directory)
+    many = rehearse(job_of(run, run["world_size"], directory))
     return step_time(many, replace(cluster, device=slow)).total
 
 
-def rehearsed(run: Record, world: int, directory: Path) -> Rehearsed:
+def job_of(run: Record, world: int, directory: Path) -> Job:
     sizes = run["settings"]
     write_llama(directory, SimpleNamespace(**{key: sizes[key] for key in ("hidden", "layers", "tokens")}))
     config = RunConfig(
@@ -139,7 +152,7 @@ def rehearsed(run: Record, world: int, directory: Path) -> Rehearsed:
         train=TrainConfig(steps=1, micro_batch_size=sizes["micro_batch_size"], accumulation=sizes["accumulation"]),
         parallel=ParallelConfig(strategy=run["strategy"]),
     )
-    return rehearse(Job(config, directory, world, world, gpu=False, every_piece=True))
+    return Job(config, directory, world, world, gpu=False, every_piece=True)
 
 
 if __name__ == "__main__":

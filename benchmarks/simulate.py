@@ -41,7 +41,7 @@ from dora_dist.config import (
 from dora_dist.cost import step_time
 from dora_dist.hardware import ASSUMPTIONS, Cluster, find_cluster
 from dora_dist.layers import DoraLinear
-from dora_dist.rehearse import Job, Rehearsed, rehearse
+from dora_dist.rehearse import Job, Rehearsals, Rehearsed
 
 OUT = RESULTS / "simulation" / "weak.json"
 TOKENS, ROWS = 4096, 4
@@ -56,10 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     everything = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, Rehearsals() as rehearse:
         for case in args.cases:
             for world in args.worlds:
-                found = simulate(case, world, args, Path(directory))
+                found = simulate(case, world, args, Path(directory), rehearse)
                 everything.setdefault(case, {})[str(world)] = found
                 everything["about"] = about(args)
                 args.out.write_text(json.dumps(everything, indent=1) + "\n")
@@ -88,7 +88,9 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def simulate(case: str, world: int, args: argparse.Namespace, directory: Path) -> dict[str, Any]:
+def simulate(
+    case: str, world: int, args: argparse.Namespace, directory: Path, rehearse: Rehearsals
+) -> dict[str, Any]:
     shape, *_, way = case.split()
     cluster = find_cluster(args.gpu, world, max(1, world // NODE), args.net)
     config = run_config(write_shape(shape, directory), way, "4-bit" in case, cluster, args.micro)

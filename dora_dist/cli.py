@@ -123,9 +123,12 @@ def _plan(options: argparse.Namespace) -> None:
     cluster = find_cluster(options.gpu, options.gpus, options.nodes, options.net)
     from dora_dist.hf_model import resolve_model
     from dora_dist.plan import as_json, as_text, make_plan
+    from dora_dist.rehearse import Rehearsals
 
     _quiet_transformers()
-    made = make_plan(config, resolve_model(config.model.path, config_only=True), cluster)
+    directory = resolve_model(config.model.path, config_only=True)
+    with Rehearsals() as rehearse:
+        made = make_plan(config, directory, cluster, rehearse)
     print(json.dumps(as_json(made), indent=2) if options.json else as_text(made))
 
 

@@ -77,7 +77,7 @@ def _accumulated(calls: Sequence[Call], cluster: Cluster, accumulation: int) -> 
 def simulate(calls: Sequence[Call], cluster: Cluster) -> StepTime:
     """The time of a trace's calls, in their order, from one moment at which nothing runs."""
     device = cluster.device
-    now = host = kernels = gate = 0.0
+    now = host = kernels = gate = last = 0.0
     free = {False: 0.0, True: 0.0}  # by whether it crosses machines: when the last collective there is done
     written: dict[int, float] = {}  # when a storage's last writer is done
     gathered: set[int] = set()  # written by gathers that nothing has read
@@ -92,16 +92,19 @@ def simulate(calls: Sequence[Call], cluster: Cluster) -> StepTime:
             sent[call.phase, call.collective.kind] += call.collective.bytes
             messages[call.phase, call.collective.kind] += 1
             across = crosses(call.collective, cluster)
-            takes = collective_time(call.collective, cluster)
-            if device.blocking and call.collective.blocks:
+            latency, transfer = _collective_parts(call.collective, cluster)
+            if device.blocking:  # by its own cores, when it comes to it
                 start = max(now, ready, free[across])
-                now = host = start + takes
+                free[across] = start + transfer  # others of its threads have the link while one waits
+                if call.collective.blocks:
+                    now = host = start + latency + transfer
+                lost = cluster.lost.get((call.collective.kind, call.collective.blocks))
+                now += lost.seconds(call.collective.bytes) if lost is not None else 0.0
             else:
-                ahead = gate if call.collective.kind == "all_gather" else now
-                start = max(ready, ahead, free[across])
-                now += cluster.work.get(call.collective.kind, 0.0) * call.collective.bytes
-            free[across] = start + takes
-            written.update(dict.fromkeys(call.writes, start + takes))
+                start = max(ready, gate if call.collective.kind == "all_gather" else now, free[across])
+                free[across] = start + latency + transfer
+            last = max(last, start + latency + transfer)
+            written.update(dict.fromkeys(call.writes, start + latency + transfer))
             if call.collective.kind == "all_gather":
                 gathered.update(call.writes)
         elif call.name == COPY_IN and not device.blocking:  # on the gather's stream
@@ -116,8 +119,7 @@ def simulate(calls: Sequence[Call], cluster: Cluster) -> StepTime:
                 gathered.difference_update(call.reads)
                 gate = now
         phases[call.phase] = phases.get(call.phase, 0.0) + now - before
-    end = max([now, *free.values()])
-    return StepTime(end, kernels, dict(sent), dict(messages), phases)
+    return StepTime(max(now, last), kernels, dict(sent), dict(messages), phases)
 
 
 def kernel_time(call: Call, cluster: Cluster) -> float:
@@ -139,12 +141,17 @@ def crosses(collective: Collective, cluster: Cluster) -> bool:
 def collective_time(collective: Collective, cluster: Cluster) -> float:
     """Seconds of a ring over the group: every byte but a rank's own goes over each rank's link once, twice for an
     all-reduce. Between machines the slower of the two kinds of link counts, and every machine is a hop."""
+    return sum(_collective_parts(collective, cluster))
+
+
+def _collective_parts(collective: Collective, cluster: Cluster) -> tuple[float, float]:
+    """Seconds of latency, and of bytes on their way."""
     ranks, device = collective.ranks, cluster.device
     if ranks == 1:
-        return 0.0
+        return 0.0, 0.0
     if collective.kind in cluster.measured:
         link = cluster.measured[collective.kind]
-        return link.latency + collective.bytes / link.rate
+        return link.latency, collective.bytes / link.rate
     passes = 2 if collective.kind == "all_reduce" else 1
     inside: Link = device.link
     rate, hops = inside.rate, (ranks - 1) * inside.latency
@@ -154,4 +161,4 @@ def collective_time(collective: Collective, cluster: Cluster) -> float:
         # A machine's ranks each bring their own network link, and share what comes in.
         rate = min(inside.rate, cluster.net.rate * on_node)
         hops = (machines - 1) * cluster.net.latency + (ranks - machines) * inside.latency
-    return passes * (hops + collective.bytes * (ranks - 1) / ranks / (rate * device.link_share))
+    return passes * hops, passes * collective.bytes * (ranks - 1) / ranks / (rate * device.link_share)

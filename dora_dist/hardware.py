@@ -21,6 +21,9 @@ class Link:
     rate: float
     latency: float
 
+    def seconds(self, size: float) -> float:
+        return self.latency + size / self.rate
+
 
 @dataclass(frozen=True)
 class Device:
@@ -79,8 +82,9 @@ class Cluster:
     nodes: int = 1
     net: Link = field(default_factory=lambda: Link(50 * GB, 1e-5))  # for each GPU, between machines
     measured: Mapping[str, Link] = field(default_factory=dict)  # of whole collectives, by kind; used where given
-    # Where the cores that compute send, too: what computing loses to a collective beside it, seconds by byte.
-    work: Mapping[str, float] = field(default_factory=dict)
+    # Where the cores that compute send, too: the seconds that computing loses to a collective, by its kind and
+    # whether it is waited for.
+    lost: Mapping[tuple[str, bool], Link] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.nodes < 1 or self.gpus % self.nodes:

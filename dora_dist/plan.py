@@ -16,7 +16,7 @@ from dora_dist.config import ParallelConfig, RunConfig
 from dora_dist.cost import StepTime, step_time
 from dora_dist.errors import UserError
 from dora_dist.hardware import ASSUMPTIONS, GB, GPUS, Cluster
-from dora_dist.rehearse import Job, Rehearsed, rehearse
+from dora_dist.rehearse import Job, Rehearsals, Rehearsed
 from dora_dist.stand_ins import LOADING
 from dora_dist.trace import HOST
 from dora_dist.weights import base_tensors
@@ -75,19 +75,30 @@ class Plan:
         return max(totals, key=lambda phase: totals[phase], default=LOADING)
 
 
-def make_plan(config: RunConfig, directory: Path, cluster: Cluster, advise: bool = True, gpu: bool = True) -> Plan:
+def make_plan(
+    config: RunConfig,
+    directory: Path,
+    cluster: Cluster,
+    rehearse: Rehearsals,
+    advise: bool = True,
+    gpu: bool = True,
+) -> Plan:
     """Rehearse a run on a cluster; where it does not fit and `advise`, what would. Without `gpu` on CPUs.
 
     Raises:
         UserError: the configuration is refused, as training would.
     """
     model = draw_blueprint(config, directory, cluster.gpus, from_files=False).model
-    plan = _plan(config, directory, cluster, model, gpu)
+
+    def planned(config: RunConfig) -> Plan:
+        return _plan(rehearse(_job(config, directory, cluster, gpu)), model, cluster)
+
+    plan = planned(config)
     changes: list[Change] = []
     chosen: dict[str, Any] = {}
     for settings in _smaller(config, plan.strategy, cluster) if advise and not plan.fits else ():
         try:
-            found = _plan(_with(config, {**chosen, **settings}), directory, cluster, model, gpu)
+            found = planned(_with(config, {**chosen, **settings}))
         except UserError:  # another setting rules it out
             continue
         chosen |= settings
@@ -97,11 +108,13 @@ def make_plan(config: RunConfig, directory: Path, cluster: Cluster, advise: bool
     return replace(plan, changes=changes)
 
 
-def _plan(config: RunConfig, directory: Path, cluster: Cluster, model: nn.Module, gpu: bool) -> Plan:
-    memory = cluster.device.memory
-    job = Job(config, directory, cluster.gpus, cluster.per_node, gpu, memory)
-    found = rehearse(job)
-    _, reason = strategy_for(config, model, cluster.gpus, memory)
+def _job(config: RunConfig, directory: Path, cluster: Cluster, gpu: bool) -> Job:
+    return Job(config, directory, cluster.gpus, cluster.per_node, gpu, cluster.device.memory)
+
+
+def _plan(found: Rehearsed, model: nn.Module, cluster: Cluster) -> Plan:
+    config = found.job.config
+    _, reason = strategy_for(config, model, cluster.gpus, cluster.device.memory)
     rows = config.train.micro_batch_size * config.train.accumulation * cluster.gpus
     time = step_time(found, cluster)
     return Plan(cluster, found.strategy, reason, found, time, rows * config.data.seq_len)
@@ -149,7 +162,8 @@ def why_it_does_not_fit(config: RunConfig, directory: Path, processes: Processes
         device = replace(device, reserved=0.0)
     nodes, uneven = divmod(processes.world_size, processes.local_world_size)
     nodes = 1 if uneven else nodes
-    plan = make_plan(config, directory, Cluster(device, processes.world_size, nodes), gpu=gpu)
+    with Rehearsals() as rehearse:
+        plan = make_plan(config, directory, Cluster(device, processes.world_size, nodes), rehearse, gpu=gpu)
     if plan.fits:
         return None
     line = _verdict(plan).rstrip(":")

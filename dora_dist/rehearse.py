@@ -63,6 +63,7 @@ _STEPS = {"zero3": 3}  # else 2: the second has the optimizer's states, the thir
 
 
 _UNKNOWN = "this run cannot be rehearsed, so whether it fits is not known: "
+_KILLED = _UNKNOWN + "its process was killed; perhaps the machine has no memory left"
 # What goes through a weight piece by piece holds the same for each.
 _PIECES = ((packed, "_pieces"), (weights, "_pieces"), (decomposition, "row_tiles"), (products, "row_tiles"))
 
@@ -133,32 +134,53 @@ class Rehearsed:
         return max(sums, default=0.0)
 
 
-def rehearse(job: Job) -> Rehearsed:
-    """Rehearse a run, in processes of their own: a fake group stays in a process for its lifetime.
+class Rehearsals:
+    """Makes rehearsals, each in processes of its own: a fake group stays in a process for its lifetime. They are
+    forked from two that have imported what they need, which takes as long as many a rehearsal.
 
-    Raises:
-        UserError: the configuration is refused, as training would.
-        RunFailed: its code does something that fake tensors cannot.
+        with Rehearsals() as rehearse:
+            rehearse(Job(config, directory, world_size=64, ranks_per_node=8)).peak()
     """
-    job = replace(job, config=_plain(job.config))
-    total, depths = _depths(job)
-    context = multiprocessing.get_context("spawn")
-    with ExitStack() as pools:
-        futures = [
-            pools.enter_context(ProcessPoolExecutor(1, mp_context=context)).submit(
-                _in_child, replace(job, blocks=n)
-            )
-            for n in depths
-        ]
+
+    def __enter__(self) -> "Rehearsals":
+        self._pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown()
+
+    def __call__(self, job: Job) -> Rehearsed:
+        """
+        Raises:
+            UserError: the configuration is refused, as training would.
+            RunFailed: its code does something that fake tensors cannot.
+        """
+        job = replace(job, config=_plain(job.config))
         try:
+            # Meanwhile this process draws the model, and finds how many of its blocks are worth it.
+            self._pool.submit(_import)
+            total, depths = _depths(job)
+            futures = [self._pool.submit(_forked, _in_child, replace(job, blocks=n)) for n in depths]
             found = [future.result() for future in futures]
         except BrokenProcessPool:
-            raise RunFailed(_UNKNOWN + "its process was killed; perhaps the machine has no memory left") from None
-    for result in found:
-        if isinstance(result, Exception):
-            raise result
-    runs = tuple(result for result in found if isinstance(result, Short))
-    return Rehearsed(job, runs[0].strategy, total, runs)
+            raise RunFailed(_KILLED) from None
+        for result in found:
+            if isinstance(result, Exception):
+                raise result
+        runs = tuple(result for result in found if isinstance(result, Short))
+        return Rehearsed(job, runs[0].strategy, total, runs)
+
+
+def _import() -> None:
+    """In a process that others are forked from, which has done so with this file."""
+
+
+def _forked(make: Callable[[Job], Any], job: Job) -> Any:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        try:
+            return pool.submit(make, job).result()
+        except BrokenProcessPool:
+            return RunFailed(_KILLED)
 
 
 def _in_child(job: Job) -> "Short | UserError | RunFailed":

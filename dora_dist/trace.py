@@ -168,18 +168,22 @@ class Tracer(TorchDispatchMode):
         new = {held.number: t for t in outputs if (held := self._hold(t)).number > before}
         collective = self.collective_of(func, args, kwargs)
         changed = list(_changed(func, args, kwargs)) if func._schema.is_mutable else []
+        copies_in = func._opname == COPY_IN  # whose schema does not say that it writes
+        if copies_in:
+            inputs, changed = args[0], [args[1]]
         if collective is None and (func._opname in _MAKES_NO_KERNEL or not (new or changed)):
             return  # a view, or memory alone
         written = {*new, *(self._hold(t).number for t in changed or (inputs if collective else ()))}
         if collective is not None:
             self._begin(collective, inputs)
         touched = [*inputs, *new.values()]
+        size = sum(_extent(t) for t in touched)
         call = Call(
             func._opname,
             self.phase,
             tuple(read),
             tuple(written),
-            sum(_extent(t) for t in touched),
+            2 * size if copies_in else size,
             sum(_extent(t) for t in touched if self._hold(t).tag.startswith(HOST)),
             _flops(func, args, kwargs, result),
             inputs[0].dtype if inputs else torch.float32,
@@ -187,7 +191,7 @@ class Tracer(TorchDispatchMode):
             collective,
         )
         self.calls.append(call)
-        if func._opname == COPY_IN and call.host_bytes:  # offloaded rows lie on the GPU until they are sent
+        if copies_in and call.host_bytes:  # offloaded rows lie on the GPU until they are sent
             self._add(GATHERED, call.host_bytes)
             self._add(GATHERED, -call.host_bytes)
 

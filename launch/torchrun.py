@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
@@ -32,7 +33,7 @@ from dora_dist.backends.watchdog import LOST
 from dora_dist.errors import UserError
 from dora_dist.launcher import children
 
-_JOIN_S = 600.0  # torchrun's own default
+_JOIN_S, _STATIC_S = 600.0, 900.0  # torchrun's own defaults
 _LOOK_S = 0.1
 _C10D_PORT = 29400  # torchrun's own default
 _NAMED = 8  # hosts that a line names
@@ -103,25 +104,34 @@ def _call_the_roll(options: Namespace) -> None:
     fixed = least == most and options.max_restarts == 0 and not options.standalone
     if most == 1 or not fixed or options.rdzv_backend not in ("static", "c10d"):
         return
-    settings = dict(pair.split("=", 1) for pair in filter(None, options.rdzv_conf.split(",")))
-    seconds = float(settings.get("timeout" if static else "join_timeout", _JOIN_S))
-    address, _, port = options.rdzv_endpoint.partition(":")
-    if static and not options.rdzv_endpoint:
-        address, port = options.master_addr, str(options.master_port)
+    seconds, is_host, address, port = _meeting_place(options, static, most)
     deadline = time.monotonic() + seconds
     name = f"{socket.gethostname()} (node rank {options.node_rank})" if static else socket.gethostname()
-    number = int(port or _C10D_PORT)
     try:
-        serves = options.node_rank == 0 if static else _is_here(address, deadline)
-        said = (
-            _serve_roll(number, most, deadline, name) if serves else _answer_roll(address, number, deadline, name)
-        )
+        serves = _is_here(address, deadline) if is_host is None else is_host
+        said = _serve_roll(port, most, deadline, name) if serves else _answer_roll(address, port, deadline, name)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {number} is already in use on {address}; give a free one") from None
-        said = f"{name} does not reach {address}:{number}: {error}"
+            raise UserError(f"port {port} is already in use on {address}; give a free one") from None
+        said = f"{name} does not reach {address}:{port}: {error}"
     if said != _ALL:
         raise _Absent(f"{said}, within {seconds:.0f} s")
+
+
+def _meeting_place(options: Namespace, static: bool, nodes: int) -> tuple[float, bool | None, str, int]:
+    """Seconds to wait, whether this host serves (None: to be found), address, port. UserError: there is none."""
+    try:
+        pairs = dict(pair.split("=", 1) for pair in filter(None, options.rdzv_conf.split(",")))
+        settings = RendezvousParameters(options.rdzv_backend, "", "roll", nodes, nodes, **pairs)
+        seconds = float(settings.get("timeout", _STATIC_S) if static else settings.get("join_timeout", _JOIN_S))
+        if static and not options.rdzv_endpoint:
+            return seconds, options.node_rank == 0, options.master_addr, options.master_port
+        host, port = parse_rendezvous_endpoint(options.rdzv_endpoint, _C10D_PORT)
+        return seconds, options.node_rank == 0 if static else settings.get_as_bool("is_host"), host, port
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"--rdzv-endpoint {options.rdzv_endpoint!r}, --rdzv-conf {options.rdzv_conf!r}: {error}"
+        ) from None
 
 
 def _is_here(host: str, deadline: float) -> bool:
@@ -148,7 +158,7 @@ def _serve_roll(port: int, hosts: int, deadline: float, own: str) -> str:
                 connection, _ = server.accept()
                 connection.settimeout(_NAME_S)
                 connections.append(connection)
-                if name := connection.makefile().readline(_NAME_LENGTH).strip():
+                if name := connection.makefile(errors="replace").readline(_NAME_LENGTH).strip():
                     names.append(name)
     shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
     said = (

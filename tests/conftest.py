@@ -14,6 +14,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")
+def rehearse():
+    from dora_dist.rehearse import Rehearsals
+
+    with Rehearsals() as rehearsals:
+        yield rehearsals
+
+
+@pytest.fixture(scope="session")
 def quickstart_model() -> Path:
     return ROOT / "launch" / "quickstart" / "model"
 

@@ -56,7 +56,7 @@ def test_gloo_blocks():
     assert simulate(calls, blocking).total == pytest.approx(4.0)
     loose = [send("all_reduce", 0.5, writes=[1], blocks=False), kernel(2.0)]
     assert simulate(loose, blocking).total == pytest.approx(2.0)
-    by_cores = replace(blocking, work={"all_reduce": 0.3 / loose[0].collective.bytes})
+    by_cores = replace(blocking, lost={("all_reduce", False): Link(1e9, 0.3 - loose[0].collective.bytes / 1e9)})
     assert simulate(loose, by_cores).total == pytest.approx(2.3)  # which compute meanwhile, and more slowly
 
 

@@ -3,6 +3,7 @@
 No test may leave a process behind: see `support_launch.Launch`.
 """
 
+import importlib.util
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ import torch
 import yaml
 from conftest import ROOT
 from support_launch import SECONDS, Launch, free_port, wait_until
+
+from dora_dist.errors import UserError
 
 
 @pytest.fixture(scope="module", params=["deepspeed", "torchrun"])
@@ -109,3 +112,27 @@ def test_a_dead_rank_ends_the_run(start, tmp_path):
         status, _ = launch.end()
     assert status != 0
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("--rdzv-backend=c10d --rdzv-endpoint=[fe80::1]:400", (600.0, None, "fe80::1", 400)),
+        ("--rdzv-backend=c10d --rdzv-endpoint=node-a --rdzv-conf=is_host=0", (600.0, False, "node-a", 29400)),
+        ("--rdzv-backend=c10d --rdzv-endpoint=a:1 --rdzv-conf=join_timeout=9,is_host=1", (9.0, True, "a", 1)),
+        ("--node-rank=1 --master-addr=10.0.0.1 --master-port=7", (900.0, False, "10.0.0.1", 7)),
+        ("--rdzv-backend=c10d --rdzv-endpoint=a:port", "a:port"),
+        ("--rdzv-backend=c10d --rdzv-endpoint=a --rdzv-conf=is_host", "is_host"),
+    ],
+)
+def test_where_hosts_meet_is_read_as_torchrun_reads_it(words, meant):
+    spec = importlib.util.spec_from_file_location("starter", ROOT / "launch" / "torchrun.py")
+    starter = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(starter)
+    options = starter.run.parse_args([*words.split(), "--nnodes=2", "script.py"])
+    static = options.rdzv_backend == "static"
+    if isinstance(meant, str):
+        with pytest.raises(UserError, match=meant):
+            starter._meeting_place(options, static, 2)
+    else:
+        assert starter._meeting_place(options, static, 2) == meant

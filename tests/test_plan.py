@@ -10,13 +10,15 @@ import pytest
 from conftest import ROOT, child_environment, letter_tokenizer, torchrun
 from test_rehearse import SHAPE_8B, config_of, write
 
-from dora_dist import rehearse, train
+from dora_dist import rehearse as rehearsals
+from dora_dist import train
 from dora_dist.backends.process import Processes
 from dora_dist.build import device_memory, draw_blueprint
 from dora_dist.cli import main
 from dora_dist.errors import UserError
 from dora_dist.hardware import GPUS, find_cluster
 from dora_dist.plan import as_json, as_text, certainly_fits, make_plan
+from dora_dist.rehearse import Job
 
 YAML = """
 model: {{path: {model}}}
@@ -26,7 +28,7 @@ train: {{steps: 1}}
 """
 
 
-IN_CHILD = rehearse._in_child
+IN_CHILD = rehearsals._in_child
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +37,10 @@ def shape_8b(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def too_large(shape_8b):
+def too_large(shape_8b, rehearse):
     """An 8B model with 4096 tokens on a 4090: 16 GB of weights alone."""
-    return make_plan(config_of(shape_8b, length=4096, dtype="bfloat16"), shape_8b, find_cluster("rtx4090", 1))
+    config = config_of(shape_8b, length=4096, dtype="bfloat16")
+    return make_plan(config, shape_8b, find_cluster("rtx4090", 1), rehearse)
 
 
 def test_the_verb_needs_neither_weights_nor_a_gpu(shape_8b, tmp_path):
@@ -99,7 +102,7 @@ def raises(_):
 
 def fails(job):
     """In the child."""
-    rehearse.rehearse_here = raises
+    rehearsals.rehearse_here = raises
     return IN_CHILD(job)
 
 
@@ -138,28 +141,28 @@ def test_ranks_refuse_together_before_anything_is_written(tmp_path, tiny_rows):
 def test_a_rehearsal_that_fails_does_not_stop_training(tmp_path, monkeypatch):
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, hidden_size=64, num_attention_heads=2)
 
-    monkeypatch.setattr(rehearse, "_in_child", fails)
+    monkeypatch.setattr(rehearsals, "_in_child", fails)
     (warning,) = check_as_training_does(config_of(model), 1e6)
     assert warning.startswith("warning: this run cannot be rehearsed") and warning.endswith(": an operator")
 
 
-def test_a_bound_that_holds(tmp_path):
+def test_a_bound_that_holds(tmp_path, rehearse):
     """What is let pass without a rehearsal holds far less than it is given."""
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, hidden_size=64, num_attention_heads=2)
     config = config_of(model, length=128, rows=4)
     memory = 1e6
     while not certainly_fits(draw_blueprint(config, model).model, config, memory):
         memory *= 1.2
-    assert rehearse.rehearse(rehearse.Job(config, model, 1, 1, gpu=False)).peak() < memory / 2
+    assert rehearse(Job(config, model, 1, 1, gpu=False)).peak() < memory / 2
 
 
-def test_advice_that_another_setting_rules_out_is_left_out(tmp_path):
+def test_advice_that_another_setting_rules_out_is_left_out(tmp_path, rehearse):
     """An 8-bit optimizer does not go with fsdp, which would be the next thing to try."""
     sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4}
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **sizes)
     config = config_of(model, "zero2", optimizer="adamw8bit")
     cluster = replace(find_cluster("h100", 2), device=replace(GPUS["h100"], memory=1e6, reserved=0.0))
-    plan = make_plan(config, model, cluster)
+    plan = make_plan(config, model, cluster, rehearse)
     assert plan.changes and all("parallel.strategy" not in change.settings for change in plan.changes)
 
 

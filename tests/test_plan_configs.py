@@ -95,7 +95,7 @@ def test_every_example_is_planned():
 
 
 @pytest.mark.parametrize("name", MEANT)
-def test_an_example_fits_its_gpus(name, tmp_path):
+def test_an_example_fits_its_gpus(name, tmp_path, rehearse):
     path, meant = CONFIGS / f"{name}.yaml", MEANT[name]
     config = load_config(path)
     directory = ROOT / config.model.path
@@ -103,7 +103,8 @@ def test_an_example_fits_its_gpus(name, tmp_path):
         directory = tmp_path
         MODELS[config.model.path].save_pretrained(directory)
     shape = Shape.of(transformers.AutoConfig.from_pretrained(directory))
-    plan = make_plan(config, directory, find_cluster(meant.gpu, meant.gpus, meant.nodes), advise=False)
+    cluster = find_cluster(meant.gpu, meant.gpus, meant.nodes)
+    plan = make_plan(config, directory, cluster, rehearse, advise=False)
     assert (plan.strategy, plan.fits) == (meant.strategy, True)
 
     # What must be held: a part of the weights, the block that computes, and the input of each block.

@@ -26,8 +26,9 @@ from dora_dist.cost import step_time
 from dora_dist.data import GlobalBatch
 from dora_dist.errors import RunFailed, UserError
 from dora_dist.hardware import find_cluster
-from dora_dist.rehearse import Job, rehearse
+from dora_dist.rehearse import Job
 from dora_dist.stand_ins import BACK, FORWARD, LOADING, REFRESH
+from dora_dist.trace import COPY_IN
 from dora_dist.trainer import Trainer
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -95,7 +96,7 @@ def allocated(config, steps):
     ],
     ids=str,
 )
-def test_a_rehearsal_holds_what_a_real_run_does(settings, tmp_path):
+def test_a_rehearsal_holds_what_a_real_run_does(settings, tmp_path, rehearse):
     """One process, to 5 %; benchmarks/plan_memory.py does it for several, whose gloo holds copies unseen here."""
     model = write(tmp_path, num_hidden_layers=3, vocab_size=512, **SIZES)
     config = config_of(model, length=128, **settings)
@@ -104,7 +105,7 @@ def test_a_rehearsal_holds_what_a_real_run_does(settings, tmp_path):
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("fsdp", 4), ("zero2", 4), ("zero3", 4)])
-def test_two_short_models_tell_of_a_deep_one(strategy, world, tmp_path, monkeypatch):
+def test_two_short_models_tell_of_a_deep_one(strategy, world, tmp_path, monkeypatch, rehearse):
     model = write(tmp_path, num_hidden_layers=7, vocab_size=512, **SIZES)
     job = Job(config_of(model, strategy, activation_checkpointing=True), model, world, 2)
     cluster = find_cluster("h100", world, max(1, world // 2))
@@ -124,7 +125,7 @@ def test_two_short_models_tell_of_a_deep_one(strategy, world, tmp_path, monkeypa
     assert drawn.total == pytest.approx(counted.total, rel=0.03 if buckets else 0.01)
 
 
-def test_what_fsdp_sends_is_what_the_sizes_say(tmp_path):
+def test_what_fsdp_sends_is_what_the_sizes_say(tmp_path, rehearse):
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
     found = rehearse(Job(config_of(model, "fsdp"), model, 2, 2))
     step = step_time(found, find_cluster("h100", 2))
@@ -136,13 +137,15 @@ def test_what_fsdp_sends_is_what_the_sizes_say(tmp_path):
     assert (
         step.sent[FORWARD, "all_gather"] == 2 * block + 2 * 4 * V * H + 4 * H
     )  # and both embeddings, and the norm
+    copied = sum(call.bytes for call in found.runs[0].calls if (call.phase, call.name) == (FORWARD, COPY_IN))
+    assert copied == step.sent[FORWARD, "all_gather"]  # this rank's half of it, read and written
     assert step.sent[BACK, "all_gather"] == 2 * block
     assert step.sent[BACK, "reduce_scatter"] == 2 * trained
     assert step.sent[REFRESH, "all_reduce"] == 2 * 4 * sum(o for o, _ in linears)
     assert step.sent[REFRESH, "all_gather"] == 2 * 4 * sum(R * i for _, i in linears)
 
 
-def test_norms_of_8b_at_1024_ranks_are_two_collectives_and_a_thousandth_of_the_bytes(tmp_path):
+def test_norms_of_8b_at_1024_ranks_are_two_collectives_and_a_thousandth_of_the_bytes(tmp_path, rehearse):
     """A step of four rows of 4096 tokens a GPU, one at a time. Without accumulation the same bytes are 0.2 %."""
     model = write(tmp_path, **SHAPE_8B)
     config = config_of(model, "fsdp", length=4096, accumulation=4, dtype="bfloat16", activation_checkpointing=True)
@@ -153,7 +156,7 @@ def test_norms_of_8b_at_1024_ranks_are_two_collectives_and_a_thousandth_of_the_b
     assert sent <= 0.001 * sum(step.sent.values())
 
 
-def test_hybrid_sharding_stays_inside_machines(tmp_path):
+def test_hybrid_sharding_stays_inside_machines(tmp_path, rehearse):
     """Weights and norms in groups of neighbours; only gradients cross."""
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
     found = rehearse(Job(config_of(model, "fsdp", replicas=4), model, 8, 2))
@@ -164,7 +167,7 @@ def test_hybrid_sharding_stays_inside_machines(tmp_path):
     assert {c.kind for c in across} == {"all_reduce"} and {c.ranks for c in across} == {4}
 
 
-def test_offloaded_weights_are_the_hosts(tmp_path):
+def test_offloaded_weights_are_the_hosts(tmp_path, rehearse):
     model = write(tmp_path, num_hidden_layers=3, vocab_size=512, **SIZES)
     held = rehearse(Job(config_of(model, "fsdp", cpu_offload=True, dtype="bfloat16"), model, 2, 2)).peaks()
     on_host, on_gpu = held[REFRESH, True], held[REFRESH, False]
@@ -172,14 +175,14 @@ def test_offloaded_weights_are_the_hosts(tmp_path):
     assert on_host["host: optimizer states"] > 0
 
 
-def test_loading_holds_rows_of_files_on_the_host(tmp_path):
+def test_loading_holds_rows_of_files_on_the_host(tmp_path, rehearse):
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
     held = rehearse(Job(config_of(model), model, 1, 1)).peaks()
     assert json.dumps(sorted(held[LOADING, True])) == '["host: rows of files"]'
     assert 0 < held[LOADING, True]["host: rows of files"] <= 2 * 4 * 512 * SIZES["hidden_size"]
 
 
-def test_mistakes_are_told_as_in_training(tmp_path):
+def test_mistakes_are_told_as_in_training(tmp_path, rehearse):
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
     config = config_of(model, "fsdp", replicas=3)
     with pytest.raises(UserError, match="replicas: 3"):
@@ -189,7 +192,7 @@ def test_mistakes_are_told_as_in_training(tmp_path):
         rehearse(Job(wrong, model, 4, 4))
 
 
-def test_attention_is_counted_once_and_causal(tmp_path):
+def test_attention_is_counted_once_and_causal(tmp_path, rehearse):
     """Packed rows of one document each and plain ones do the same arithmetic: half of all pairs of tokens."""
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
     found = {}
@@ -201,7 +204,7 @@ def test_attention_is_counted_once_and_causal(tmp_path):
     assert found[False] == found[True] == layers * 2 * (2 + 5) * pairs * SIZES["hidden_size"]
 
 
-def test_an_adapter_to_go_on_from_changes_nothing(tmp_path):
+def test_an_adapter_to_go_on_from_changes_nothing(tmp_path, rehearse):
     model = write(tmp_path / "model", num_hidden_layers=7, vocab_size=512, **SIZES)
     config = config_of(model)
     plain = rehearse(Job(config, model, 1, 1)).peak()
@@ -211,7 +214,7 @@ def test_an_adapter_to_go_on_from_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(("strategy", "on_gpu"), [("zero2", True), ("zero3", False)])
-def test_zero_offloads_states_and_only_stage_3_the_weights(strategy, on_gpu, tmp_path):
+def test_zero_offloads_states_and_only_stage_3_the_weights(strategy, on_gpu, tmp_path, rehearse):
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
     config = config_of(model, strategy, cpu_offload=True, dtype="bfloat16")
     held = rehearse(Job(config, model, 2, 2)).peaks()[REFRESH, False]
@@ -222,7 +225,7 @@ def dies(_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_rehearsal_does_not_hang(tmp_path, monkeypatch):
+def test_a_killed_rehearsal_does_not_hang(tmp_path, monkeypatch, rehearse):
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
     monkeypatch.setattr(rehearsals, "_in_child", dies)
     with pytest.raises(RunFailed, match="was killed"):
