@@ -25,7 +25,7 @@ from _scaling_run import write_llama
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from dora_dist.cost import step_time
 from dora_dist.hardware import Cluster, Device, Link
-from dora_dist.rehearse import Job, Rehearsals
+from dora_dist.rehearse import Job, Rehearsals, Rehearsed
 
 # The shape of a CPU core's roofline: products, and passes that write new memory, whose pages the system makes. The
 # factor that is fitted makes it this machine's.
@@ -60,6 +60,7 @@ def predict_all(records: list[Record]) -> list[Record]:
     runs = [r for r in records if r["kind"] == "step" and r["mode"] == "weak"]
     alone = {r["strategy"]: r for r in runs if r["world_size"] == 1 and r["link"] == "one host"}
     rows = []
+    found: dict[str, Rehearsed] = {}
     with tempfile.TemporaryDirectory() as directory, Rehearsals() as rehearse:
         for run in (r for r in runs if r["world_size"] > 1):
             one = alone.get(run["strategy"])
@@ -69,7 +70,10 @@ def predict_all(records: list[Record]) -> list[Record]:
                       f"{'its run of one rank' if one is None else '--links there'}")  # fmt: skip
                 continue
             cluster = cluster_of(run, links)
-            predicted = predict(one, run, cluster, Path(directory), rehearse)
+            for known in (one, run):
+                if name_of(known) not in found:
+                    found[name_of(known)] = rehearse(job_of(known, Path(directory)))
+            predicted = predict(one, run, cluster, found)
             measured = run["step_seconds"]["median"]
             rows.append({
                 "case": f"{run['strategy']} on {run['world_size']} ranks, {place(run)}",
@@ -129,21 +133,24 @@ def slowed(link: Link, factor: float) -> Link:
     return Link(link.rate / factor, link.latency * factor)
 
 
-def predict(one: Record, run: Record, cluster: Cluster, directory: Path, rehearse: Rehearsals) -> float:
-    """Seconds of a step of `run`, from the run of one rank and what the links do."""
-    base = rehearse(job_of(one, 1, directory))
+def name_of(run: Record) -> str:
+    """Of the rehearsal that a run needs."""
+    return json.dumps([run["strategy"], run["world_size"], run["settings"]])
+
+
+def predict(one: Record, run: Record, cluster: Cluster, found: dict[str, Rehearsed]) -> float:
+    """Seconds of a step of `run`, from the run of one rank, both's rehearsals, and what the links do."""
     in_probes = statistics.median(turn["step_seconds"] / turn["probe_seconds"] for turn in one["rounds"])
     measured = in_probes * run["probe_seconds"]["median"]
-    factor = measured / step_time(base, Cluster(CORE, 1)).total
+    factor = measured / step_time(found[name_of(one)], Cluster(CORE, 1)).total
     slow = replace(CORE, **{
         name: getattr(CORE, name) / factor for name in ("bandwidth", "flops_16", "flops_32")
     }, kernel_s=CORE.kernel_s * factor)  # fmt: skip
-    many = rehearse(job_of(run, run["world_size"], directory))
-    return step_time(many, replace(cluster, device=slow)).total
+    return step_time(found[name_of(run)], replace(cluster, device=slow)).total
 
 
-def job_of(run: Record, world: int, directory: Path) -> Job:
-    sizes = run["settings"]
+def job_of(run: Record, directory: Path) -> Job:
+    sizes, world = run["settings"], run["world_size"]
     write_llama(directory, SimpleNamespace(**{key: sizes[key] for key in ("hidden", "layers", "tokens")}))
     config = RunConfig(
         model=ModelConfig(path=str(directory), init="random", dtype=sizes["dtype"]),

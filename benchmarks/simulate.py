@@ -56,12 +56,17 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     everything = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    here = about(args)
+    for name in ("gpu", "net", "rows_per_gpu", "tokens_per_row", "micro_batch"):
+        there = everything.get("about", here)[name]
+        if there != here[name]:
+            raise SystemExit(f"error: {args.out} was simulated with another {name}: {there}; give another --out")
     with tempfile.TemporaryDirectory() as directory, Rehearsals() as rehearse:
         for case in args.cases:
             for world in args.worlds:
                 found = simulate(case, world, args, Path(directory), rehearse)
                 everything.setdefault(case, {})[str(world)] = found
-                everything["about"] = about(args)
+                everything["about"] = here
                 args.out.write_text(json.dumps(everything, indent=1) + "\n")
                 print_row(case, world, found)
 
