@@ -128,7 +128,7 @@ def _plan(options: argparse.Namespace) -> None:
     _quiet_transformers()
     directory = resolve_model(config.model.path, config_only=True)
     with Rehearsals() as rehearse:
-        made = make_plan(config, directory, cluster, rehearse)
+        made = make_plan(config, directory, cluster, rehearse, compare=True)
     print(json.dumps(as_json(made), indent=2) if options.json else as_text(made))
 
 

@@ -24,7 +24,7 @@ from dora_dist.weights import base_tensors
 
 @dataclass(frozen=True)
 class Change:
-    """Settings that make a run smaller, and what a GPU holds with them."""
+    """Other settings, and what a GPU holds and a step takes with them."""
 
     settings: Mapping[str, Any]
     peak: float
@@ -43,6 +43,7 @@ class Plan:
     time: StepTime
     tokens: int  # of a step, over all GPUs, every row full
     changes: Sequence[Change] = ()
+    faster: Change | None = None  # sharded inside machines only, where that fits, too
 
     @property
     def moment(self) -> str:
@@ -81,9 +82,11 @@ def make_plan(
     cluster: Cluster,
     rehearse: Rehearsals,
     advise: bool = True,
+    compare: bool = False,
     gpu: bool = True,
 ) -> Plan:
-    """Rehearse a run on a cluster; where it does not fit and `advise`, what would. Without `gpu` on CPUs.
+    """Rehearse a run on a cluster; with `advise` also what would fit, where it does not; with `compare` also what
+    would be faster over several machines. Without `gpu` on CPUs.
 
     Raises:
         UserError: the configuration is refused, as training would.
@@ -105,7 +108,17 @@ def make_plan(
         changes.append(Change(dict(chosen), found.peak, found.fits, found.time.total))
         if found.fits:
             break
-    return replace(plan, changes=changes)
+    faster = None
+    if compare and plan.fits and _could_be_hybrid(plan):
+        settings = {"parallel.replicas": cluster.nodes}
+        found = planned(_with(config, settings))
+        if found.fits and found.time.total < plan.time.total:
+            faster = Change(settings, found.peak, True, found.time.total)
+    return replace(plan, changes=changes, faster=faster)
+
+
+def _could_be_hybrid(plan: Plan) -> bool:
+    return plan.strategy == "fsdp" and plan.cluster.nodes > 1 and parallel_of(plan).replicas == 1
 
 
 def _job(config: RunConfig, directory: Path, cluster: Cluster, gpu: bool) -> Job:
@@ -202,6 +215,9 @@ def as_text(plan: Plan) -> str:
         lines.append(f"  {sent / GB:10.2f} GB gathered and reduced, {100 * norms / sent:.3f} % for the norms")
     lines += ["", _verdict(plan)]
     lines += [f"  {_settings(c.settings)}: {_size(c.peak)}, {c.seconds:.2f} s a step" for c in plan.changes]
+    if plan.faster is not None:
+        found = plan.faster
+        lines.append(f"faster: {_settings(found.settings)}: {found.seconds:.3f} s a step, {_size(found.peak)}")
     lines += ["", "counted by a rehearsal on fake tensors; times from published rates, not measured:"]
     return "\n".join([*lines, *(f"  - {assumption}" for assumption in ASSUMPTIONS)])
 
@@ -263,12 +279,15 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tokens_per_second": plan.tokens / time.total,
         "sent_bytes": {f"{phase}: {kind}": size for (phase, kind), size in time.sent.items()},
         "collectives": {f"{phase}: {kind}": round(n) for (phase, kind), n in time.messages.items()},
-        "changes": [
-            {"settings": dict(c.settings), "peak_bytes": c.peak, "fits": c.fits, "step_seconds": c.seconds}
-            for c in plan.changes
-        ],
+        "changes": [_change(change) for change in plan.changes],
+        "faster": None if plan.faster is None else _change(plan.faster),
         "assumptions": list(ASSUMPTIONS),
     }  # fmt: skip
+
+
+def _change(change: Change) -> dict[str, Any]:
+    return {"settings": dict(change.settings), "peak_bytes": change.peak, "fits": change.fits,
+            "step_seconds": change.seconds}  # fmt: skip
 
 
 def certainly_fits(model: nn.Module, config: RunConfig, memory: float) -> bool:

@@ -166,6 +166,18 @@ def test_advice_that_another_setting_rules_out_is_left_out(tmp_path, rehearse):
     assert plan.changes and all("parallel.strategy" not in change.settings for change in plan.changes)
 
 
+def test_over_machines_what_is_faster_is_told(tmp_path, rehearse):
+    """Weights gathered inside machines, over NVLink, where they fit there."""
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **sizes)
+    config = config_of(model, "fsdp", dtype="bfloat16")
+    plan = make_plan(config, model, find_cluster("h100", 16, 4, "10g"), rehearse, compare=True)
+    assert plan.faster.settings == {"parallel.replicas": 4}
+    assert plan.faster.seconds < plan.time.total and plan.faster.peak > plan.peak
+    assert "faster: parallel.replicas=4" in as_text(plan) and as_json(plan)["faster"]["fits"]
+    assert make_plan(config, model, find_cluster("h100", 4), rehearse, compare=True).faster is None
+
+
 def test_the_command_line_knows_the_verb():
     command = [sys.executable, "-c", "from dora_dist.cli import main; main(['--help'])"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=child_environment(), timeout=60)
