@@ -117,14 +117,18 @@ def line(sizes: list[float], seconds: list[float], scales: list[float] | None = 
     scale = torch.ones_like(time) if scales is None else torch.tensor(scales, dtype=torch.float64)
     design = torch.stack([torch.ones_like(size), size], dim=1) / scale[:, None]
     latency, per_byte = torch.linalg.lstsq(design, (time / scale)[:, None]).solution.flatten().tolist()
-    return Link(1 / max(per_byte, 1e-15), max(latency, 0.0))
+    if latency < 0 or per_byte < 0:  # the other one alone
+        column = design[:, int(latency < 0)]
+        alone = max(0.0, float(column @ (time / scale) / (column @ column)))
+        latency, per_byte = (0.0, alone) if latency < 0 else (alone, 0.0)
+    return Link(1 / max(per_byte, 1e-15), latency)
 
 
 def lost_to(links: Record) -> dict[tuple[str, bool], Link]:
     """What computing loses to a collective of each kind, waited for or not, with a probe as the unit of time."""
     return {
         (kind, blocks): line([p["bytes"] for p in points], [p["around" if blocks else "beside"] for p in points])
-        for kind, points in links["lost_probes"].items()
+        for kind, points in (links["lost_probes"] or {}).items()
         for blocks in (True, False)
     }
 

@@ -99,7 +99,8 @@ def simulate(calls: Sequence[Call], cluster: Cluster) -> StepTime:
                 if call.collective.blocks:
                     now = host = start + latency + transfer
                 lost = cluster.lost.get((call.collective.kind, call.collective.blocks))
-                now += lost.seconds(call.collective.bytes) if lost is not None else 0.0
+                if lost is not None and call.collective.ranks > 1:
+                    now += lost.seconds(call.collective.bytes)
             else:
                 start = max(ready, gate if call.collective.kind == "all_gather" else now, free[across])
                 free[across] = start + latency + transfer

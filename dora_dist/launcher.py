@@ -30,6 +30,18 @@ def end_with_launcher() -> None:
     threading.Thread(target=_watch, args=(parents,), name="launcher", daemon=True).start()
 
 
+def end_with_parent() -> None:
+    """The same for a process of a pool, which would wait for work forever."""
+    first = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == first:
+            time.sleep(_LOOK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
 def free_from_lost_host() -> None:
     """To be called before this process ends because the host of torchrun's store is gone. torchrun then waits for
     an answer of that store for minutes, deaf to signals: it is killed unless it ends, or has restarts left and has

@@ -41,6 +41,7 @@ from dora_dist.build import Blueprint, Strategy, build, choose_strategy, draw_bl
 from dora_dist.config import RunConfig
 from dora_dist.data import GlobalBatch
 from dora_dist.errors import RunFailed, UserError
+from dora_dist.launcher import end_with_parent
 from dora_dist.shards import blocks
 from dora_dist.stand_ins import (
     BASE,
@@ -143,7 +144,9 @@ class Rehearsals:
     """
 
     def __enter__(self) -> "Rehearsals":
-        self._pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
+        self._pool = ProcessPoolExecutor(
+            2, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent
+        )
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -158,7 +161,8 @@ class Rehearsals:
         job = replace(job, config=_plain(job.config))
         try:
             # Meanwhile this process draws the model, and finds how many of its blocks are worth it.
-            self._pool.submit(_import)
+            for _ in range(2):
+                self._pool.submit(_import)
             total, depths = _depths(job)
             futures = [self._pool.submit(_forked, _in_child, replace(job, blocks=n)) for n in depths]
             found = [future.result() for future in futures]
@@ -176,7 +180,7 @@ def _import() -> None:
 
 
 def _forked(make: Callable[[Job], Any], job: Job) -> Any:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), initializer=end_with_parent) as pool:
         try:
             return pool.submit(make, job).result()
         except BrokenProcessPool:

@@ -24,7 +24,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
-from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config, parse_rendezvous_endpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
@@ -104,6 +104,8 @@ def _call_the_roll(options: Namespace) -> None:
     fixed = least == most and options.max_restarts == 0 and not options.standalone
     if most == 1 or not fixed or options.rdzv_backend not in ("static", "c10d"):
         return
+    if "store_type" in options.rdzv_conf:  # a file's: they meet without a port
+        return
     seconds, is_host, address, port = _meeting_place(options, static, most)
     deadline = time.monotonic() + seconds
     name = f"{socket.gethostname()} (node rank {options.node_rank})" if static else socket.gethostname()
@@ -121,7 +123,7 @@ def _call_the_roll(options: Namespace) -> None:
 def _meeting_place(options: Namespace, static: bool, nodes: int) -> tuple[float, bool | None, str, int]:
     """Seconds to wait, whether this host serves (None: to be found), address, port. UserError: there is none."""
     try:
-        pairs = dict(pair.split("=", 1) for pair in filter(None, options.rdzv_conf.split(",")))
+        pairs = _parse_rendezvous_config(options.rdzv_conf)
         settings = RendezvousParameters(options.rdzv_backend, "", "roll", nodes, nodes, **pairs)
         seconds = float(settings.get("timeout", _STATIC_S) if static else settings.get("join_timeout", _JOIN_S))
         if static and not options.rdzv_endpoint:

@@ -30,7 +30,7 @@ sys.exit(max(task.wait() % 256 for task in tasks))
 SCONTROL = """#!/bin/sh
 case "$1 $2" in
     "show hostnames") echo localhost; echo elsewhere ;;
-    "show job") echo "   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=${PREEMPTED:-None}" ;;
+    "show job") echo "   JobState=${STATE:-RUNNING} Reason=None"; echo "   PreemptTime=${PREEMPTED:-None}" ;;
     *) echo "$@" >> "$SCONTROL_LOG" ;;
 esac
 """
@@ -106,17 +106,21 @@ def test_before_its_time_limit_a_job_saves_and_requeues_itself_and_then_goes_on(
     assert slurm.read_text().count("\n") == 1
 
 
-@pytest.mark.parametrize("preempted", ["", "2026-01-01T12:00:00"])
+@pytest.mark.parametrize(
+    ("preempted", "state"),
+    [("", "CANCELLED"), ("2026-01-01T12:00:00", "RUNNING"), ("2026-01-01T12:00:00", "CANCELLED")],
+)
 def test_a_job_that_is_cancelled_saves_and_stays_away_and_a_preempted_one_comes_back(
-    preempted, slurm, run_yaml, tmp_path, monkeypatch
+    preempted, state, slurm, run_yaml, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("PREEMPTED", preempted)
+    monkeypatch.setenv("STATE", state)
     with job(run_yaml, tmp_path) as launch:
         assert begun(tmp_path / "run"), launch.printed()
         launch.launcher.send_signal(signal.SIGTERM)
         status, output = launch.end()
     assert status == 75, output[-3000:]
-    assert slurm.exists() == bool(preempted)
+    assert slurm.exists() == (bool(preempted) and state == "RUNNING")
     assert (tmp_path / "run" / "checkpoints").exists()
 
 

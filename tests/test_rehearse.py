@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -225,8 +226,14 @@ def dies(_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_rehearsal_does_not_hang(tmp_path, monkeypatch, rehearse):
+def is_orphaned(_):
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("killed", [dies, is_orphaned])
+def test_a_killed_rehearsal_does_not_hang(killed, tmp_path, monkeypatch):
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
-    monkeypatch.setattr(rehearsals, "_in_child", dies)
-    with pytest.raises(RunFailed, match="was killed"):
-        rehearse(Job(config_of(model), model, 1, 1))
+    monkeypatch.setattr(rehearsals, "_in_child", killed)
+    with rehearsals.Rehearsals() as own, pytest.raises(RunFailed, match="was killed"):
+        own(Job(config_of(model), model, 1, 1))

@@ -82,8 +82,9 @@ def test_a_rank_that_is_lost_while_another_saves_is_named(tmp_path):
     )
 
 
-def test_the_error_of_a_collective_becomes_the_name_of_the_rank_that_has_left(tmp_path):
-    with start(tmp_path, "60", "1000000", "leave") as launch:
+@pytest.mark.parametrize("mishap", ["leave", "fail"])
+def test_the_error_of_a_collective_becomes_the_name_of_the_rank_that_has_left(tmp_path, mishap):
+    with start(tmp_path, "60", "1000000", mishap) as launch:
         status, output = launch.end()
     assert status != 0
     assert "gloo" not in output

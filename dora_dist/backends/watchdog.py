@@ -20,12 +20,14 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from dora_dist.backends.process import Processes
+from dora_dist.errors import Stopped
 from dora_dist.launcher import free_from_lost_host
 
 LOST = 69  # exit status of a rank that ends because another, or the network, is gone: EX_UNAVAILABLE
 _BEAT_S = 1.0
 _MEETING_S = 0.1  # between two looks for the store, before the processes have met
 _LISTEN_S = 3.0  # a rank without a beat for as long is not there
+_QUIET_S = 30.0  # nor is one at a place that is not watched, where a library may hold all of Python's threads
 _EARLY_S = 8.0  # before the limit: to listen, to speak, and to end before a collective's own limit does it mutely
 _ASLEEP_S = 5.0  # a thread that overslept by as much was stopped itself, and its waiting does not count
 _STORE_S = 2.0  # for an answer of the store, whose host may be the one that is gone
@@ -76,9 +78,9 @@ class Watchdog:
             ...
             watch.at(step, "forward of micro-batch 2")
 
-    What is not watched may take any time, but there, too, no rank may be silent for half of `timeout_s`. An error
-    of a collective that a missing rank has caused ends the process in the same way. A single process is not
-    watched. On GPUs an operation is the one that the host is in: the device may be behind it.
+    What is not watched may take any time, but there, too, no rank may be silent for half of `timeout_s` (at least
+    30 s). An error of a collective that a missing rank has caused ends the process in the same way. A single
+    process is not watched. On GPUs an operation is the one that the host is in: the device may be behind it.
     """
 
     def __init__(self, processes: Processes, timeout_s: float):
@@ -99,11 +101,11 @@ class Watchdog:
     ) -> None:
         line = None if error is None else self.explain(error)
         self._over.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._board.write(Place(self._place.step, self._place.index + 1, _END))
         if line is not None:
             _leave(line, self._board.gone)
+        if self._thread is not None and (error is None or isinstance(error, Stopped)):
+            self._thread.join()
+            self._board.write(Place(self._place.step, self._place.index + 1, _END))
 
     @property
     def _me(self) -> str:
@@ -124,9 +126,11 @@ class Watchdog:
         if self.processes.world_size == 1 or self.processes.store is None or not of_collective:
             return None
         place = self._place
-        self._place = dataclasses.replace(place, watched=False)  # the thread goes on to beat, and says nothing
+        # The thread goes on to beat, and says nothing.
+        self._place = dataclasses.replace(place, watched=False, since=time.monotonic())
         before = self._board.read()
         time.sleep(_LISTEN_S)
+        place = dataclasses.replace(place, watched=True)  # by now something is wrong
         missing = describe_missing(
             self.processes.rank, self.processes.world_size, place, before, self._board.read()
         )
@@ -146,11 +150,10 @@ class Watchdog:
             if not met or now - since < self._patience(place):
                 continue
             if look is None or look[0] is not place or look[1] < since:
-                look = (place, now, self._board.read())
-            left = look[1] + (_LISTEN_S if place.watched else max(_LISTEN_S, self.timeout_s / 2)) - now
+                look = (place, now, self._board.read(self._answer_s(place)))
+            left = look[1] + (_LISTEN_S if place.watched else max(_QUIET_S, self.timeout_s / 2)) - now
             if left <= 0:
-                self._give_up(place, now - since, look[2])
-                look = None
+                look = (place, now, self._give_up(place, now - since, look[2]))
             else:
                 pause = min(_BEAT_S, max(left, 0.01))
 
@@ -159,19 +162,24 @@ class Watchdog:
         half = self.timeout_s / 2
         return max(half, self.timeout_s - _EARLY_S) if place.watched else half + _APART_S * self.processes.rank
 
-    def _give_up(self, place: Place, waited: float, before: Beats | None) -> None:
-        missing = describe_missing(
-            self.processes.rank, self.processes.world_size, place, before, self._board.read()
-        )
+    def _answer_s(self, place: Place) -> float:
+        """Seconds that the store has for an answer."""
+        return _STORE_S if place.watched else max(_STORE_S, self.timeout_s / 4)
+
+    def _give_up(self, place: Place, waited: float, before: Beats | None) -> Beats | None:
+        """End this process, unless nobody is missing: then the second look is returned."""
+        now = self._board.read(self._answer_s(place))
+        missing = describe_missing(self.processes.rank, self.processes.world_size, place, before, now)
         if missing is None:  # long work; or the network, where the collective's own limit ends it
-            if self._place is place:  # from now on only silence counts
+            if place.watched and self._place is place:  # from now on only silence counts
                 self._place = dataclasses.replace(place, watched=False, since=time.monotonic())
-            return
+            return now
         limit = f"parallel.timeout_s: {self.timeout_s:g}"
         line = f"error: {place}: {self._me} has waited for {waited:.0f} s ({limit}); missing is {missing}"
         line = self._one_voice(line)
         if self._place is place:  # else the loop has gone on in the meantime, or speaks itself
             _leave(line, self._board.gone)
+        return now
 
     def _one_voice(self, line: str) -> str:
         """The line on one rank, the lowest that lives, since that asks first; "" on the others."""
@@ -204,9 +212,10 @@ class _Board:
             self._store, self.gone = None, True
         return self._store is not None or self.gone
 
-    def read(self) -> Beats | None:
-        """Each rank's last beat, of those that had one; None where the store does not answer."""
-        return self._ask(self._read)
+    def read(self, limit: float = _STORE_S) -> Beats | None:
+        """Each rank's last beat, of those that had one; None where the store does not answer within `limit`
+        seconds."""
+        return self._ask(self._read, limit)
 
     def claim(self) -> bool:
         """Whether nobody has before; also where the store does not answer, as then nobody knows."""
@@ -221,7 +230,7 @@ class _Board:
             beats[rank] = Beat(count, Place(step, index, operation), host)
         return beats
 
-    def _ask(self, question: Callable[[dist.Store], T]) -> T | None:
+    def _ask(self, question: Callable[[dist.Store], T], limit: float = _STORE_S) -> T | None:
         """In a thread, as nothing else ends a request to a host that is gone: the store's own limit does not."""
         store = self._store
         if store is None:
@@ -234,7 +243,7 @@ class _Board:
 
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
-        thread.join(_STORE_S)
+        thread.join(limit)
         if not answers:
             self._store, self.gone = None, True
         return answers[0] if answers else None
