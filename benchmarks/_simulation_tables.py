@@ -39,10 +39,10 @@ def simulated() -> str:
         largest = found[max(found, key=lambda world: (int(world) <= 512, int(world)))]
         sent = sum(entry["bytes"] for entry in largest["sent"].values())
         norms = sum(entry["bytes"] for name, entry in largest["sent"].items() if name.startswith("norms"))
-        speed = found[str(min(parts))]["tokens_per_second_and_gpu"] if parts else 0
+        speed = f"{found[str(min(parts))]['tokens_per_second_and_gpu']:,.0f}" if parts else ""
         cells = [cell(found.get(str(world)), parts.get(world)) for world in worlds]
         lines.append(
-            f"| {case} | {speed:,.0f} | " + " | ".join(cells) + f" | {largest['peak_bytes'] / 1e9:.1f} GB | "
+            f"| {case} | {speed} | " + " | ".join(cells) + f" | {largest['peak_bytes'] / 1e9:.1f} GB | "
             f"{sent / 1e9:.1f} GB | {norms / 1e6:.0f} MB |"
         )
     return "\n".join(lines)
