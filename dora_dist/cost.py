@@ -4,7 +4,8 @@ streams and data dependences let them.
 Kernels run one after the other. A collective runs beside them on its own stream, after what it sends was
 written; a kernel that reads what a collective writes waits for it. One gather is under way ahead of the kernels
 at a time, as FSDP2 and ZeRO-3 keep it; those inside machines and those between machines do not hinder each
-other.
+other. On CPUs (`Device.blocking`) the cores that compute send, too: a collective begins when they come to it, they
+stand still where they wait for it, and computing loses `Cluster.lost` to it.
 """
 
 from collections import Counter
