@@ -13,10 +13,12 @@ endif
 BENCHMARKS = $(patsubst %,benchmarks/%.py,step_time memory layer norm step_profile)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test faults lint format gpu bench scaling clean
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: help venv quickstart test test-all faults lint format gpu bench scaling clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 	@echo "Variables: PYTHON=python3  N=processes of quickstart  ARGS='arguments of pytest or of a benchmark'"
 
 venv: $(STAMP) ## make .venv (the targets below do so when it is missing or out of date)
@@ -40,8 +42,11 @@ quickstart: $(STAMP) ## fine-tune the small model in launch/quickstart, sharded 
 	echo "DoRA fine-tuning of the model in launch/quickstart/model, sharded over $$n process(es):"; \
 	echo "$$*"; "$$@"
 
-test: $(STAMP) ## run the tests
-	.venv/bin/python -m pytest $(ARGS)
+test: $(STAMP) ## run the tests that guard every change (10 minutes)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## run all tests (25 minutes)
+	$(PYTEST) $(ARGS)
 
 faults: $(STAMP) ## run the fault suite (20 minutes), and renew the table in docs/reliability.md
 	.venv/bin/python tests/faults/suite.py --write docs/reliability.md $(ARGS)

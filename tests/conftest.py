@@ -11,6 +11,23 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))  # the models are tiny
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config, items):
+    """What starts processes comes first, in one worker of xdist; the other one takes the rest, file by file."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    items.sort(key=lambda item: {"ranks": 0, "rehearsals": 1}.get(group_of(item), 2))
+
+
+def group_of(item) -> str:
+    if item.get_closest_marker("ranks"):
+        return "ranks"
+    return "rehearsals" if "rehearse" in item.fixturenames else item.path.stem  # what was rehearsed is shared
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, child_environment, torchrun
 
+pytestmark = pytest.mark.ranks
+
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]

@@ -17,6 +17,8 @@ import whole_runs
 from case import STEPS, Case
 from saves import damaged_checkpoints, full_disks, killed_saves, make_trainer, train_and_save
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):

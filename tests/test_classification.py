@@ -65,6 +65,7 @@ def test_distilbert_learns_and_its_head_is_saved(config, tmp_path):
     assert sorted(described["target_modules"]) == sorted(LINES)
 
 
+@pytest.mark.ranks
 def test_sharded_classification_gives_the_same_numbers(config, tmp_path):
     assert main(["train", "--config", str(config), "train.steps=5", "dora.dropout=0"]) == 0
     alone = evaluations(tmp_path / "run")

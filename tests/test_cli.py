@@ -302,6 +302,7 @@ def test_the_real_command_ends_with_status_2_and_no_traceback(config, tmp_path):
     ]
 
 
+@pytest.mark.ranks
 def test_torchrun_trains_and_tells_a_mistake_once(config, tmp_path):
     path = str(write(config, tmp_path))
     done = torchrun(2, TRAIN, "--config", path, "parallel.strategy=fsdp")

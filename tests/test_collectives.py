@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT, child_environment
 
+pytestmark = pytest.mark.ranks
+
 
 def count(world: int, strategy: str) -> dict:
     command = [sys.executable, str(ROOT / "tests" / "count_collectives.py"), str(world), strategy]

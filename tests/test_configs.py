@@ -8,6 +8,8 @@ import pytest
 from conftest import ROOT, child_environment, torchrun
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.ranks
+
 CONFIGS = ROOT / "configs"
 SIZES = [
     "dora.rank=2", "data.seq_len=64", "train.epochs=1", "train.accumulation=2", "log.every=1",

@@ -7,6 +7,8 @@ import torch
 from conftest import ROOT, torchrun
 from transformers import LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.ranks
+
 WORLD = 2
 
 

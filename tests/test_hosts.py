@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from _hosts import Hosts, available
 
 pytestmark = [
+    pytest.mark.ranks,
     pytest.mark.skipif(available() is not None, reason=f"no hosts can be made here: {available()}"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="two hosts would share the GPUs, which these tests hide"),
 ]

@@ -12,6 +12,8 @@ import yaml
 from conftest import ROOT, child_environment
 from support_launch import SECONDS, Launch, free_port, wait_until
 
+pytestmark = pytest.mark.ranks
+
 SRUN = """#!{python}
 # A task for each node, all on this machine; as srun does, passes SIGUSR1 on and kills them for a SIGTERM; ends
 # with the largest status.

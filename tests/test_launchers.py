@@ -19,6 +19,8 @@ from support_launch import SECONDS, Launch, free_port, wait_until
 
 from dora_dist.errors import UserError
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.fixture(scope="module", params=["deepspeed", "torchrun"])
 def launcher(request) -> str:

@@ -7,6 +7,8 @@ import torch
 from conftest import ROOT, torchrun
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_fully_sharded_model(ranks, tiny_llama, tmp_path):

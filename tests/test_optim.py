@@ -144,6 +144,7 @@ leave(0)
 """
 
 
+@pytest.mark.ranks
 def test_under_ddp_and_zero(tmp_path):
     """ZeRO gives the optimizer flat pieces; what they hold in 8 bits still trains."""
     pytest.importorskip("bitsandbytes")

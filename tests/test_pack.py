@@ -66,6 +66,7 @@ def test_blocks_are_no_longer_than_rows_need():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.ranks
 def test_a_rank_holds_its_share_of_half_a_byte_per_weight(ranks, tmp_path):
     out = tmp_path / "held.json"
     done = torchrun(ranks, ROOT / "tests" / "measure_packed.py", str(out), "fsdp", "zero3")

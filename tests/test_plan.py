@@ -43,6 +43,7 @@ def too_large(shape_8b, rehearse):
     return make_plan(config, shape_8b, find_cluster("rtx4090", 1), rehearse)
 
 
+@pytest.mark.ranks
 def test_the_verb_needs_neither_weights_nor_a_gpu(shape_8b, tmp_path):
     """In a process of its own: its children import what started them."""
     (tmp_path / "c.yaml").write_text(YAML.format(model=shape_8b))
@@ -118,6 +119,7 @@ def test_train_refuses_what_does_not_fit_before_loading(tmp_path):
     assert not certainly_fits(draw_blueprint(config, model).model, config, 30e6)
 
 
+@pytest.mark.ranks
 def test_ranks_refuse_together_before_anything_is_written(tmp_path, tiny_rows):
     """More than the machine has in 4 bits, with all done that could be advised."""
     H, M = 8192, 32768

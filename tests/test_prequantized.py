@@ -129,6 +129,7 @@ def dense_logits(dense, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(input_ids=torch.tensor([[5, 9, 11, 20, 3]])).logits
 
 
+@pytest.mark.ranks
 def test_values_are_those_of_bitsandbytes(dense, tmp_path):
     pytest.importorskip("deepspeed")
     nested = quantized(dense, tmp_path / "nested")

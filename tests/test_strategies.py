@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from dora_dist import load_adapter
 from dora_dist.quant import Nf4, dequantize, quantize
 
+pytestmark = pytest.mark.ranks
+
 VARIANTS = {
     "out-detached": {},
     "out-exact": {"dora.norm_gradient": "exact"},

@@ -18,6 +18,8 @@ from dora_dist.backends.process import Processes
 from dora_dist.backends.rendezvous import meet
 from dora_dist.backends.watchdog import Beat, Place, Watchdog, describe_missing
 
+pytestmark = pytest.mark.ranks
+
 HERE = Path(__file__).parent
 
 

@@ -90,6 +90,7 @@ def test_other_names_go_through_transformers(old_names, tiny_gpt2):
         assert torch.equal(built(old_names)(input_ids=IDS).logits, want)
 
 
+@pytest.mark.ranks
 def test_other_names_under_sharding(old_names, tiny_gpt2, tiny_rows, tmp_path):
     import yaml
 
