@@ -4,7 +4,10 @@ adapter_files.py reads and writes the two files; peft_format.py knows what stand
 """
 
 import copy
+import os
+import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_dist.adapter_files import CONFIG, TENSORS, AdapterFiles, check_base, read_adapter, write_adapter
-from dora_dist.durable import TensorHead
+from dora_dist.adapter_files import (
+    CONFIG,
+    TENSORS,
+    AdapterFiles,
+    check_base,
+    check_replaceable,
+    read_adapter,
+    write_adapter,
+)
+from dora_dist.durable import PARTIAL, TensorHead, sweep
 from dora_dist.errors import UserError, nearest
-from dora_dist.files import check_path
+from dora_dist.files import check_path, read_header
 from dora_dist.fingerprint import Base
 from dora_dist.inject import forget_injection, inject_dora, injection_of, is_sharded
 from dora_dist.layers import DoraEmbedding, DoraLayer
@@ -59,6 +70,32 @@ def save_adapter(
         finally:
             _drain(values)  # the other ranks gather, whatever the disk says
     _drain(values)
+
+
+def try_saving(
+    model: nn.Module, directory: str | Path, base_model: str | None = None, shards: Shards | None = None
+) -> None:
+    """Write the adapter in trial, to a directory inside `directory` that is removed again: what would fail at the
+    end of training (names, shapes, space on the disk) fails here. Every rank calls it.
+
+    Raises:
+        OSError, UserError: it cannot be written there.
+    """
+    shards = shards or find_shards(model)
+    directory = Path(directory)
+    trial = directory / f"{PARTIAL}trial-{os.getpid()}"
+    try:
+        if shards.is_writer:
+            sweep(directory)  # of a trial that was killed
+        save_adapter(model, trial, base_model, shards)
+        if shards.is_writer:
+            check_replaceable(directory)
+            read_header(trial / TENSORS)
+    finally:
+        if shards.is_writer:
+            shutil.rmtree(trial, ignore_errors=True)
+            with suppress(OSError):  # it holds an adapter, or cannot be made
+                directory.rmdir()
 
 
 def adapter_tensors(model: nn.Module, shards: Shards) -> tuple[list[tuple[str, nn.Parameter]], list[TensorHead]]:

@@ -4,7 +4,9 @@ What an adapter was trained on stands in the metadata of the tensors' file, whic
 and `base_quantization`.
 """
 
+import errno
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -49,6 +51,13 @@ def write_adapter(
         write_tensors(file, heads, values, base_metadata(base))
     with replaced(directory / CONFIG) as file:
         file.write(config_text(config))
+
+
+def check_replaceable(directory: Path) -> None:
+    """Raise an OSError where a directory goes by the name of one of the two files."""
+    for name in (TENSORS, CONFIG):
+        if (directory / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(directory / name))
 
 
 def base_metadata(base: Base | None) -> dict[str, str]:

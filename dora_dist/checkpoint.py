@@ -163,6 +163,12 @@ class Checkpoints:
             raise RunFailed(message)
         return message
 
+    def newest(self) -> Path | None:
+        """Of this run's, as rank 0 finds it."""
+        found = [str(path) for path in _checkpoints(self.directory)[-1:]] if self.processes.is_main else []
+        found = self.processes.told_by_main(found)
+        return Path(found[0]) if found else None
+
     def restore(self, found: Found, built: Built) -> None:
         """Read the trained tensors, the optimizer's state and, where the ranks are as many as they were, each
         rank's random state.

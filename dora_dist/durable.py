@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 MANIFEST = "manifest.json"
-_PARTIAL, _GONE = ".partial-", ".gone-"
+PARTIAL, _GONE = ".partial-", ".gone-"
 SAFETENSORS = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8",
 }  # fmt: skip
@@ -51,7 +51,7 @@ class NewDirectory:
     def __init__(self, final: Path):
         self.final = final
         self._files: dict[str, dict[str, Any]] = {}
-        self._partial = final.with_name(f"{_PARTIAL}{final.name}-{os.getpid()}")
+        self._partial = final.with_name(f"{PARTIAL}{final.name}-{os.getpid()}")
 
     def __enter__(self) -> "NewDirectory":
         self.final.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def remove(directory: Path) -> None:
 def sweep(parent: Path) -> None:
     """Delete what killed processes left in `parent`."""
     for path in parent.iterdir() if parent.is_dir() else ():
-        if not path.name.startswith((_PARTIAL, _GONE)):
+        if not path.name.startswith((PARTIAL, _GONE)):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -148,7 +148,7 @@ def sweep(parent: Path) -> None:
 @contextmanager
 def replaced(path: Path) -> Iterator[NewFile]:
     """Replace one file: afterwards there is the old one or the new one, on the disk."""
-    partial = path.with_name(f"{_PARTIAL}{path.name}-{os.getpid()}")
+    partial = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
     try:
         with _flushed(partial) as file:
             yield NewFile(file)
@@ -175,8 +175,14 @@ def write_tensors(
     file.write(len(text).to_bytes(8, "little") + text)
     for (name, dtype, shape), tensor in zip(heads, values, strict=True):
         assert tensor.dtype == dtype and tensor.shape == torch.Size(shape), name
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        file.write(flat.view(torch.uint8).numpy().data)
+        file.write(bytes_of(tensor))
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's bytes in row-major order. A tensor of one element counts as contiguous whatever its strides are,
+    and a view of another dtype asks for a stride of 1: so the strides are set here."""
+    values = tensor.detach().cpu().contiguous()
+    return values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _sealed(manifest: dict[str, Any]) -> bytes:

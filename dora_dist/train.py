@@ -4,14 +4,15 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dora_dist.adapter import save_adapter
+from dora_dist.adapter import save_adapter, try_saving
 from dora_dist.backends.process import Processes
 from dora_dist.backends.watchdog import Watchdog
 from dora_dist.build import (
@@ -86,27 +87,45 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog) -> None:
             for line in (*unplanned, *notices, data.describe()):
                 log.say(line)
             built = build(blueprint, strategy)
+            adapter = (built.model, output_dir / "adapter", config.model.path, built.shards)
             log.say(describe(built, strategy))
+            problem = _attempt(partial(try_saving, *adapter), processes)
+            if problem is not None:
+                raise UserError(f"output_dir: the adapter could not be written at the end: {problem}")
             progress = Progress()
             if found is not None:
                 checkpoints.restore(found, built)
                 progress = Progress.of(found)
             for line in checkpoints.begin(found):
                 log.say(line)
-            Trainer(config, built, strategy, data, log, watch, checkpoints, progress, signals).run()
+            trainer = Trainer(config, built, strategy, data, log, watch, checkpoints, progress, signals)
+            trainer.run()
             watch.at(data.steps, "saving the adapter", watched=False)
-            _save_adapter(built, output_dir, config)
+            problem = _attempt(partial(save_adapter, *adapter), processes)
+            if problem is not None:
+                raise RunFailed(_lost_adapter(problem, trainer.keep()))
             log.say(f"adapter: {output_dir / 'adapter'}")
 
 
-def _save_adapter(built: Built, output_dir: Path, config: RunConfig) -> None:
+def _attempt(save: Callable[[], None], processes: Processes) -> str | None:
+    """Have rank 0 write files. Returns what kept it from doing so, the same on every rank."""
+    problem = None
     try:
-        save_adapter(built.model, output_dir / "adapter", config.model.path, built.shards)
+        save()
     except OSError as error:
-        raise RunFailed(
-            f"output_dir: the adapter cannot be written: {error.strerror}; with a checkpoint of the last step "
-            "(checkpoint.every) the same command writes it later"
-        ) from None
+        problem = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    except Exception as error:  # whatever it is, what was trained shall not be lost for it
+        if not processes.is_main:
+            raise
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return processes.told_by_main(problem)
+
+
+def _lost_adapter(problem: str, checkpoint: Path | None) -> str:
+    line = f"output_dir: the adapter cannot be written: {problem}"
+    if checkpoint is None:
+        return f"{line}; nor can a checkpoint"
+    return f"{line}; the checkpoint {checkpoint} holds what was trained, and the same command goes on from there"
 
 
 @contextmanager

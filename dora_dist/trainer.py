@@ -6,8 +6,9 @@ rank knows from the data alone; so the same global batch gives the same loss and
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from dora_dist.build import Built, Strategy
 from dora_dist.checkpoint import Checkpoints, Found
 from dora_dist.config import RunConfig
 from dora_dist.data import GlobalBatch, additive_mask, packed_attention
-from dora_dist.errors import Stopped
+from dora_dist.errors import RunFailed, Stopped
 from dora_dist.health import SpeedCheck, StepCheck, StopSignals
 from dora_dist.loss import summed_loss, supervised_positions
 from dora_dist.norms import refresh_norms
@@ -254,6 +255,15 @@ class Trainer:
         if self._saved_at != self.progress.step and not self._save():
             raise Stopped(told)
         raise Stopped(f"{told}; its checkpoint is written, and the same command goes on from there")
+
+    def keep(self) -> Path | None:
+        """The run's newest checkpoint, made now unless it is of the last step; None: there is none, nor can be."""
+        if self.checkpoints is None:
+            return None
+        if self._saved_at != self.progress.step:
+            with suppress(RunFailed):
+                self._save()
+        return self.checkpoints.newest()
 
     def _save(self) -> bool:
         assert self.checkpoints is not None

@@ -20,7 +20,10 @@ def write_state(parent, step, seed=0):
     """A directory of two files of tensors."""
     torch.manual_seed(seed)
     a, none, n = torch.randn(3, 5), torch.zeros(0, 4), torch.ones(())
-    tensors = {"a": a, "none": none, "n": n, "b": torch.randn(3).bfloat16()}
+    # As gathered: one element is contiguous whatever its strides.
+    one, row = torch.randn(9).as_strided((1,), (5,), 2), torch.randn(9).as_strided((1, 1), (7, 3))
+    tensors = {"a": a, "none": none, "n": n, "one": one, "row": row, "column": torch.randn(3, 2)[:, 1]}
+    tensors |= {"b": torch.randn(3).bfloat16(), "c": torch.randn(9).bfloat16().as_strided((1, 1), (3, 2), 1)}
     heads = [(name, t.dtype, t.shape) for name, t in tensors.items()]
     with NewDirectory(parent / f"step-{step}") as new:
         for name in ("one.safetensors", "two.safetensors"):
