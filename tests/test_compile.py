@@ -5,6 +5,7 @@ from functools import partialmethod
 import pytest
 import torch
 from conftest import ROOT
+from support_rounding import assert_near, roundings
 from torch import nn
 
 from dora_dist.cli import main
@@ -40,7 +41,10 @@ def test_a_layer_is_one_graph(spec, packed, dtype):
         )
         results.append([y, *grads])
     for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
+        if dtype == torch.float32:
+            assert_near(compiled, eager, 70 + 48)
+        else:
+            assert (compiled - eager).norm() <= roundings(2, dtype) * eager.norm()
 
 
 def test_sampling_compiles_nothing(tiny_llama, tiny_rows, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support_data import load, make_tokenizer, write_jsonl
+from support_rounding import MODEL, assert_near
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dora_dist.config import DataConfig
@@ -232,7 +233,7 @@ def test_packed_losses_equal_those_of_single_rows(examples, name, attention):
     for row, unit in enumerate(stream.unit_rows(0)[:2]):
         packed = token_losses(model, batch, row)
         expected = torch.cat([token_losses(model, single[number], 0) for number in unit])
-        torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-5)
+        assert_near(packed, expected, MODEL)
         compared += len(unit)
     assert compared > 2
 

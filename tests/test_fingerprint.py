@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support_data import load, make_tokenizer, write_jsonl
 from support_peft import CASES, llama, logits, ours, randomized
+from support_rounding import MODEL, assert_near
 
 from dora_dist import DoraConfig, UserError, inject_dora, load_adapter, save_adapter
 from dora_dist.backends.process import Processes
@@ -200,7 +201,7 @@ def test_an_adapter_names_its_base_and_peft_reads_it_all_the_same(tmp_path):
     held = {name.replace(".default", ""): tensor for name, tensor in peft.state_dict().items()}
     for name, tensor in plain.items():
         assert torch.equal(held[name if name in held else name + ".weight"], tensor), name
-    torch.testing.assert_close(logits(peft), logits(model), rtol=1e-5, atol=1e-5)
+    assert_near(logits(peft), logits(model), MODEL)
 
 
 def test_an_adapter_of_another_base_is_refused_unless_accepted(tmp_path, capsys):

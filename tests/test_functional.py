@@ -4,11 +4,13 @@ import itertools
 
 import pytest
 import torch
+from support_rounding import assert_near, assert_sums, roundings
 
 from dora_dist import decomposition
 from dora_dist.decomposition import merge_, norm_ratio, norm_with_gradient, squared_norms
 from dora_dist.functional import adapted_embedding, adapted_linear
 
+TERMS = 100  # of the products after each other in the small layers below, forward and backward
 CASES = list(itertools.product(["out", "in"], [False, True], ["detached", "exact"], [False, True]))
 
 
@@ -52,7 +54,7 @@ def test_linear_agrees_with_the_definition(axis, transposed, gradient, with_bias
     W_OI = weight.t() if transposed else weight
     y = ours(x, weight, A, B, m, bias, 0.7, axis, transposed, gradient == "exact")
     expected = reference(x, W_OI, A, B, m, bias, 0.7, axis, gradient == "exact")
-    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert_near(y, expected, TERMS)
     dy = torch.randn_like(y)
     for name, got, want in zip(
         ("dx", "dA", "dB", "dm"),
@@ -60,9 +62,7 @@ def test_linear_agrees_with_the_definition(axis, transposed, gradient, with_bias
         torch.autograd.grad(expected, (x, A, B, m), dy),
         strict=True,
     ):
-        torch.testing.assert_close(
-            got, want, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        assert_near(got, want, TERMS, about=name)
 
 
 @pytest.mark.parametrize("axis", ["out", "in"])
@@ -83,19 +83,21 @@ def test_norm_by_tiles_agrees_with_fp64(dim, dtype, shape):
     torch.manual_seed(0)
     weight = torch.randn(shape).to(dtype)
     L, U = torch.randn(shape[0], 3), torch.randn(3, shape[1])
-    expected = (weight.double() + 0.7 * L.double() @ U.double()).norm(dim=1 - dim)
-    got = squared_norms(weight, L, U, 0.7, dim).sqrt()
+    wide = [t.double() for t in (weight, L, U)]
+    V, of = (W + 0.7 * L @ U for W, L, U in (wide, [t.abs() for t in wide]))
+    got = squared_norms(weight, L, U, 0.7, dim)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
+    assert_sums(got, V.square().sum(1 - dim), of.square().sum(1 - dim), shape[1 - dim] + 3)
 
 
 def test_norm_survives_near_total_cancellation():
-    """s B A close to -W: a factored norm loses all digits here."""
+    """s B A close to -W: a factored norm loses all digits here, that of the elements about four."""
     torch.manual_seed(0)
     L, U = torch.randn(32, 4), torch.randn(4, 64)
     weight = -(L @ U) + 1e-3 * torch.randn(32, 64)
     expected = (weight.double() + L.double() @ U.double()).norm(dim=1)
-    torch.testing.assert_close(squared_norms(weight, L, U, 1.0, 0).sqrt().double(), expected, rtol=1e-3, atol=0)
+    got = squared_norms(weight, L, U, 1.0, 0).sqrt()
+    assert (got - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("axis", ["out", "in"])
@@ -106,7 +108,7 @@ def test_magnitude_gradient_is_right_where_m_is_zero_or_tiny(axis):
         bias *= 1e6  # a form that derives h from y - bias drowns here
     (dm,) = torch.autograd.grad(ours(x, weight, A, B, m, bias, 0.7, axis, False, False).square().sum(), m)
     (want,) = torch.autograd.grad(reference(x, weight, A, B, m, bias, 0.7, axis, False).square().sum(), m)
-    torch.testing.assert_close(dm, want, rtol=1e-9, atol=0)
+    torch.testing.assert_close(dm, want, rtol=1e-9, atol=0)  # of fp64
 
 
 @pytest.mark.parametrize("axis", ["out", "in"])
@@ -138,7 +140,7 @@ def test_a_ratio_of_1_001_is_visible_in_16_bits(axis, dtype):
         gain = (above * at_one).sum() / (at_one * at_one).sum() - 1
         exact = x.double() @ weight.double().t()
     assert gain.item() == pytest.approx(1e-3, rel=0.25)
-    assert (at_one - exact).norm() / exact.norm() < 4e-3
+    assert (at_one - exact).norm() / exact.norm() < roundings(1, torch.bfloat16)
 
 
 def test_16_bit_gradients_are_near_fp64s():
@@ -150,7 +152,7 @@ def test_16_bit_gradients_are_near_fp64s():
     got = torch.autograd.grad(y, (x, A, B, m), dy)
     assert [g.dtype for g in got] == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
     for g, w in zip(got, torch.autograd.grad(want, wide, dy.double()), strict=True):
-        assert (g.double() - w).norm() / w.norm() < 1e-2
+        assert (g.double() - w).norm() / w.norm() < roundings(3, torch.bfloat16)
 
 
 @pytest.mark.parametrize("axis", ["out", "in"])
@@ -174,12 +176,12 @@ def test_dropout_touches_the_low_rank_path_alone():
     keep = torch.empty(10, 11, dtype=torch.bool).bernoulli_(0.5).view_as(x)
     n = (weight + 0.7 * B @ A).norm(dim=1).detach()
     want = (m / n) * (x @ weight.t() + 0.7 * (x * keep * 2.0) @ A.t() @ B.t()) + bias
-    torch.testing.assert_close(y, want)
+    assert_near(y, want, TERMS)
     dy = torch.randn_like(y)
     for got, expected in zip(
         torch.autograd.grad(y, (x, A, B, m), dy), torch.autograd.grad(want, (x, A, B, m), dy), strict=True
     ):
-        torch.testing.assert_close(got, expected)
+        assert_near(got, expected, TERMS)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -188,12 +190,12 @@ def test_lora_is_the_same_without_the_magnitude(transposed):
     y = adapted_linear(x, weight, A, B, None, None, bias, scaling=0.7, transposed=transposed)
     W_OI = weight.t() if transposed else weight
     want = x @ (W_OI + 0.7 * B @ A).t() + bias
-    torch.testing.assert_close(y, want)
+    assert_near(y, want, TERMS)
     dy = torch.randn_like(y)
     for got, expected in zip(
         torch.autograd.grad(y, (x, A, B), dy), torch.autograd.grad(want, (x, A, B), dy), strict=True
     ):
-        torch.testing.assert_close(got, expected)
+        assert_near(got, expected, TERMS)
 
 
 def test_magnitude_alone():
@@ -201,11 +203,11 @@ def test_magnitude_alone():
     n = squared_norms(weight, None, None, 1.0, 0).sqrt()
     y = adapted_linear(x, weight, None, None, m, n, bias, scaling=1.0)
     want = (x @ weight.t()) * (m / n) + bias
-    torch.testing.assert_close(y, want)
+    assert_near(y, want, TERMS)
     for got, expected in zip(
         torch.autograd.grad(y.sum(), (x, m)), torch.autograd.grad(want.sum(), (x, m)), strict=True
     ):
-        torch.testing.assert_close(got, expected)
+        assert_near(got, expected, TERMS)
 
 
 @pytest.mark.parametrize("axis", ["out", "in"])
@@ -219,12 +221,12 @@ def test_embedding_is_the_linear_layer_on_one_hot_inputs(axis):
     y = adapted_embedding(ids, weight, A, B, m, n, scaling=0.7, axis=axis)
     one_hot = torch.nn.functional.one_hot(ids, 13).double()
     want = reference(one_hot, weight.t(), A, B, m, None, 0.7, axis, False)
-    torch.testing.assert_close(y, want)
+    assert_near(y, want, TERMS)
     dy = torch.randn_like(y)
     for got, expected in zip(
         torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True
     ):
-        torch.testing.assert_close(got, expected)
+        assert_near(got, expected, TERMS)
 
 
 @pytest.mark.parametrize(("axis", "transposed", "gradient", "with_bias"), CASES[::2])
@@ -237,4 +239,4 @@ def test_merged_weight_gives_the_layers_output(axis, transposed, gradient, with_
     merged = weight.clone()
     merge_(merged, L, U, 0.7, norm_ratio(m, n), dim)
     want = torch.nn.functional.linear(x, merged.t() if transposed else merged, bias)
-    torch.testing.assert_close(y, want)
+    assert_near(y, want, TERMS)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, child_environment
+from support_rounding import assert_sums
 from torch.autograd import Function
 
 from dora_dist import kernels
@@ -22,7 +23,6 @@ GPU = pytest.param(
 on_devices = pytest.mark.parametrize("device", ["cpu"] if INTERPRETED else [GPU])
 RANKS = [1, 3, 16, 17, 64, 384]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the child")
@@ -71,15 +71,13 @@ def spread(matrix):
 
 def check_norms(M, values, L, U, dim):
     """`values` are M's in fp64."""
-    want = values
+    want, of, terms = values, values.abs(), values.shape[1 - dim]
     if L is not None:
-        want = want + 0.7 * L.double() @ U.double()
+        want, of = want + 0.7 * L.double() @ U.double(), of + 0.7 * L.double().abs() @ U.double().abs()
+        terms += L.shape[1]
     got = kernels.squared_norms(M, L, U, 0.7, dim)
     assert got.dtype == torch.float32
-    norms = want.norm(dim=1 - dim)
-    # Beside the relative error there is that of a single element in which M and L U cancel.
-    atol = 2e-7 * norms.mean().item() if norms.numel() and want.shape[1 - dim] == 1 else 0
-    torch.testing.assert_close(got.double().sqrt(), norms, rtol=1e-6, atol=atol)
+    assert_sums(got, want.square().sum(1 - dim), of.square().sum(1 - dim), terms)
 
 
 # ---------------------------------------------------------------------------------------------------------- norms
@@ -126,7 +124,8 @@ def test_norms_where_the_product_nearly_cancels_the_matrix(dim, device):
     L, U = normal(40, 4, device=device), normal(4, 70, device=device)
     M = -0.7 * L @ U + 0.05 * normal(40, 70, device=device)
     want = (M.double() + 0.7 * L.double() @ U.double()).square().sum(1 - dim)
-    torch.testing.assert_close(kernels.squared_norms(M, L, U, 0.7, dim).double(), want, rtol=2e-5, atol=0)
+    # A factored form errs by the squares of M and of L U, which are some hundred times those of V.
+    assert_sums(kernels.squared_norms(M, L, U, 0.7, dim), want, want, 40 * M.shape[1 - dim])
 
 
 @on_devices
@@ -152,9 +151,8 @@ def test_norms_of_4_bit_matrices(shape, double_quant, dtype, dim, device):
 # -------------------------------------------------------------------------------------------- forward and backward
 
 
-def close(got, want, dtype, sums_of=1.0):
-    """Within the rounding of `dtype`; `sums_of` is what the summands amount to where they may cancel."""
-    torch.testing.assert_close(got.double(), want, rtol=ROUNDING[dtype], atol=ROUNDING[torch.float32] * sums_of)
+# Beside bf16 numbers B goes in as two of them, whose error is 2^-16 of it: what fp32 makes of sums of 2^12 terms.
+TWO_PARTS = 2**12
 
 
 def layer(T, O, R, dtype, device):  # noqa: E741
@@ -166,13 +164,16 @@ def layer(T, O, R, dtype, device):  # noqa: E741
 
 
 def check_compose(base, z, B, g, bias, dtype):
-    h = base.double() if z is None else base.double() + 0.7 * z.double() @ B.double().t()
-    want = g.double() * h
+    h, of = base.double(), base.double().abs()
+    if z is not None:
+        h, of = h + 0.7 * z.double() @ B.double().t(), of + 0.7 * z.double().abs() @ B.double().abs().t()
+    want, of = g.double() * h, g.double().abs() * of
     y, kept = kernels.compose(base, z, B, g, bias, 0.7, dtype)
-    scale = 8.0 if dtype != torch.bfloat16 else 64.0  # B goes in as two bf16 numbers
-    for got, wide in ((y, want if bias is None else want + bias.double()), (kept, want)):
+    shift = 0 if bias is None else bias.double()
+    terms = TWO_PARTS if dtype == torch.bfloat16 else 3 + (0 if z is None else z.shape[1])
+    for got, wide, sums_of in ((y, want + shift, of + abs(shift)), (kept, want, of)):
         assert got.dtype == dtype and got.shape == base.shape
-        close(got, wide, dtype, scale)
+        assert_sums(got, wide, sums_of, terms, torch.float32)
     assert (kept is y) == (bias is None)
 
 
@@ -219,12 +220,14 @@ def check_backward(dy, h, B, g, dtype):
         assert dz is None
     else:
         assert dz.dtype == torch.float32
-        close(dz, 0.7 * dh.double() @ B.double(), torch.float32, 64.0 if dtype == torch.bfloat16 else 8.0)
+        terms = TWO_PARTS if dtype == torch.bfloat16 else 1 + len(B)
+        assert_sums(dz, 0.7 * dh.double() @ B.double(), 0.7 * dh.double().abs() @ B.double().abs(), terms)
     if h is None:
         assert total is None
     else:
         assert total.dtype == torch.float32
-        close(total, (dy.double() * h.double()).sum(0), torch.float32, 8.0)
+        products = dy.double() * h.double()
+        assert_sums(total, products.sum(0), products.abs().sum(0), len(products))
 
 
 @on_devices

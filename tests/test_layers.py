@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from support_peft import CASES, IDS, Case, gpt2, llama, logits, ours, randomized
+from support_rounding import MODEL, assert_near, rounding, roundings
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +22,7 @@ KINDS = {
     "magnitude only": {"targets": [], "magnitude_only": ["0", "2"]},
     "lora": {"method": "lora"},
 }
+SMALL = 16  # terms in a layer of the small model
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
 
 
@@ -50,7 +52,7 @@ def test_a_layer_left_alone_is_never_stale(count_norms):
     assert count_norms() == 4  # two at initialisation, two in the forward
     model[0].lora_B.data.normal_()  # no version counter is bumped, no hook is called
     want = nn.functional.linear(X, model[0].merged_weight(), model[0].bias)
-    torch.testing.assert_close(model[0](X), want)
+    assert_near(model[0](X), want, SMALL)
 
 
 @pytest.mark.parametrize("kind", ["dora", "axis in", "exact", "magnitude only"])
@@ -101,7 +103,7 @@ def test_a_copy_does_not_trust_its_cache():
     for twin in (copy.deepcopy(model), torch.load(stored, weights_only=False)):
         twin[0].lora_B.data.normal_()
         want = nn.functional.linear(X, twin[0].merged_weight(), twin[0].bias)
-        torch.testing.assert_close(twin[0](X), want)
+        assert_near(twin[0](X), want, SMALL)
     assert model[0].norm_is_cached
 
 
@@ -168,7 +170,8 @@ def test_autocast(kind):
         y = model(X)
         assert y.dtype == torch.bfloat16
         y.square().sum().backward()
-    torch.testing.assert_close(y.float(), model(X), rtol=0.03, atol=0.03)
+    want = model(X)
+    assert (y.float() - want).norm() < roundings(5, torch.bfloat16) * want.norm()  # x, W, z, h twice, tanh
     for p in model.parameters():
         assert not p.requires_grad or (p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0)
 
@@ -218,7 +221,7 @@ def test_a_bias_that_the_user_unfroze_gets_its_gradient(kind):
     model[2].bias.requires_grad_(True)
     dy = torch.randn(5, 4)
     model(X).backward(dy)
-    torch.testing.assert_close(model[2].bias.grad, dy.sum(0))
+    assert_near(model[2].bias.grad, dy.sum(0), len(dy))
     assert model[0].bias.grad is None and model[2].weight.grad is None
 
 
@@ -247,7 +250,7 @@ def test_step_zero_is_the_base_model(dtype, axis, make):
     for layer in layers:
         assert torch.equal(norm_ratio(layer.magnitude, layer.norm), torch.ones_like(layer.norm))
     error = (logits(model) - want).norm() / want.norm()
-    assert error < (1e-6 if dtype == torch.float32 else 1e-2)
+    assert error < (rounding(MODEL, dtype) if dtype == torch.float32 else roundings(3, dtype))
 
 
 def test_embeddings_move_only_the_rows_they_see():

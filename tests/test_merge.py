@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import child_environment
 from safetensors.torch import load_file, save_file
+from support_rounding import MODEL, assert_near, rounding
 
 from dora_dist import decomposition, merge, merge_weights
 from dora_dist.adapter import save_adapter
@@ -100,7 +101,7 @@ def test_merged_logits_are_the_adapters(run, tmp_path, capsys, case):
     assert "their logits differ by" in capsys.readouterr().out
     wanted, dtype = logits(adapted), torch.bfloat16 if "bfloat16" in case else torch.float32
     merged = load(tmp_path / "out", dtype=dtype)
-    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    bound = rounding(1, dtype) if dtype == torch.bfloat16 else rounding(MODEL, dtype)
     assert (logits(merged) - wanted).norm() <= bound * wanted.norm()
     tensors = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
     assert {t.dtype for t in tensors.values()} == {dtype}
@@ -117,14 +118,14 @@ def test_transposed_layers_and_tied_embeddings(run, tiny_gpt2, tmp_path, changes
     path, adapted = run(tiny_gpt2, **{**GPT2, **changes})
     assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 0
     merged = load(tmp_path / "out")
-    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
+    assert_near(logits(merged), logits(adapted), MODEL)
     assert (merged.lm_head.weight is merged.transformer.wte.weight) == tied
 
 
 def test_transposed_4_bit_weights(run, tiny_gpt2, tmp_path):
     path, adapted = run(tiny_gpt2, quant={**NF4, "double_quant": False, "skip": ["lm_head", "c_fc"]}, **GPT2)
     assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 0
-    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(adapted), rtol=1e-4, atol=1e-4)
+    assert_near(logits(load(tmp_path / "out")), logits(adapted), MODEL)
 
 
 def test_the_original_base_of_a_4_bit_run(run, tiny_llama, tmp_path, capsys):
@@ -160,7 +161,7 @@ def test_several_files_and_their_index(run, tiny_llama, tmp_path):
     sizes = [[t.nbytes for t in tensors.values()] for tensors in held.values()]
     assert all(sum(size) <= 3000 or len(size) == 1 for size in sizes)
     assert index["metadata"]["total_size"] == sum(map(sum, sizes))
-    torch.testing.assert_close(logits(load(out)), logits(adapted), rtol=1e-4, atol=1e-4)
+    assert_near(logits(load(out)), logits(adapted), MODEL)
     assert {p.name for p in tiny_llama.iterdir()} - {p.name for p in out.iterdir()} == {"model.safetensors"}
 
 

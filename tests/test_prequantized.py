@@ -8,6 +8,7 @@ import torch
 import yaml
 from conftest import letter_tokenizer, torchrun
 from safetensors.torch import load_file, save_file
+from support_rounding import MODEL, assert_near
 
 from dora_dist.build import draw_blueprint
 from dora_dist.cli import main
@@ -142,7 +143,7 @@ def test_values_are_those_of_bitsandbytes(dense, tmp_path):
         logits = weights.pop("logits")
         assert weights.keys() == expected.keys() and len(weights) == 14
         assert all(torch.equal(weights[n], expected[n]) for n in expected), name
-        torch.testing.assert_close(logits, dense_logits(dense, expected), rtol=1e-4, atol=1e-5)
+        assert_near(logits, dense_logits(dense, expected), MODEL, about=name)
 
 
 def draw(directory, scheme: str = "nf4", skip: tuple[str, ...] = ("lm_head",), **model):
