@@ -18,12 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PHASES = {  # how the training loop names what it does -> what that is called here
-    "forward": "forward",
-    "backward": "backward",
-    "gradient norm and optimizer step": "optimizer step",
-    "norm refresh": "norms",
-}
+from dora_dist.phases import Phase
+
+PHASES = (Phase.FORWARD, Phase.BACKWARD, Phase.STEP, Phase.NORMS)
 COLLECTIVES = {  # the beginning of an operator's name -> the collective
     "allgather": "all_gather", "all_gather": "all_gather",
     "reduce_scatter": "reduce_scatter",
@@ -39,12 +36,11 @@ class Phases:
     """Stands in the watchdog's place, which the training loop tells what it does next."""
 
     def __init__(self) -> None:
-        self.now, self.since = "", 0.0
+        self.now, self.since = Phase.START, 0.0
 
-    def at(self, step: int, operation: str, watched: bool = True) -> None:
-        found = [name for start, name in PHASES.items() if operation.startswith(start)]
-        assert len(found) == 1, operation
-        self.now, self.since = found[0], time.perf_counter()
+    def at(self, step: int, phase: Phase, number: int = 0, watched: bool = True) -> None:
+        assert phase in PHASES, phase
+        self.now, self.since = phase, time.perf_counter()
 
 
 class Counter(TorchDispatchMode):
@@ -74,9 +70,9 @@ class Counter(TorchDispatchMode):
     def _purpose(self, collective: str) -> str:
         gathers = collective == "all_gather"
         return {
-            "forward": "forward gathers" if gathers else "forward",
-            "backward": "backward gathers" if gathers else "gradients",
-        }.get(self.phases.now, self.phases.now)
+            Phase.FORWARD: "forward gathers" if gathers else "forward",
+            Phase.BACKWARD: "backward gathers" if gathers else "gradients",
+        }.get(self.phases.now, self.phases.now.value)
 
     def by_collective(self) -> dict[str, dict[str, int]]:
         totals: dict[str, dict[str, int]] = {}
@@ -109,12 +105,12 @@ class Waits:
 
     def __init__(self, phases: Phases, model: nn.Module, reducer: bool):
         """`reducer`: DDP's averages the gradients of `model`, and waits after the last of them."""
-        self.phases, self.seconds = phases, defaultdict[str, float](float)
+        self.phases, self.seconds = phases, defaultdict[Phase, float](float)
         self._last_gradient: float | None = None
         self._hooks = [p.register_post_accumulate_grad_hook(self._mark) for p in trained(model)] if reducer else []
 
     def take(self) -> dict[str, float]:
-        taken, self.seconds = {name: self.seconds.get(name, 0.0) for name in PHASES.values()}, defaultdict(float)
+        taken, self.seconds = {phase.value: self.seconds.get(phase, 0.0) for phase in PHASES}, defaultdict(float)
         return taken
 
     @contextmanager
@@ -131,8 +127,8 @@ class Waits:
 
         def timed_at(*args: Any, **options: Any) -> None:
             at(*args, **options)
-            if self.phases.now == "optimizer step" and self._last_gradient is not None:
-                self.seconds["backward"] += self.phases.since - self._last_gradient
+            if self.phases.now is Phase.STEP and self._last_gradient is not None:
+                self.seconds[Phase.BACKWARD] += self.phases.since - self._last_gradient
 
         dist.Work.wait, self.phases.at = timed_wait, timed_at  # type: ignore[method-assign]
         try:

@@ -132,7 +132,7 @@ def record(found: Rehearsed, cluster: Cluster) -> dict[str, Any]:
         "peak_bytes": found.peak(),
         "fits": found.peak() <= cluster.device.usable(),
         "sent": {
-            f"{phase}: {kind}": {"count": round(step.messages[phase, kind]), "bytes": round(size)}
+            f"{phase.value}: {kind}": {"count": round(step.messages[phase, kind]), "bytes": round(size)}
             for (phase, kind), size in step.sent.items()
         },
     }

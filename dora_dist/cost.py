@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dora_dist.hardware import Cluster, Link
+from dora_dist.phases import Phase
 from dora_dist.rehearse import Rehearsed, Short
-from dora_dist.stand_ins import STEP
 from dora_dist.trace import COPY_IN, Call, Collective
 
 
@@ -24,9 +24,9 @@ class StepTime:
 
     total: float
     kernels: float  # what it would take if nothing had to be waited for
-    sent: dict[tuple[str, str], float] = field(default_factory=dict)  # (phase, kind) -> bytes, of whole tensors
-    messages: dict[tuple[str, str], float] = field(default_factory=dict)  # (phase, kind) -> number
-    phases: dict[str, float] = field(default_factory=dict)
+    sent: dict[tuple[Phase, str], float] = field(default_factory=dict)  # (phase, kind) -> bytes, of whole tensors
+    messages: dict[tuple[Phase, str], float] = field(default_factory=dict)  # (phase, kind) -> number
+    phases: dict[Phase, float] = field(default_factory=dict)
 
     @property
     def exposed(self) -> float:
@@ -82,9 +82,9 @@ def simulate(calls: Sequence[Call], cluster: Cluster) -> StepTime:
     free = {False: 0.0, True: 0.0}  # by whether it crosses machines: when the last collective there is done
     written: dict[int, float] = {}  # when a storage's last writer is done
     gathered: set[int] = set()  # written by gathers that nothing has read
-    sent: Counter[tuple[str, str]] = Counter()
-    messages: Counter[tuple[str, str]] = Counter()
-    phases: dict[str, float] = {}
+    sent: Counter[tuple[Phase, str]] = Counter()
+    messages: Counter[tuple[Phase, str]] = Counter()
+    phases: dict[Phase, float] = {}
     for call in calls:
         host += device.launch_s
         before = now
@@ -127,7 +127,7 @@ def simulate(calls: Sequence[Call], cluster: Cluster) -> StepTime:
 def kernel_time(call: Call, cluster: Cluster) -> float:
     """Seconds: the slower of its arithmetic and its memory, or the least that a kernel takes."""
     device = cluster.device
-    if call.host_bytes and call.phase == STEP:  # the optimizer, where its tensors lie
+    if call.host_bytes and call.phase is Phase.STEP:  # the optimizer, where its tensors lie
         return call.bytes / device.host
     memory = (call.bytes - call.host_bytes) / (device.bandwidth * device.memory_share)
     arithmetic = call.flops / (device.flops(call.dtype) * device.product_share)

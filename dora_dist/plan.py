@@ -16,8 +16,8 @@ from dora_dist.config import ParallelConfig, RunConfig
 from dora_dist.cost import StepTime, step_time
 from dora_dist.errors import UserError
 from dora_dist.hardware import ASSUMPTIONS, GB, GPUS, Cluster
+from dora_dist.phases import Phase
 from dora_dist.rehearse import Job, Rehearsals, Rehearsed
-from dora_dist.stand_ins import LOADING
 from dora_dist.trace import HOST
 from dora_dist.weights import base_tensors
 
@@ -46,7 +46,7 @@ class Plan:
     faster: Change | None = None  # sharded inside machines only, where that fits, too
 
     @property
-    def moment(self) -> str:
+    def moment(self) -> Phase:
         """When the most is held."""
         return self._fullest(False)
 
@@ -69,11 +69,11 @@ class Plan:
     def fits(self) -> bool:
         return self.peak <= self.cluster.device.usable()
 
-    def _fullest(self, on_host: bool) -> str:
+    def _fullest(self, on_host: bool) -> Phase:
         totals = {
             phase: sum(held.values()) for (phase, host), held in self.rehearsed.peaks().items() if host == on_host
         }
-        return max(totals, key=lambda phase: totals[phase], default=LOADING)
+        return max(totals, key=lambda phase: totals[phase], default=Phase.LOADING)
 
 
 def make_plan(
@@ -197,14 +197,14 @@ def as_text(plan: Plan) -> str:
         f"{plan.cluster}: {device.usable() / GB:.1f} of {device.memory / GB:.1f} GB of each are for the run",
         f"strategy: {_strategy(plan)} ({plan.reason})",
         "",
-        f"memory of a GPU at its fullest ({plan.moment})",
+        f"memory of a GPU at its fullest ({plan.moment.value})",
         *_rows(plan.memory, plan.peak),
     ]
     if plan.host_memory:
         total = sum(plan.host_memory.values())
         lines += ["", "host memory of a process at its fullest", *_rows(plan.host_memory, total)]
     sent = sum(time.sent.values())
-    norms = sum(size for (phase, _), size in time.sent.items() if phase == "norms")
+    norms = sum(size for (phase, _), size in time.sent.items() if phase is Phase.NORMS)
     lines += [
         "",
         "a step",
@@ -268,17 +268,17 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "reason": plan.reason,
         "fits": plan.fits,
         "peak_bytes": plan.peak,
-        "fullest": plan.moment,
+        "fullest": plan.moment.value,
         "memory_bytes": plan.memory,
         "host_memory_bytes": plan.host_memory,
         "loading_peak_bytes": plan.rehearsed.peak(loading=True),
         "step_seconds": time.total,
         "exposed_seconds": time.exposed,
-        "seconds_by_phase": time.phases,
+        "seconds_by_phase": {phase.value: seconds for phase, seconds in time.phases.items()},
         "tokens_per_step": plan.tokens,
         "tokens_per_second": plan.tokens / time.total,
-        "sent_bytes": {f"{phase}: {kind}": size for (phase, kind), size in time.sent.items()},
-        "collectives": {f"{phase}: {kind}": round(n) for (phase, kind), n in time.messages.items()},
+        "sent_bytes": {f"{phase.value}: {kind}": size for (phase, kind), size in time.sent.items()},
+        "collectives": {f"{phase.value}: {kind}": round(n) for (phase, kind), n in time.messages.items()},
         "changes": [_change(change) for change in plan.changes],
         "faster": None if plan.faster is None else _change(plan.faster),
         "assumptions": list(ASSUMPTIONS),

@@ -42,10 +42,10 @@ from dora_dist.config import RunConfig
 from dora_dist.data import GlobalBatch
 from dora_dist.errors import RunFailed, UserError
 from dora_dist.launcher import end_with_parent
+from dora_dist.phases import Phase
 from dora_dist.shards import blocks
 from dora_dist.stand_ins import (
     BASE,
-    LOADING,
     Files,
     Watch,
     full_batch,
@@ -68,7 +68,7 @@ _KILLED = _UNKNOWN + "its process was killed; perhaps the machine has no memory 
 # What goes through a weight piece by piece holds the same for each.
 _PIECES = ((packed, "_pieces"), (weights, "_pieces"), (decomposition, "row_tiles"), (products, "row_tiles"))
 
-Peaks = dict[tuple[str, bool], dict[str, float]]  # (phase, on the host) -> what is held at the fullest -> bytes
+Peaks = dict[tuple[Phase, bool], dict[str, float]]  # (phase, on the host) -> what is held at the fullest -> bytes
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Rehearsed:
         sums = [
             sum(held.values())
             for (phase, host), held in self.peaks().items()
-            if host == on_host and loading in (None, phase == LOADING)
+            if host == on_host and loading in (None, phase is Phase.LOADING)
         ]
         return max(sums, default=0.0)
 
@@ -256,7 +256,7 @@ def _run(job: Job, blueprint: Blueprint, strategy: Strategy, tracer: Tracer, bat
     blueprint.model.config.pad_token_id = 0  # type: ignore[union-attr]  # RunData sets one: classifiers ask for it
     offloaded = HOST if config.parallel.cpu_offload and job.gpu else ""  # states and gradients
     weights_at = offloaded if strategy.name in ("fsdp", "zero3") else ""
-    tracer.enter(LOADING, weights_at + BASE)
+    tracer.enter(Phase.LOADING, weights_at + BASE)
     blueprint = replace(blueprint, files=Files(blueprint.model, tracer))  # type: ignore[arg-type]
     built = build(blueprint, strategy)
     gc.collect()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dora_dist.build import Built
 from dora_dist.config import RunConfig
 from dora_dist.data import GlobalBatch
+from dora_dist.phases import Phase
 from dora_dist.shards import Rectangle
 from dora_dist.trace import HOST, REDUCED, Collective, Tracer
 from dora_dist.weights import base_tensors, packed_layers
@@ -17,7 +18,6 @@ from dora_dist.weights import base_tensors, packed_layers
 BASE, SCALES, TRAINED, NORMS = "base weights", "scales of 4-bit weights", "A, B and m", "norms and other buffers"
 STATES, GRADIENTS, ACTIVATIONS = "optimizer states", "gradients", "activations"
 LOGITS, BACKWARD, OTHER, ROWS = "logits and loss", "backward's own tensors", "other", HOST + "rows of files"
-LOADING, FORWARD, HEAD, BACK, STEP, REFRESH = "loading", "forward", "loss", "backward", "optimizer step", "norms"
 
 _ALLOCATION = 512  # what torch's CUDA allocator rounds up to
 _PINNED = {HOST + tag for tag in (BASE, SCALES, TRAINED, GRADIENTS)}
@@ -51,7 +51,7 @@ def tell_head(model: nn.Module, tracer: Tracer) -> None:
 
     def begin(*_: object) -> None:
         before.append((tracer.phase, tracer.tag))
-        tracer.enter(HEAD, LOGITS)
+        tracer.enter(Phase.HEAD, LOGITS)
 
     def end(*_: object) -> None:
         tracer.enter(*before.pop())
@@ -66,20 +66,14 @@ class Watch:
     def __init__(self, tracer: Tracer, offloaded: str):
         self.tracer, self.offloaded = tracer, offloaded
 
-    def at(self, _: int, operation: str, watched: bool = True) -> None:
+    def at(self, _: int, phase: Phase, number: int = 0, watched: bool = True) -> None:
         tracer = self.tracer
-        if operation.startswith("forward"):
-            tracer.micro = int(operation.rpartition(" ")[2])
-            tracer.enter(FORWARD, ACTIVATIONS)
-        elif operation.startswith("backward"):
-            tracer.enter(BACK, BACKWARD)
-        elif operation.startswith("gradient norm"):
-            tracer.micro = 0
+        tracer.micro = number
+        if phase is Phase.STEP:
             for tag in (BACKWARD, REDUCED):
                 tracer.rename(tag, self.offloaded + GRADIENTS)
-            tracer.enter(STEP, self.offloaded + STATES)
-        else:
-            tracer.enter(REFRESH, OTHER)
+        tags = {Phase.FORWARD: ACTIVATIONS, Phase.BACKWARD: BACKWARD, Phase.NORMS: OTHER}
+        tracer.enter(phase, self.offloaded + STATES if phase is Phase.STEP else tags[phase])
 
 
 class Files:

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from dora_dist.phases import Phase
+
 HOST = "host: "
 """What is held for something that begins so lies in host memory."""
 GATHERED, REDUCED = "gathered weights", "gradients under way"
@@ -43,7 +45,7 @@ class Call:
     """One kernel, or one collective. `reads` and `writes`: the storages, by number."""
 
     name: str
-    phase: str
+    phase: Phase
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     bytes: int = 0  # read and written
@@ -79,18 +81,18 @@ class Tracer(TorchDispatchMode):
         tag."""
         super().__init__()
         self.collective_of, self.scratch_of, self.rounded = collective_of, scratch_of, rounded
-        self.phase = self.tag = "start"
+        self.phase, self.tag = Phase.START, Phase.START.value
         self.micro = 0
         self.live: Counter[str] = Counter()
-        self.peaks: dict[tuple[str, bool], dict[str, int]] = {}  # (phase, on the host) -> held at the fullest
+        self.peaks: dict[tuple[Phase, bool], dict[str, int]] = {}  # (phase, on the host) -> held at the fullest
         self.calls: list[Call] = []
-        self._totals, self._most = [0, 0], Counter[tuple[str, bool]]()
+        self._totals, self._most = [0, 0], Counter[tuple[Phase, bool]]()
         self._held: dict[int, _Held] = {}
         self._paused = False
         self._behind = ("", 0)  # what the last collective holds: it may still run beside the next
         self._count = 0
 
-    def enter(self, phase: str, tag: str) -> None:
+    def enter(self, phase: Phase, tag: str) -> None:
         self.phase, self.tag = phase, tag
         for on_host in (False, True):
             self._note_peak(on_host)

@@ -30,6 +30,7 @@ from dora_dist.errors import RunFailed, Stopped, UserError
 from dora_dist.health import StopSignals
 from dora_dist.hf_model import resolve_model
 from dora_dist.identity import contradictions, describe_run, free_changes
+from dora_dist.phases import Phase
 from dora_dist.plan import certainly_fits, why_it_does_not_fit
 from dora_dist.progress import Resumed, RunLog
 from dora_dist.rundata import RunData, load_tokenizer
@@ -59,7 +60,7 @@ def run_training(config: RunConfig) -> None:
 
 
 def _run(config: RunConfig, processes: Processes, watch: Watchdog) -> None:
-    watch.at(0, "loading the model", watched=False)
+    watch.at(0, Phase.LOADING, watched=False)
     processes.start(config.parallel.timeout_s, needed=processes.world_size > 1)
     _refuse_different_settings(config, processes)
     directory = resolve_model(config.model.path, config.model.allow_pickle)
@@ -100,7 +101,7 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog) -> None:
                 log.say(line)
             trainer = Trainer(config, built, strategy, data, log, watch, checkpoints, progress, signals)
             trainer.run()
-            watch.at(data.steps, "saving the adapter", watched=False)
+            watch.at(data.steps, Phase.ADAPTER, watched=False)
             problem = _attempt(partial(save_adapter, *adapter), processes)
             if problem is not None:
                 raise RunFailed(_lost_adapter(problem, trainer.keep()))

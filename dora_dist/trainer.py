@@ -25,6 +25,7 @@ from dora_dist.health import SpeedCheck, StepCheck, StopSignals
 from dora_dist.loss import summed_loss, supervised_positions
 from dora_dist.norms import refresh_norms
 from dora_dist.optim import lr_factor
+from dora_dist.phases import Phase
 from dora_dist.progress import RunLog, Stopwatch, peak_memory, show
 from dora_dist.rundata import RunData
 
@@ -113,7 +114,7 @@ class Trainer:
     def _next_step(self, check: StepCheck) -> None:
         """One step, and what is due after it."""
         self.current = self.progress.step + 1
-        self._at("data", watched=self.progress.step > self.first_step)  # a stream is read up to where it was
+        self._at(Phase.DATA, watched=self.progress.step > self.first_step)  # a stream is read up to where it was
         batch = self.data.plan.global_batch(self.progress.step)
         loss, grad_norm = self.train_step(batch)
         self.progress.tokens += batch.tokens
@@ -123,7 +124,7 @@ class Trainer:
             self._report(loss, grad_norm)
             self._start_clock()
         if step % _SPEED_STEPS == 0 and self.processes.world_size > 1:
-            self._at("comparison of the ranks' speeds")
+            self._at(Phase.SPEEDS)
             self.speed.run(step)
         every = self.config.checkpoint.every
         if every is not None and (step % every == 0 or step == self.data.steps):
@@ -148,16 +149,16 @@ class Trainer:
         for index, micro in enumerate(batch.micro_batches):
             # Both around the backward, too: it may run the forward again.
             with engine.micro_batch(last=index == last), self._attention_over(micro):
-                self._at(f"forward of micro-batch {index + 1}", watched=not compiles)
+                self._at(Phase.FORWARD, index + 1, watched=not compiles)
                 part = self._loss_sum(engine.module, micro)[0] / batch.targets
                 loss += part.detach()
                 part = part * (part.detach() * 0 + 1)  # of an infinite loss every gradient shall be NaN
-                self._at(f"backward of micro-batch {index + 1}", watched=not compiles)
+                self._at(Phase.BACKWARD, index + 1, watched=not compiles)
                 # Engines average gradients over the ranks; the loss is a sum over them.
                 engine.backward(part * self.processes.world_size)
-        self._at("gradient norm and optimizer step")
+        self._at(Phase.STEP)
         grad_norm = engine.step()
-        self._at("norm refresh")
+        self._at(Phase.NORMS)
         with self.norm_clock:
             refresh_norms(self.built.model, self.built.shards)
         self.progress.step += 1
@@ -172,7 +173,7 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for index, micro in enumerate(self.data.evaluation):
             self._end_if_asked()
-            self._at(f"evaluation, batch {index + 1}", watched=not self.config.train.compile)
+            self._at(Phase.EVALUATION, index + 1, watched=not self.config.train.compile)
             with self._attention_over(micro):
                 totals += torch.stack(self._loss_sum(self.built.model, micro)).double()
         loss, correct = (self.processes.sum_(totals) / self.data.evaluation.targets).tolist()
@@ -189,7 +190,7 @@ class Trainer:
         model.eval()
         texts = []
         for prompt in self.config.log.sample_prompts if self.data.causal else ():
-            self._at("sampling", watched=False)
+            self._at(Phase.SAMPLING, watched=False)
             encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.device)
             with torch.compiler.set_stance("force_eager"):  # graphs for a cache would use up dynamo's limit
                 output = model.generate(  # type: ignore[operator]
@@ -244,7 +245,7 @@ class Trainer:
         """
         if self._asked is None:
             return
-        self._at("agreement on whether to end")
+        self._at(Phase.AGREEMENT)
         asked = self._asked.read()[0]
         self._asked = self.processes.agree([int(self.signals.received is not None)])
         if not asked:
@@ -267,7 +268,7 @@ class Trainer:
 
     def _save(self) -> bool:
         assert self.checkpoints is not None
-        self._at("saving the checkpoint", watched=False)
+        self._at(Phase.CHECKPOINT, watched=False)
         scale = self.built.engine.loss_scale
         counters = {
             **asdict(self.progress),
@@ -283,9 +284,9 @@ class Trainer:
         self._saved_at = self.progress.step
         return True
 
-    def _at(self, operation: str, watched: bool = True) -> None:
+    def _at(self, phase: Phase, number: int = 0, watched: bool = True) -> None:
         """Tell the watchdog what comes next."""
-        self.watch.at(self.current, operation, watched)
+        self.watch.at(self.current, phase, number, watched)
 
     def _warn(self, text: str) -> None:
         self.log.say(f"warning: {text}")
@@ -295,7 +296,7 @@ class Trainer:
 
     def _report(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Log a step; its times are means over the steps since the clock was started."""
-        self._at("mean of the loss")
+        self._at(Phase.LOG)
         mean_loss, norm = self.processes.sum_(loss).item(), grad_norm.item()  # waits for the device
         start, steps_before, tokens_before = self._clock
         seconds = time.perf_counter() - start

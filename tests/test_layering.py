@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dora_dist"
 
 # Lowest first. A file may import those of the lines above it; files of one line do not import each other.
 LAYERS = [
-    ["errors", "launcher", "target"],
+    ["errors", "launcher", "phases", "target"],
     ["schema", "files", "durable"],
     ["config", "fingerprint"],
     ["quant", "trace", "hardware"],

@@ -27,9 +27,10 @@ from dora_dist.cost import step_time
 from dora_dist.data import GlobalBatch
 from dora_dist.errors import RunFailed, UserError
 from dora_dist.hardware import find_cluster
+from dora_dist.phases import Phase
 from dora_dist.rehearse import Job
-from dora_dist.stand_ins import BACK, FORWARD, LOADING, REFRESH
-from dora_dist.trace import COPY_IN
+from dora_dist.stand_ins import Watch
+from dora_dist.trace import COPY_IN, Tracer
 from dora_dist.trainer import Trainer
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -136,14 +137,14 @@ def test_what_fsdp_sends_is_what_the_sizes_say(tmp_path, rehearse):
     trained = 4 * sum(R * i + o * R + o for o, i in linears)
     block = 4 * sum(o * i for o, i in linears) + trained + 4 * 2 * H
     assert (
-        step.sent[FORWARD, "all_gather"] == 2 * block + 2 * 4 * V * H + 4 * H
+        step.sent[Phase.FORWARD, "all_gather"] == 2 * block + 2 * 4 * V * H + 4 * H
     )  # and both embeddings, and the norm
-    copied = sum(call.bytes for call in found.runs[0].calls if (call.phase, call.name) == (FORWARD, COPY_IN))
-    assert copied == step.sent[FORWARD, "all_gather"]  # this rank's half of it, read and written
-    assert step.sent[BACK, "all_gather"] == 2 * block
-    assert step.sent[BACK, "reduce_scatter"] == 2 * trained
-    assert step.sent[REFRESH, "all_reduce"] == 2 * 4 * sum(o for o, _ in linears)
-    assert step.sent[REFRESH, "all_gather"] == 2 * 4 * sum(R * i for _, i in linears)
+    copied = sum(call.bytes for call in found.runs[0].calls if (call.phase, call.name) == (Phase.FORWARD, COPY_IN))
+    assert copied == step.sent[Phase.FORWARD, "all_gather"]  # this rank's half of it, read and written
+    assert step.sent[Phase.BACKWARD, "all_gather"] == 2 * block
+    assert step.sent[Phase.BACKWARD, "reduce_scatter"] == 2 * trained
+    assert step.sent[Phase.NORMS, "all_reduce"] == 2 * 4 * sum(o for o, _ in linears)
+    assert step.sent[Phase.NORMS, "all_gather"] == 2 * 4 * sum(R * i for _, i in linears)
 
 
 def test_norms_of_8b_at_1024_ranks_are_two_collectives_and_a_thousandth_of_the_bytes(tmp_path, rehearse):
@@ -151,9 +152,9 @@ def test_norms_of_8b_at_1024_ranks_are_two_collectives_and_a_thousandth_of_the_b
     model = write(tmp_path, **SHAPE_8B)
     config = config_of(model, "fsdp", length=4096, accumulation=4, dtype="bfloat16", activation_checkpointing=True)
     step = step_time(rehearse(Job(config, model, 1024, 8)), find_cluster("h100", 1024, 128))
-    norms = {kind: count for (phase, kind), count in step.messages.items() if phase == REFRESH}
+    norms = {kind: count for (phase, kind), count in step.messages.items() if phase == Phase.NORMS}
     assert sum(norms.values()) == pytest.approx(2)
-    sent = sum(size for (phase, _), size in step.sent.items() if phase == REFRESH)
+    sent = sum(size for (phase, _), size in step.sent.items() if phase == Phase.NORMS)
     assert sent <= 0.001 * sum(step.sent.values())
 
 
@@ -162,7 +163,7 @@ def test_hybrid_sharding_stays_inside_machines(tmp_path, rehearse):
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
     found = rehearse(Job(config_of(model, "fsdp", replicas=4), model, 8, 2))
     for call in found.runs[0].calls:
-        if call.collective is not None and call.phase in (FORWARD, REFRESH):
+        if call.collective is not None and call.phase in (Phase.FORWARD, Phase.NORMS):
             assert (call.collective.ranks, call.collective.stride) == (2, 1)
     across = [c.collective for c in found.runs[0].calls if c.collective and c.collective.stride == 2]
     assert {c.kind for c in across} == {"all_reduce"} and {c.ranks for c in across} == {4}
@@ -171,7 +172,7 @@ def test_hybrid_sharding_stays_inside_machines(tmp_path, rehearse):
 def test_offloaded_weights_are_the_hosts(tmp_path, rehearse):
     model = write(tmp_path, num_hidden_layers=3, vocab_size=512, **SIZES)
     held = rehearse(Job(config_of(model, "fsdp", cpu_offload=True, dtype="bfloat16"), model, 2, 2)).peaks()
-    on_host, on_gpu = held[REFRESH, True], held[REFRESH, False]
+    on_host, on_gpu = held[Phase.NORMS, True], held[Phase.NORMS, False]
     assert "base weights" not in on_gpu and on_host["host: base weights"] > 0
     assert on_host["host: optimizer states"] > 0
 
@@ -179,8 +180,8 @@ def test_offloaded_weights_are_the_hosts(tmp_path, rehearse):
 def test_loading_holds_rows_of_files_on_the_host(tmp_path, rehearse):
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
     held = rehearse(Job(config_of(model), model, 1, 1)).peaks()
-    assert json.dumps(sorted(held[LOADING, True])) == '["host: rows of files"]'
-    assert 0 < held[LOADING, True]["host: rows of files"] <= 2 * 4 * 512 * SIZES["hidden_size"]
+    assert json.dumps(sorted(held[Phase.LOADING, True])) == '["host: rows of files"]'
+    assert 0 < held[Phase.LOADING, True]["host: rows of files"] <= 2 * 4 * 512 * SIZES["hidden_size"]
 
 
 def test_mistakes_are_told_as_in_training(tmp_path, rehearse):
@@ -218,8 +219,18 @@ def test_an_adapter_to_go_on_from_changes_nothing(tmp_path, rehearse):
 def test_zero_offloads_states_and_only_stage_3_the_weights(strategy, on_gpu, tmp_path, rehearse):
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, **SIZES)
     config = config_of(model, strategy, cpu_offload=True, dtype="bfloat16")
-    held = rehearse(Job(config, model, 2, 2)).peaks()[REFRESH, False]
+    held = rehearse(Job(config, model, 2, 2)).peaks()[Phase.NORMS, False]
     assert ("base weights" in held) == on_gpu
+
+
+def test_a_phase_that_a_rehearsal_does_not_know_is_no_other():
+    tracer = Tracer(lambda func, args, kwargs: None)
+    watch = Watch(tracer, offloaded="")
+    for phase, micro in ((Phase.FORWARD, 2), (Phase.BACKWARD, 2), (Phase.STEP, 0), (Phase.NORMS, 0)):
+        watch.at(1, phase, micro)
+        assert (tracer.phase, tracer.micro) == (phase, micro)
+    with pytest.raises(KeyError):
+        watch.at(1, Phase.LOG)
 
 
 def dies(_):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dora_dist.phases import Phase
 from dora_dist.trace import GATHERED, HOST, Collective, Tracer
 
 MB = 1 << 20
@@ -15,44 +16,44 @@ def traced(**options):
 
 def test_what_is_held_at_the_fullest_by_phase():
     with FakeTensorMode(), traced() as tracer:
-        tracer.enter("first", "a")
+        tracer.enter(Phase.FORWARD, "a")
         kept = torch.empty(MB)  # 4 MB
         for size in (MB, 2 * MB, MB):  # each freed before the next, and the fullest moment in the middle
             del_me = torch.empty(size)
             del del_me
-        tracer.enter("second", "b")
+        tracer.enter(Phase.BACKWARD, "b")
         other = kept.view(-1, 2).t() * 2  # views hold nothing, a product does
         del kept
-    assert tracer.peaks["first", False] == {"a": 12 * MB}
-    assert tracer.peaks["second", False] == {"a": 4 * MB, "b": 4 * MB}
+    assert tracer.peaks[Phase.FORWARD, False] == {"a": 12 * MB}
+    assert tracer.peaks[Phase.BACKWARD, False] == {"a": 4 * MB, "b": 4 * MB}
     assert +tracer.live == {"b": other.nbytes}
 
 
 def test_host_memory_is_apart_and_pinned_blocks_round_up():
     rounded = {HOST + "x": lambda size: 1 << (size - 1).bit_length()}
     with FakeTensorMode(), traced(rounded=lambda tag, size: rounded.get(tag, lambda s: s)(size)) as tracer:
-        tracer.enter("p", HOST + "x")
+        tracer.enter(Phase.FORWARD, HOST + "x")
         away = torch.empty(3, MB, dtype=torch.uint8)
         with tracer.held_for("here"):
             near = torch.empty(5)
-    assert tracer.peaks["p", True] == {HOST + "x": 4 * MB}
-    assert tracer.peaks["p", False] == {"here": 20}
+    assert tracer.peaks[Phase.FORWARD, True] == {HOST + "x": 4 * MB}
+    assert tracer.peaks[Phase.FORWARD, False] == {"here": 20}
     assert away.numel() + near.numel()
 
 
 def test_storages_that_are_resized_are_followed():
     with FakeTensorMode(), traced() as tracer:
-        tracer.enter("p", "w")
+        tracer.enter(Phase.FORWARD, "w")
         t = torch.empty(MB)
         t.untyped_storage().resize_(0)
         assert tracer.live["w"] + tracer.live[GATHERED] == 0
         t.untyped_storage().resize_(8 * MB)
-    assert tracer.live[GATHERED] == 8 * MB and tracer.peaks["p", False] == {GATHERED: 8 * MB}
+    assert tracer.live[GATHERED] == 8 * MB and tracer.peaks[Phase.FORWARD, False] == {GATHERED: 8 * MB}
 
 
 def test_kernels_are_counted_and_views_are_not():
     with FakeTensorMode(), traced() as tracer:
-        tracer.enter("p", "w")
+        tracer.enter(Phase.FORWARD, "w")
         a, b = torch.empty(3, 5), torch.empty(5, 7)
         c = a @ b
         c.add_(1)
@@ -82,9 +83,9 @@ def test_scratch_of_collectives(blocks, most):
         return Collective("all_gather", MB, 2, 1, blocks) if func._opname == "sin_" else None
 
     with FakeTensorMode(), Tracer(collective_of, scratch_of=lambda c: c.bytes) as tracer:
-        tracer.enter("p", "w")
+        tracer.enter(Phase.FORWARD, "w")
         t = torch.empty(MB)
         t.sin_()
         t.sin_()
-    assert sum(tracer.peaks["p", False].values()) == most
+    assert sum(tracer.peaks[Phase.FORWARD, False].values()) == most
     assert all(call.collective is not None for call in tracer.calls)

@@ -17,10 +17,12 @@ from support_launch import Launch, free_port, wait_until
 from dora_dist.backends.process import Processes
 from dora_dist.backends.rendezvous import meet
 from dora_dist.backends.watchdog import Beat, Place, Watchdog, describe_missing
+from dora_dist.phases import Phase
 
 pytestmark = pytest.mark.ranks
 
 HERE = Path(__file__).parent
+SUM = "mean of the loss"  # Phase.LOG, which the watched loop sums in
 
 
 def start(directory: Path, *arguments: str, launcher: str = "torchrun", ranks: int = 2) -> Launch:
@@ -51,9 +53,12 @@ def test_a_stopped_rank_is_named_and_the_run_ends(tmp_path):
         status, output = launch.end()
     assert status != 0
     (line,) = errors(output)
-    missing = r"missing is rank 1 \(\S+\), which no longer answers and was last heard of in step \d+, (sum|pause)"
+    missing = (
+        rf"missing is rank 1 \(\S+\), which no longer answers and was last heard of in step \d+, ({SUM}|data)"
+    )
     assert re.fullmatch(
-        rf"step \d+, sum: rank 0 \(\S+\) has waited for \d s \(parallel.timeout_s: 2\); {missing}", line
+        rf"step \d+, {SUM}: rank 0 \(\S+\) has waited for \d s \(parallel.timeout_s: 2\); {missing}",
+        line,
     )
 
 
@@ -63,7 +68,7 @@ def test_a_rank_that_is_late_is_named(tmp_path):
     assert status != 0
     (line,) = errors(output)
     said = r"has waited for \d s \(parallel.timeout_s: 2\); missing is rank 1 \(\S+\), which is still in"
-    assert re.fullmatch(rf"step 20, sum: rank 0 \(\S+\) {said} step 20, pause", line)
+    assert re.fullmatch(rf"step 20, {SUM}: rank 0 \(\S+\) {said} step 20, data", line)
 
 
 def test_a_rank_that_is_lost_while_another_saves_is_named(tmp_path):
@@ -78,10 +83,9 @@ def test_a_rank_that_is_lost_while_another_saves_is_named(tmp_path):
         status, output = launch.end()
     assert status != 0
     (line,) = errors(output)
-    assert line.startswith("step 20, saving: rank 0 ")
-    assert re.search(
-        r"missing is rank 1 \(\S+\), which no longer answers and was last heard of in step 20, saving$", line
-    )
+    assert line.startswith("step 20, saving the checkpoint: rank 0 ")
+    silent = r"missing is rank 1 \(\S+\), which no longer answers and was last heard of in"
+    assert re.search(rf"{silent} step 20, saving the checkpoint$", line)
 
 
 @pytest.mark.parametrize("mishap", ["leave", "fail"])
@@ -92,7 +96,7 @@ def test_the_error_of_a_collective_becomes_the_name_of_the_rank_that_has_left(tm
     assert "gloo" not in output
     (line,) = errors(output)
     said = r"has lost rank 1 \(\S+\), which no longer answers and was last heard of in"
-    assert re.fullmatch(rf"step 20, sum: rank 0 \(\S+\) {said} step \d+, (start|sum|pause)", line)
+    assert re.fullmatch(rf"step 20, {SUM}: rank 0 \(\S+\) {said} step \d+, (start|{SUM}|data)", line)
 
 
 @pytest.mark.parametrize(
@@ -127,25 +131,26 @@ def test_who_is_missing_follows_from_two_looks_at_the_beats(monkeypatch):
     def beats(**counts):
         return {int(name[1:]): Beat(count, place[int(name[1:])], "h") for name, count in counts.items()}
 
-    place = {0: Place(7, 3, "sum"), 1: Place(7, 3, "sum"), 2: Place(7, 1, "data"), 3: Place(6, 9, "sum")}
+    sums = Place(7, 3, Phase.BACKWARD, 2)
+    place = {0: sums, 1: sums, 2: Place(7, 1, Phase.DATA), 3: Place(6, 9, Phase.LOG)}
     before = beats(r0=5, r1=5, r2=5, r3=5)
     assert (
         describe_missing(0, 4, place[0], None, before)
         == "rank 0 (node-a), which keeps the run's store and no longer answers"
     )
     all_live = beats(r0=8, r1=8, r2=8, r3=8)
-    behind = "rank 2 (h), which is still in step 7, data; rank 3 (h), which is still in step 6, sum"
+    behind = "rank 2 (h), which is still in step 7, data; rank 3 (h), which is still in step 6, mean of the loss"
     assert describe_missing(0, 4, place[0], before, all_live) == behind
     assert describe_missing(2, 4, place[2], before, all_live) == "this rank, for which others wait"
-    silent = "rank 1 (h), which no longer answers and was last heard of in step 7, sum"
+    silent = "rank 1 (h), which no longer answers and was last heard of in step 7, backward of micro-batch 2"
     assert describe_missing(0, 4, place[0], before, beats(r0=8, r1=5, r2=8, r3=8)) == silent
     assert describe_missing(0, 2, place[0], {}, beats(r0=8)) == "rank 1, never heard of"
     assert describe_missing(0, 2, place[0], before, beats(r0=8, r1=8)) is None
-    saves = Place(7, 4, "saving", watched=False)
+    saves = Place(7, 4, Phase.CHECKPOINT, watched=False)
     assert describe_missing(0, 4, saves, before, all_live) is None
     assert describe_missing(0, 4, saves, before, beats(r0=8, r1=5, r2=8, r3=8)) == silent
     assert describe_missing(0, 2, saves, {}, beats(r0=8)) is None
-    place[1] = Place(8, 0, "the end")
+    place[1] = Place(8, 0, Phase.END)
     assert describe_missing(0, 2, saves, before, beats(r0=8, r1=5)) is None
 
 

@@ -19,6 +19,7 @@ from dora_dist.backends.process import Processes
 from dora_dist.backends.watchdog import Watchdog
 from dora_dist.cli import leave
 from dora_dist.launcher import end_with_launcher
+from dora_dist.phases import Phase
 
 
 class Failed(Exception):
@@ -45,17 +46,17 @@ def main(directory: str, timeout_s: str, steps: str, mishap: str = "none") -> No
     with Watchdog(processes, float(timeout_s)) as watch:
         processes.start(60, needed=processes.world_size > 1)
         for step in range(int(steps)):
-            watch.at(step, "pause")
+            watch.at(step, Phase.DATA)
             time.sleep(0.01)
             if mishap == "save" and step == 20:
-                watch.at(step, "saving", watched=False)
+                watch.at(step, Phase.CHECKPOINT, watched=False)
                 if processes.is_main:
                     (Path(directory) / f"life-{life}").write_text("1000")
                     time.sleep(600)
                 processes.told_by_main(None)
             elif (processes.rank, step, life) == (1, 20, "0"):
                 MISHAPS[mishap]()
-            watch.at(step, "sum")
+            watch.at(step, Phase.LOG)
             assert processes.sum_(torch.ones(1000)).eq(processes.world_size).all()
             if processes.is_main:
                 (Path(directory) / f"life-{life}").write_text(str(step))

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from dora_dist.backends.process import Processes
 from dora_dist.errors import Stopped
 from dora_dist.launcher import free_from_lost_host
+from dora_dist.phases import Phase
 
 LOST = 69  # exit status of a rank that ends because another, or the network, is gone: EX_UNAVAILABLE
 _BEAT_S = 1.0
@@ -33,24 +34,37 @@ _ASLEEP_S = 5.0  # a thread that overslept by as much was stopped itself, and it
 _STORE_S = 2.0  # for an answer of the store, whose host may be the one that is gone
 _NAMED = 4  # ranks that a line names
 _APART_S = 0.01  # between the looks of two ranks where nothing is urgent: each asks the store for all ranks' beats
-_END = "the end"
+_SENTENCES = {  # {}: the micro-batch or batch
+    Phase.LOADING: "loading the model",
+    Phase.FORWARD: "forward of micro-batch {}",
+    Phase.BACKWARD: "backward of micro-batch {}",
+    Phase.STEP: "gradient norm and optimizer step",
+    Phase.NORMS: "norm refresh",
+    Phase.SPEEDS: "comparison of the ranks' speeds",
+    Phase.LOG: "mean of the loss",
+    Phase.AGREEMENT: "agreement on whether to end",
+    Phase.EVALUATION: "evaluation, batch {}",
+    Phase.CHECKPOINT: "saving the checkpoint",
+    Phase.ADAPTER: "saving the adapter",
+}  # others go by their names
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank's training loop is. `index` counts the operations of a step, which are the same on all ranks,
-    so that the lesser (step, index) is behind."""
+    """Where a rank's training loop is. `index` counts the phases of a step, which are the same on all ranks, so
+    that the lesser (step, index) is behind. `number`: of the micro-batch, from 1, or of an evaluation's batch."""
 
     step: int
     index: int
-    operation: str
+    phase: Phase
+    number: int = 0
     watched: bool = True
     since: float = dataclasses.field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
-        return f"step {self.step}, {self.operation}"
+        return f"step {self.step}, {_SENTENCES.get(self.phase, self.phase.value).format(self.number)}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ class Beat:
 
     @property
     def ended(self) -> bool:
-        return self.place.operation == _END
+        return self.place.phase == Phase.END
 
 
 Beats = dict[int, Beat]  # by rank
@@ -74,9 +88,9 @@ class Watchdog:
     after one rank has said on stderr which is missing. It goes around the whole run:
 
         with Watchdog(processes, timeout_s) as watch:
-            watch.at(0, "loading the model", watched=False)
+            watch.at(0, Phase.LOADING, watched=False)
             ...
-            watch.at(step, "forward of micro-batch 2")
+            watch.at(step, Phase.FORWARD, 2)
 
     What is not watched may take any time, but there, too, no rank may be silent for half of `timeout_s` (at least
     30 s). An error of a collective that a missing rank has caused ends the process in the same way. A single
@@ -85,7 +99,7 @@ class Watchdog:
 
     def __init__(self, processes: Processes, timeout_s: float):
         self.processes, self.timeout_s = processes, timeout_s
-        self._place = Place(0, 0, "start", watched=False)
+        self._place = Place(0, 0, Phase.START, watched=False)
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._board = _Board(processes)
@@ -105,17 +119,17 @@ class Watchdog:
             _leave(line, self._board.gone)
         if self._thread is not None and (error is None or isinstance(error, Stopped)):
             self._thread.join()
-            self._board.write(Place(self._place.step, self._place.index + 1, _END))
+            self._board.write(Place(self._place.step, self._place.index + 1, Phase.END))
 
     @property
     def _me(self) -> str:
         return f"rank {self.processes.rank} ({self._board.host})"
 
-    def at(self, step: int, operation: str, watched: bool = True) -> None:
-        """What the training loop does next: the same operations in the same order on every rank. `watched=False`
-        where it may take any time, such as loading weights."""
+    def at(self, step: int, phase: Phase, number: int = 0, watched: bool = True) -> None:
+        """What the training loop does next: the same phases in the same order on every rank. `watched=False` where
+        it may take any time, such as loading weights."""
         index = self._place.index + 1 if self._place.step == step else 0
-        self._place = Place(step, index, operation, watched)
+        self._place = Place(step, index, phase, number, watched)
 
     def explain(self, error: BaseException) -> str | None:
         """One line on which rank is missing, for an error of a collective; "" where another rank says it. None for
@@ -206,7 +220,8 @@ class _Board:
                 self._store = self._processes.store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
             if self._store is not None:
                 self._beats += 1
-                text = json.dumps([self._beats, place.step, place.index, place.operation, self.host])
+                where = [place.step, place.index, place.phase.value, place.number]
+                text = json.dumps([self._beats, where, self.host])
                 self._store.set(f"watchdog/{self.rank}", text)
         except RuntimeError:
             self._store, self.gone = None, True
@@ -226,8 +241,8 @@ class _Board:
         there = keys if store.check(list(keys.values())) else {r: k for r, k in keys.items() if store.check([k])}
         beats = {}
         for rank, text in zip(there, store.multi_get(list(there.values())), strict=True):
-            count, step, index, operation, host = json.loads(text)
-            beats[rank] = Beat(count, Place(step, index, operation), host)
+            count, (step, index, phase, number), host = json.loads(text)
+            beats[rank] = Beat(count, Place(step, index, Phase(phase), number), host)
         return beats
 
     def _ask(self, question: Callable[[dist.Store], T], limit: float = _STORE_S) -> T | None:
