@@ -73,12 +73,13 @@ def _power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _blocks(rank: int) -> tuple[int, int, int, dict[str, int]]:
+def _blocks(rank: int, packed: bool = False) -> tuple[int, int, int, dict[str, int]]:
     """Tile sizes in a product's rows, columns and rank, and Triton's options. Up to rank 32 what takes time is
-    memory: small tiles, of which many are under way. Beyond, larger ones, which read the factors less often."""
+    memory: small tiles, of which many are under way. Beyond, larger ones, which read the factors less often; of a
+    4-bit matrix half as large, because dequantizing takes registers too, which would not suffice."""
     if rank <= 32:
         return 64, 64, max(16, _power_of_2(rank)), {"num_warps": 4, "num_stages": 3}
-    return 64, 128, 32, {"num_warps": 8, "num_stages": 3}
+    return 32 if packed else 64, 128, 32, {"num_warps": 8, "num_stages": 3}
 
 
 def _strides(*tensors: Tensor | None) -> list[int]:
@@ -99,7 +100,7 @@ def _squared_norms_op(
     M, scales, ranges = parts[0], *[*parts[1:], None, None][:2]
     codes = _codes(M.device) if block_size else None
     rank = 0 if L_NR is None else L_NR.shape[1]
-    BN, BK, BR, options = _blocks(rank)
+    BN, BK, BR, options = _blocks(rank, packed=block_size > 0)
     kept, summed = (BN, BK) if dim == 0 else (BK, BN)
     chunk = max(summed, min(_CHUNK, _power_of_2(shape[1 - dim])))
     chunks = -(-shape[1 - dim] // chunk)
