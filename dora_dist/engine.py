@@ -78,6 +78,8 @@ class TorchEngine:
         self.device, self.accumulating = device, accumulating
         self.fused = bool(optimizer.defaults.get("fused"))
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.counted = [shards.counts(p) for p in self.trained]
+        self.home = self.trained[0].device  # of the parameters, which may be offloaded; `device` computes
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         return nullcontext() if last else self.accumulating()
@@ -88,9 +90,7 @@ class TorchEngine:
     def step(self) -> Tensor:
         grad_norm = self._clip()
         if self.loss_scale.accepts(grad_norm):
-            if (
-                self.fused
-            ):  # it leaves everything as it is where this is 1, and nobody waits for the device to say so
+            if self.fused:  # it changes nothing where this is 1, and no host waits for a device to say so
                 self.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
                 self.optimizer.step()
             elif torch.isfinite(grad_norm):
@@ -111,18 +111,24 @@ class TorchEngine:
 
     @torch.no_grad()
     def _clip(self) -> Tensor:
-        """Undo the loss scale and clip to max_grad_norm, on each rank's own part. Returns the global norm."""
-        shards, limit, scale = self.shards, self.max_grad_norm, self.loss_scale.value
-        grads = [p.grad for p in self.trained if p.grad is not None]
-        own = [part.values for g in grads for part in shards.rectangles(g)]
-        counted = [part.values for g in grads if shards.counts(g) for part in shards.rectangles(g)]
+        """Undo the loss scale and clip to max_grad_norm, on each rank's own part. Returns the global norm, on the
+        parameters' device."""
+        limit, scale = self.max_grad_norm, self.loss_scale.value
+        own: list[Tensor] = []
+        counted: list[Tensor] = []
+        for parameter, counts in zip(self.trained, self.counted, strict=True):
+            if parameter.grad is not None:
+                parts = [part.values for part in self.shards.rectangles(parameter.grad)]
+                own += parts
+                counted += parts if counts else []
         squares = torch.nn.utils.get_total_norm(counted).square().reshape(1).to(self.device)
-        shards.sum_(squares)
-        grad_norm = squares.sqrt().squeeze(0) / scale
-        factor = torch.ones_like(grad_norm) / scale
-        if limit is not None:
-            factor *= (limit / (grad_norm + 1e-6)).clamp(max=1.0)
-        factor = factor.to(own[0].device) if own else factor
-        for part in own if limit is not None or scale != 1 else ():
-            part.mul_(factor)
+        self.shards.sum_(squares)
+        # From a GPU to the host this waits. The fused optimizer's own copy of found_inf would not, and read a value
+        # that has not arrived.
+        grad_norm = squares.to(self.home).sqrt().squeeze(0) / scale
+        if own and (limit is not None or scale != 1):
+            factor = torch.ones_like(grad_norm) / scale
+            if limit is not None:
+                factor *= (limit / (grad_norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(own, factor)
         return grad_norm
