@@ -197,6 +197,7 @@ def sharded_block(strategy: str, args: argparse.Namespace, device: torch.device)
     )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.model.rotary_emb = None  # its frequencies would have no values, and norms need none
     inject_dora(model, DoraConfig(rank=args.rank, targets="all-linear"))
     processes = Processes()
     processes.device = device

@@ -27,6 +27,7 @@ from dora_dist.errors import UserError
 from dora_dist.fingerprint import Base, base_fingerprint
 from dora_dist.hf_model import check_model, classifier_head, load_with_transformers, meta_model
 from dora_dist.inject import inject_dora
+from dora_dist.layers import DoraLayer
 from dora_dist.loss import HeadLoss, attach_head_loss, has_plain_logits
 from dora_dist.norms import attach_norm_refresh, initialize_adapters
 from dora_dist.optim import LossScale, make_optimizer, optimizer_class
@@ -151,7 +152,7 @@ def build(blueprint: Blueprint, strategy: Strategy) -> Built:
     if config.train.compile:
         for block in blocks(model):
             block.compile()
-    optimizer = make_optimizer(model, config.train)
+    optimizer = make_optimizer(model, config.train, shards.shape)
     loss_scale = LossScale(active=config.model.dtype == "float16")
     engine = strategy.engine(model, optimizer, config.train, loss_scale)
     return Built(model, engine, shards, optimizer, blueprint.head_loss)
@@ -161,7 +162,8 @@ def build(blueprint: Blueprint, strategy: Strategy) -> Built:
 def materialize(
     model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter], buffer_device: torch.device
 ) -> None:
-    """Replace meta parameters by what `make` makes of them, keeping ties, and move buffers."""
+    """Replace meta parameters by what `make` makes of them, keeping ties, and move buffers. Norms and what a
+    checkpoint holds are left without values, to be computed and loaded."""
     real: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -171,8 +173,11 @@ def materialize(
                 module._parameters[name] = real[parameter]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                empty = torch.empty_like(buffer, device=buffer_device) if buffer.is_meta else buffer
-                module._buffers[name] = empty.to(buffer_device)
+                if buffer.is_meta:
+                    computed = isinstance(module, DoraLayer) and name == "norm"
+                    assert computed or name not in module._non_persistent_buffers_set, f"{name} would be garbage"
+                    buffer = torch.empty_like(buffer, device=buffer_device)
+                module._buffers[name] = buffer.to(buffer_device)
 
 
 def _load(blueprint: Blueprint, shards: Shards, processes: Processes) -> None:

@@ -123,8 +123,8 @@ class TorchEngine:
                 counted += parts if counts else []
         squares = torch.nn.utils.get_total_norm(counted).square().reshape(1).to(self.device)
         self.shards.sum_(squares)
-        # From a GPU to the host this waits. The fused optimizer's own copy of found_inf would not, and read a value
-        # that has not arrived.
+        # From a GPU to the host this waits. The fused optimizer's own copy of found_inf would not: it would read a
+        # value that has not arrived.
         grad_norm = squares.to(self.home).sqrt().squeeze(0) / scale
         if own and (limit is not None or scale != 1):
             factor = torch.ones_like(grad_norm) / scale

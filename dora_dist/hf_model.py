@@ -120,6 +120,14 @@ def check_model(config: RunConfig, model: nn.Module) -> None:
     """UserError: the run asks for what this model cannot do."""
     if config.train.activation_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(f"train.activation_checkpointing: {type(model).__name__} does not support it")
+    for name, module in model.named_modules():
+        empty = [b for b in module._non_persistent_buffers_set if getattr(module._buffers[b], "is_meta", False)]
+        if empty:  # no file holds it, and what it was to be made from was not there
+            buffer = ".".join(filter(None, (name, empty[0])))
+            raise UserError(
+                f"model.path: {type(model).__name__} makes its buffer {buffer!r} from weights, before they are "
+                "loaded; only models whose buffers follow from config.json can be used"
+            )
     hf_config: Any = model.config
     if config.model.task == "sequence_classification":
         if hf_config.num_labels < 2:

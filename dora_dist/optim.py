@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +11,30 @@ from dora_dist.config import TrainConfig
 from dora_dist.errors import UserError
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, config: TrainConfig, shape: Callable[[nn.Parameter], Sequence[int]] = lambda p: p.shape
+) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters, with the magnitudes' and B's own learning rates where asked for.
+
+    Weight decay is for matrices: it would pull magnitudes, norms' weights and biases towards 0, where m = |W| is
+    the base model. `shape`: a whole parameter's, where a sharded model's say less.
 
     Raises:
         UserError: `train.optimizer` needs bitsandbytes, which is not there.
     """
-    groups: dict[str, list[nn.Parameter]] = {"magnitude": [], "B": [], "other": []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            last = name.rpartition(".")[2]
-            groups["magnitude" if last == "magnitude" else "B" if last == "lora_B" else "other"].append(parameter)
     rates = {
         "magnitude": config.magnitude_lr or config.lr,
-        "B": config.lr * (config.lora_plus_ratio or 1.0),
-        "other": config.lr,
+        "lora_B": config.lr * (config.lora_plus_ratio or 1.0),
     }
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = rates.get(name.rpartition(".")[2], config.lr)
+            decay = config.weight_decay if len(shape(parameter)) >= 2 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
     made = optimizer_class(config)
     return made(
-        [{"params": params, "lr": rates[kind]} for kind, params in groups.items() if params],
-        weight_decay=config.weight_decay,
+        [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
         **({"fused": True} if made is torch.optim.AdamW else {}),  # one kernel for all tensors of a group
     )
 

@@ -306,7 +306,7 @@ class Trainer:
             {
                 "loss": mean_loss if math.isfinite(mean_loss) else None,
                 "grad_norm": norm if math.isfinite(norm) else None,
-                "lr": self.built.optimizer.param_groups[-1]["lr"],
+                "lr": self.config.train.lr * self.lr_factor(step - 1),
                 "tokens": tokens,
                 "tokens_per_second": (tokens - tokens_before) / seconds,
                 "step_seconds": seconds / (step - steps_before),

@@ -103,6 +103,8 @@ def test_packing_streaming_schedules_and_rates(config, tmp_path):
     assert main(["train", "--config", str(write(config, tmp_path)), *more]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4]
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert rates == pytest.approx([0.02, 0.015, 0.01, 0.005])  # train.lr's, not that of B or of the magnitudes
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 

@@ -35,8 +35,8 @@ def stepped(parameters: list[nn.Parameter], device: str, loss_scale: bool = Fals
 
 
 def test_with_offloaded_parameters_the_host_waits_for_what_the_gpu_has_found(monkeypatch):
-    """A stand-in for fsdp with cpu_offload on a GPU, where the meta device is the GPU. A copy for which nobody waits
-    gives the optimizer a found_inf that has not arrived: NaN in all parameters, or a good step left out."""
+    """A stand-in for fsdp with cpu_offload on a GPU, where the meta device is the GPU. A copy for which nobody
+    waits gives the optimizer a found_inf that has not arrived: NaN in all parameters, or a good step left out."""
     to, waits = torch.Tensor.to, []
 
     def noted(tensor, *args, non_blocking=False, **kwargs):

@@ -76,8 +76,8 @@ def test_groups_and_decay_are_the_same(optimizer):
         pytest.importorskip("bitsandbytes")
     settings = {"magnitude_lr": 0.002, "lora_plus_ratio": 4.0, "weight_decay": 0.3}
     _, made, model = losses(optimizer, steps=0, **settings)
-    assert [(g["lr"], g["weight_decay"]) for g in made.param_groups] == [(0.002, 0.3), (0.04, 0.3), (0.01, 0.3)]
-    assert [g["params"][0] for g in made.param_groups] == [model.magnitude, model.lora_B, model.lora_A]
+    assert [(g["lr"], g["weight_decay"]) for g in made.param_groups] == [(0.01, 0.3), (0.04, 0.3), (0.002, 0.0)]
+    assert [g["params"][0] for g in made.param_groups] == [model.lora_A, model.lora_B, model.magnitude]
 
 
 @pytest.mark.parametrize("optimizer", EIGHT_BIT)

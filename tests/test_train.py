@@ -11,7 +11,7 @@ from torch import nn
 
 from dora_dist import build as build_module
 from dora_dist.backends.process import Processes
-from dora_dist.build import choose_strategy, materialize
+from dora_dist.build import choose_strategy, draw_blueprint, materialize
 from dora_dist.config import (
     DataConfig,
     DoraConfig,
@@ -66,7 +66,20 @@ def test_learning_rates_of_magnitudes_and_of_b():
     groups = make_optimizer(model, config).param_groups
     rates = {tuple(p.shape): group["lr"] for group in groups for p in group["params"]}
     assert rates == {(4,): 5e-3, (4, 2): 16e-3, (2, 4): 1e-3}
-    assert all(group["weight_decay"] == 0.1 for group in groups)
+    assert {tuple(p.shape): group["weight_decay"] for group in groups for p in group["params"]} == {
+        (4,): 0.0, (4, 2): 0.1, (2, 4): 0.1,
+    }  # fmt: skip
+
+
+def test_weight_decay_leaves_vectors_alone_also_where_their_shards_are_flat():
+    """Of modules_to_save: a norm's weight and a bias. ZeRO-3's parameters call themselves empty vectors."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    whole = {parameter: parameter.shape for parameter in model.parameters()}
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    groups = make_optimizer(model, TrainConfig(weight_decay=0.1), whole.__getitem__).param_groups
+    decayed = [whole[p] for group in groups for p in group["params"] if group["weight_decay"]]
+    assert decayed == [(2, 3)]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -97,6 +110,23 @@ def test_materialize_keeps_ties_and_buffers():
     assert model[1].weight is model[0].weight
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     assert model.table.tolist() == [0, 1, 2]
+
+
+def test_a_buffer_that_nothing_would_fill_is_refused_by_name(tiny_llama, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    def with_scale(self, config, __init__=modeling_llama.LlamaMLP.__init__):
+        __init__(self, config)
+        self.register_buffer("scale", self.up_proj.weight.abs().amax(), persistent=False)
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "__init__", with_scale)
+    config = RunConfig(ModelConfig(path=str(tiny_llama), dtype="float32"), DataConfig(train="unused"))
+    with pytest.raises(UserError, match=r"makes its buffer 'model\.layers\.0\.mlp\.scale' from weights"):
+        draw_blueprint(config, tiny_llama)
+    model = nn.Sequential(nn.Linear(2, 2, device="meta"))
+    model.register_buffer("table", torch.ones(3, device="meta"), persistent=False)
+    with pytest.raises(AssertionError, match="table"):
+        materialize(model, lambda meta: nn.Parameter(torch.empty_like(meta, device="cpu")), torch.device("cpu"))
 
 
 def test_wandb_gets_the_metrics(monkeypatch, tmp_path):
