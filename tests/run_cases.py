@@ -25,7 +25,7 @@ from dora_dist.trainer import Trainer
 
 
 def run_case(config, processes: Processes, adapter: Path) -> dict:
-    """20 steps' losses and gradient norms, the first step's gradients, and the norms at the end."""
+    """All steps' losses and gradient norms, the first step's gradients, and the norms at the end."""
     directory = Path(config.model.path)
     blueprint = draw_blueprint(config, directory, processes.world_size)
     strategy = choose_strategy(config, blueprint.model, processes)

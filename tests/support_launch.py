@@ -11,7 +11,7 @@ from pathlib import Path
 
 from conftest import child_environment
 
-SECONDS = 120  # after which something hangs; nothing here takes nearly as long
+SECONDS = 300  # after which something hangs; nothing here takes nearly as long, also on a busy machine
 
 
 class Launch:
@@ -27,7 +27,7 @@ class Launch:
     def end(self, seconds: float = SECONDS) -> tuple[int, str]:
         """Wait for the launcher's end: its exit status, and what it and the ranks printed."""
         status = self.launcher.wait(seconds)
-        wait_until(lambda: not self.processes(), 10)  # what outlives the launcher may print, too
+        wait_until(lambda: not self.processes(), 60)  # what outlives the launcher may print, too
         return status, self.printed()
 
     def printed(self) -> str:
@@ -52,7 +52,7 @@ class Launch:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        ended = self.launcher.poll() is not None and wait_until(lambda: not self.processes(), 10)
+        ended = self.launcher.poll() is not None and wait_until(lambda: not self.processes(), 60)
         for pid in () if ended else self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -1,19 +1,17 @@
 """The benchmarks run, compare the same computation and write what they promise; their numbers are not judged."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, child_environment, torchrun
+from conftest import ROOT
+from support_ranks import Ended, run_ranks
 
 pytestmark = pytest.mark.ranks
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=child_environment(), cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+def run(script: str, *arguments: str, ranks: int = 1, status: int = 0) -> Ended:
+    done = run_ranks(ranks, ROOT / "benchmarks" / script, *arguments)
+    assert done.returncode == status, done.stderr
     return done
 
 
@@ -89,6 +87,7 @@ def test_norm_writes_its_records(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_strategy_memory_writes_its_record(tmp_path):
     out = tmp_path / "cpu.json"
     size = "--strategies fsdp+cpu_offload --hidden 64 --layers 1 --rank 4 --rounds 1".split()
@@ -99,6 +98,7 @@ def test_strategy_memory_writes_its_record(tmp_path):
     assert row["base_bytes"] > 0 and row["held_bytes"] <= row["step_peak_bytes"]
 
 
+@pytest.mark.slow
 def test_block_memory_writes_what_it_measured_beside_what_it_counted(tmp_path):
     out = tmp_path / "cpu.json"
     size = (
@@ -129,8 +129,7 @@ def test_scaling_counts_what_the_sizes_say(tmp_path):
     size = "--hidden 64 --layers 2 --rank 3 --tokens 8 --batch 1 --rounds 2 --warmup 1 --device cpu".split()
     size += ["--mode", "strong", "--global-batch", "4", "--out", str(tmp_path)]
     run("scaling.py", *size, "--strategies", "fsdp")
-    done = torchrun(2, ROOT / "benchmarks" / "scaling.py", *size, "--strategies", "fsdp", "ddp")
-    assert done.returncode == 0, done.stderr
+    run("scaling.py", *size, "--strategies", "fsdp", "ddp", ranks=2)
     alone, fsdp, ddp = (
         json.loads((tmp_path / f"strong-{name}-ranks-1-hosts.json").read_text())
         for name in ("fsdp-00001", "fsdp-00002", "ddp-00002")
@@ -176,6 +175,7 @@ def test_scaling_counts_what_the_sizes_say(tmp_path):
     assert tmp_path.with_name(f"{tmp_path.name}.png").is_file()
 
 
+@pytest.mark.slow
 def test_scaling_measures_links_and_refuses_rows_that_do_not_divide(tmp_path):
     run("scaling.py", "--links", "--ranks", "2", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path))
     record = json.loads((tmp_path / "links-00002-ranks-1-hosts.json").read_text())
@@ -183,15 +183,13 @@ def test_scaling_measures_links_and_refuses_rows_that_do_not_divide(tmp_path):
     for rows in record["seconds"].values():
         assert [row["bytes"] for row in rows] == [2**power for power in range(10, 26)]
         assert all(0 < row["min"] <= row["median"] for row in rows)
-    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), *"--ranks 2 --mode strong".split()]
-    command += ["--global-batch", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
-    assert done.returncode == 2
+    done = run("scaling.py", *"--ranks 2 --mode strong --global-batch 3".split(), status=2)
     assert done.stderr == (
         "error: --global-batch: 3 rows cannot be shared evenly by 2 ranks; choose a multiple of 2\n"
     )
 
 
+@pytest.mark.slow
 def test_scaling_on_made_hosts_waits_for_their_link(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from _hosts import available

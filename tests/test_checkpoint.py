@@ -99,12 +99,13 @@ def test_whatever_is_trained_resumes(more, tmp_path):
     assert all_hold(whole_runs.every_step(Case(tmp_path, **more), 3))
 
 
+@pytest.mark.slow
 def test_ranks_that_die_go_on(case):
     assert all_hold(whole_runs.killed_rank(case, 1))
 
 
 def test_a_process_that_is_asked_to_stop_exits_with_75(case):
-    assert all_hold(whole_runs.asked_to_stop(case, 1, "python"))
+    assert all_hold(whole_runs.asked_to_stop(case, 1, "none"))
 
 
 def test_from_one_strategy_and_number_of_ranks_to_another(case):

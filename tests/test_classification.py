@@ -6,8 +6,9 @@ import random
 
 import pytest
 import yaml
-from conftest import ROOT, torchrun
+from conftest import ROOT
 from safetensors.torch import load_file
+from support_ranks import run_ranks
 
 from dora_dist.cli import main
 
@@ -75,7 +76,7 @@ def test_sharded_classification_gives_the_same_numbers(config, tmp_path):
         "parallel.strategy=fsdp",
         f"output_dir={tmp_path / 'two'}",
     ]
-    done = torchrun(2, ROOT / "launch" / "train.py", "--config", str(config), *more)
+    done = run_ranks(2, ROOT / "launch" / "train.py", "--config", str(config), *more)
     assert done.returncode == 0, done.stderr[-3000:]
     for got, want in zip(evaluations(tmp_path / "two"), alone, strict=True):
         assert got == pytest.approx(want, rel=1e-5)

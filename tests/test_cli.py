@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, child_environment, torchrun
+from conftest import ROOT, child_environment
+from support_ranks import run_ranks
 
 from dora_dist.cli import main
 from dora_dist.weights import SafetensorsFiles
@@ -297,7 +298,7 @@ def test_bad_rows_are_named_or_skipped(config, tmp_path, capsys):
 
 def test_the_real_command_ends_with_status_2_and_no_traceback(config, tmp_path):
     command = [sys.executable, str(TRAIN), "--config", str(write(config, tmp_path)), "dora.targets=nothing"]
-    done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=300)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
         line for line in done.stderr.splitlines() if line.startswith("error: ")
@@ -305,16 +306,16 @@ def test_the_real_command_ends_with_status_2_and_no_traceback(config, tmp_path):
 
 
 @pytest.mark.ranks
-def test_torchrun_trains_and_tells_a_mistake_once(config, tmp_path):
+def test_ranks_train_and_tell_a_mistake_once(config, tmp_path):
     path = str(write(config, tmp_path))
-    done = torchrun(2, TRAIN, "--config", path, "parallel.strategy=fsdp")
+    done = run_ranks(2, TRAIN, "--config", path, "parallel.strategy=fsdp")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "strategy fsdp, 2 processes" in done.stdout
-    done = torchrun(2, TRAIN, "--config", path, "parallel.strategy=ddp")  # once hung when the group was left
+    done = run_ranks(2, TRAIN, "--config", path, "parallel.strategy=ddp")  # once hung when the group was left
     assert done.returncode == 0, done.stderr[-3000:]
     assert "strategy ddp, 2 processes" in done.stdout
-    done = torchrun(2, TRAIN, "--config", path, "dora.targets=nothing")
+    done = run_ranks(2, TRAIN, "--config", path, "dora.targets=nothing")
     assert done.returncode != 0
     assert done.stderr.count("error: dora.targets: 'nothing' matches no module") == 1
-    done = torchrun(2, TRAIN, "--config", path, "parallel.strategy=single")
+    done = run_ranks(2, TRAIN, "--config", path, "parallel.strategy=single")
     assert "error: parallel.strategy: single runs in one process, but 2 were launched" in done.stderr

@@ -2,23 +2,24 @@
 Forward and backward have none for the norms, and gather a frozen output head once."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, child_environment
+from conftest import ROOT
+from support_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 
 
 def count(world: int, strategy: str) -> dict:
-    command = [sys.executable, str(ROOT / "tests" / "count_collectives.py"), str(world), strategy]
-    done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=120)
+    done = run_ranks(1, ROOT / "tests" / "count_collectives.py", str(world), strategy)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("world", "strategy"), [(4, "fsdp"), (4, "hybrid"), (1024, "fsdp")])
+@pytest.mark.parametrize(
+    ("world", "strategy"),
+    [(4, "fsdp"), (4, "hybrid"), (64, "fsdp"), pytest.param(1024, "fsdp", marks=pytest.mark.slow)],
+)
 def test_refresh_adds_exactly_two_collectives(world, strategy):
     counts = count(world, strategy)
     for layers in (1, 3):

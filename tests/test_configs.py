@@ -1,12 +1,11 @@
 """Each example in configs/ runs, shrunken: a test overrides sizes and paths, and nothing else."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, child_environment, torchrun
+from conftest import ROOT
 from safetensors.torch import load_file
+from support_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -50,12 +49,7 @@ def test_an_example_runs(name, model_and_rows, tmp_path):
         "--config", str(path), f"model.path={model}", f"data.train={rows}", f"output_dir={tmp_path}",
         *SIZES, *MORE_SIZES.get(name, []),
     ]  # fmt: skip
-    script = ROOT / "launch" / "train.py"
-    if RANKS[name] == 1:
-        command = [sys.executable, str(script), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=300)
-    else:
-        done = torchrun(RANKS[name], script, *arguments)
+    done = run_ranks(RANKS[name], ROOT / "launch" / "train.py", *arguments)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))

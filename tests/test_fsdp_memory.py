@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT
+from support_ranks import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.ranks
@@ -28,7 +29,7 @@ def figures(tmp_path_factory):
             parameter.fill_(0.01)
     model.save_pretrained(directory)
     del model
-    done = torchrun(WORLD, ROOT / "tests" / "measure_fsdp_memory.py", str(directory), str(directory / "out"))
+    done = run_ranks(WORLD, ROOT / "tests" / "measure_fsdp_memory.py", str(directory), str(directory / "out"))
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((directory / f"out.{rank}.json").read_text()) for rank in range(WORLD)]
 

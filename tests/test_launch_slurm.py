@@ -91,6 +91,7 @@ def job(run_yaml: Path, tmp_path: Path, *overrides: str) -> Launch:
     return Launch(["bash", str(script), "--config", str(run_yaml), *overrides], tmp_path)
 
 
+@pytest.mark.slow
 def test_before_its_time_limit_a_job_saves_and_requeues_itself_and_then_goes_on(slurm, run_yaml, tmp_path):
     with job(run_yaml, tmp_path) as launch:
         assert begun(tmp_path / "run"), launch.printed()
@@ -108,6 +109,7 @@ def test_before_its_time_limit_a_job_saves_and_requeues_itself_and_then_goes_on(
     assert slurm.read_text().count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preempted", "state"),
     [("", "CANCELLED"), ("2026-01-01T12:00:00", "RUNNING"), ("2026-01-01T12:00:00", "CANCELLED")],
@@ -133,6 +135,7 @@ def test_a_mistake_is_told_and_not_tried_again(slurm, run_yaml, tmp_path):
     assert "error: dora.rnk: unknown key; did you mean 'rank'?" in output.splitlines()
 
 
+@pytest.mark.slow
 def test_the_pods_of_kubernetes_train_and_their_status_says_whether_to_try_again(run_yaml, tmp_path, monkeypatch):
     specs = yaml.safe_load((ROOT / "launch" / "kubernetes.yaml").read_text())["spec"]["pytorchReplicaSpecs"]
     assert list(specs) == ["Master", "Worker"]
@@ -160,6 +163,7 @@ def test_the_pods_of_kubernetes_train_and_their_status_says_whether_to_try_again
     assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("node", "missing"), [(0, "only 1 of 2 hosts came"), (1, "does not reach 127.0.0.1")])
 def test_a_host_that_stays_alone_says_so(node, missing):
     command = [
@@ -173,6 +177,7 @@ def test_a_host_that_stays_alone_says_so(node, missing):
     assert missing in line and f"(node rank {node})" in line and line.endswith("within 2 s")
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_with_its_host_and_signal(run_yaml, tmp_path):
     command = [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--standalone", "--nproc-per-node=2"]
     with Launch([*command, str(ROOT / "launch" / "train.py"), "--config", str(run_yaml)], tmp_path) as launch:

@@ -67,6 +67,14 @@ def files(directory: Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
+def test_a_run(start, tmp_path):
+    with start(tmp_path) as launch:
+        status, output = launch.end()
+    assert status == 0, output[-3000:]
+    assert "2 processes" in output and len(losses(tmp_path)) == 3
+
+
+@pytest.mark.slow
 def test_one_node_and_two_train_alike_and_rank_0_alone_writes(start, tmp_path, monkeypatch):
     one, node_0, node_1 = (tmp_path / name for name in ("one", "node-0", "node-1"))
     port = free_port()
@@ -83,6 +91,7 @@ def test_one_node_and_two_train_alike_and_rank_0_alone_writes(start, tmp_path, m
     assert losses(node_0) == pytest.approx(losses(one), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_mistake_or_a_busy_port_is_told_in_one_line(start, launcher, tmp_path):
     key = "parallel.deepspeed.train_micro_batch_size_per_gpu"
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -104,6 +113,7 @@ def test_a_mistake_or_a_busy_port_is_told_in_one_line(start, launcher, tmp_path)
         assert "Traceback" not in outputs[2]
 
 
+@pytest.mark.slow
 def test_a_dead_rank_ends_the_run(start, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     with start(tmp_path, "train.steps=100000", "log.every=1000", "parallel.strategy=zero2") as launch:

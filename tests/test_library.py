@@ -4,22 +4,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT
 from safetensors.torch import load_file
+from support_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_fully_sharded_model(ranks, tiny_llama, tmp_path):
-    done = torchrun(ranks, ROOT / "tests" / "library_fsdp.py", str(tiny_llama), str(tmp_path))
+    done = run_ranks(ranks, ROOT / "tests" / "library_fsdp.py", str(tiny_llama), str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     check_adapters(tmp_path)
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(1, 2), (2, 2), (3, 2), (3, 3), (3, 4)])
+@pytest.mark.parametrize(
+    ("stage", "ranks"), [(1, 2), (2, 2), (3, 2), (3, 3), pytest.param(3, 4, marks=pytest.mark.slow)]
+)
 def test_any_deepspeed_engine(stage, ranks, tiny_llama, tmp_path):
-    done = torchrun(ranks, ROOT / "tests" / "library_zero.py", str(stage), str(tiny_llama), str(tmp_path))
+    done = run_ranks(ranks, ROOT / "tests" / "library_zero.py", str(stage), str(tiny_llama), str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     check_adapters(tmp_path)
 

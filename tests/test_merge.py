@@ -5,15 +5,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import child_environment
 from safetensors.torch import load_file, save_file
+from support_ranks import run_ranks
 from support_rounding import MODEL, assert_near, rounding
 
 from dora_dist import decomposition, merge, merge_weights
@@ -25,15 +23,6 @@ from dora_dist.cli import main
 from dora_dist.config import load_config
 
 NF4 = {"scheme": "nf4", "block_size": 32}
-KILLED = """
-import os, signal, sys
-from dora_dist import cli, merge_weights
-def save(tensors, file, metadata):
-    file.write_bytes(b"half")
-    os.kill(os.getpid(), signal.SIGKILL)
-merge_weights.save_file = save
-cli.main(["merge", "--config", *sys.argv[1:]])
-"""
 GPT2 = {"rank": 2, "targets": ["c_attn", "c_proj", "c_fc"]}
 
 
@@ -221,10 +210,19 @@ def test_an_error_half_way_leaves_nothing(run, tmp_path, monkeypatch):
     assert written and not list(tmp_path.glob("out*"))
 
 
+def merge_and_die(config: Path, out: Path) -> None:
+    def save(tensors, file, metadata):
+        file.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    merge_weights.save_file = save
+    main(["merge", "--config", str(config), str(out)])
+
+
+@pytest.mark.ranks
 def test_a_kill_half_way_leaves_no_directory_of_that_name(run, tmp_path):
     path, _ = run()
-    command = [sys.executable, "-c", KILLED, str(path), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=120)
+    done = run_ranks(1, merge_and_die, path, tmp_path / "out")
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert [p.name.rpartition("-")[0] for p in tmp_path.glob("out*")] == ["out.partial"]
     assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 0

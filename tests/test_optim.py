@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import torchrun
+from support_ranks import run_ranks
 from torch import nn
 
 from dora_dist.backends.process import Processes
@@ -151,5 +151,5 @@ def test_under_ddp_and_zero(tmp_path):
     pytest.importorskip("deepspeed")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    run = torchrun(2, script, "ddp", "zero1", "zero3")
+    run = run_ranks(2, script, "ddp", "zero1", "zero3")
     assert run.returncode == 0, run.stderr[-3000:]

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT
+from support_ranks import run_ranks
 from torch import nn
 
 from dora_dist.config import DoraConfig, QuantConfig
@@ -69,7 +70,7 @@ def test_blocks_are_no_longer_than_rows_need():
 @pytest.mark.ranks
 def test_a_rank_holds_its_share_of_half_a_byte_per_weight(ranks, tmp_path):
     out = tmp_path / "held.json"
-    done = torchrun(ranks, ROOT / "tests" / "measure_packed.py", str(out), "fsdp", "zero3")
+    done = run_ranks(ranks, ROOT / "tests" / "measure_packed.py", str(out), "fsdp", "zero3")
     assert done.returncode == 0, done.stderr[-4000:]
     measured = json.loads(out.read_text())
     assert measured["whole"] < 0.54 * measured["elements"]

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, child_environment, letter_tokenizer, torchrun
+from conftest import ROOT, child_environment, letter_tokenizer
+from support_ranks import run_ranks
 from test_rehearse import SHAPE_8B, config_of, write
 
 from dora_dist import rehearse as rehearsals
@@ -131,7 +132,7 @@ def test_ranks_refuse_together_before_anything_is_written(tmp_path, tiny_rows):
     config = config_of(model, "fsdp", four_bit=True, cpu_offload=True, activation_checkpointing=True)
     config = replace(config, data=replace(config.data, train=str(tiny_rows)), output_dir=str(tmp_path / "out"))
     (tmp_path / "c.yaml").write_text(config.to_yaml())
-    done = torchrun(2, ROOT / "launch" / "train.py", "--config", str(tmp_path / "c.yaml"))
+    done = run_ranks(2, ROOT / "launch" / "train.py", "--config", str(tmp_path / "c.yaml"))
     assert done.returncode != 0
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and told[0].startswith(

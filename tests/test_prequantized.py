@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 import yaml
-from conftest import letter_tokenizer, torchrun
+from conftest import letter_tokenizer
 from safetensors.torch import load_file, save_file
+from support_ranks import run_ranks
 from support_rounding import MODEL, assert_near
 
 from dora_dist.build import draw_blueprint
@@ -116,7 +117,7 @@ leave(0)
 def loaded(tmp_path, ranks: int, *names: str) -> dict[str, dict[str, torch.Tensor]]:
     script, out = tmp_path / "script.py", tmp_path / f"out{ranks}.pt"
     script.write_text(SCRIPT)
-    run = torchrun(ranks, script, str(out), *names)
+    run = run_ranks(ranks, script, str(out), *names)
     assert run.returncode == 0, run.stderr[-3000:]
     return torch.load(out)
 

@@ -298,6 +298,8 @@ def test_memory_between_forward_and_backward(kind, tmp_path):
     assert held["after"] < held["between"]
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["bitsandbytes = None", "class bitsandbytes: ..."])
 def test_an_old_or_absent_bitsandbytes_leaves_the_table(module):
     script = (

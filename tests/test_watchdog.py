@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import torchrun
 from measure_restarts import recovers
-from support_launch import Launch, free_port, wait_until
+from support_launch import SECONDS, Launch, free_port, wait_until
+from support_ranks import Ended, Ranks, run_ranks
 
 from dora_dist.backends.process import Processes
 from dora_dist.backends.rendezvous import meet
@@ -25,7 +25,11 @@ HERE = Path(__file__).parent
 SUM = "mean of the loss"  # Phase.LOG, which the watched loop sums in
 
 
-def start(directory: Path, *arguments: str, launcher: str = "torchrun", ranks: int = 2) -> Launch:
+def start(directory: Path, *arguments: str) -> Ranks:
+    return Ranks(2, HERE / "watched_loop.py", directory, *arguments)
+
+
+def launch(directory: Path, *arguments: str, launcher: str, ranks: int) -> Launch:
     if launcher == "torchrun":
         command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     else:
@@ -36,53 +40,53 @@ def start(directory: Path, *arguments: str, launcher: str = "torchrun", ranks: i
 
 def runs(directory: Path) -> bool:
     """And has for longer than a beat takes."""
-    return wait_until(lambda: any(int(p.read_text() or 0) > 150 for p in directory.glob("life-*")), 60)
+    return wait_until(lambda: any(int(p.read_text() or 0) > 150 for p in directory.glob("life-*")), SECONDS)
 
 
-def errors(output: str) -> list[str]:
-    return [line.partition("error: ")[2] for line in output.splitlines() if "error: " in line]
+def errors(ended: Ended) -> list[str]:
+    return [line.partition("error: ")[2] for line in ended.stderr.splitlines() if "error: " in line]
 
 
 def test_a_stopped_rank_is_named_and_the_run_ends(tmp_path):
-    with start(tmp_path, "2", "1000000") as launch:
+    with start(tmp_path, "4", "1000000") as launch:
         assert runs(tmp_path)
-        stopped, other = launch.rank(1), launch.rank(0)
-        os.kill(stopped, signal.SIGSTOP)
-        assert wait_until(lambda: other not in launch.processes(), 20)
-        os.kill(stopped, signal.SIGKILL)  # as torchrun does, but 30 s later
-        status, output = launch.end()
-    assert status != 0
-    (line,) = errors(output)
+        other, stopped = launch.processes
+        os.kill(stopped.pid, signal.SIGSTOP)
+        assert wait_until(lambda: other not in launch.living(), SECONDS)
+        stopped.kill()  # as torchrun does, but 30 s later
+        ended = launch.end()
+    assert ended.returncode != 0
+    (line,) = errors(ended)
     missing = (
         rf"missing is rank 1 \(\S+\), which no longer answers and was last heard of in step \d+, ({SUM}|data)"
     )
     assert re.fullmatch(
-        rf"step \d+, {SUM}: rank 0 \(\S+\) has waited for \d s \(parallel.timeout_s: 2\); {missing}",
+        rf"step \d+, {SUM}: rank 0 \(\S+\) has waited for \d+ s \(parallel.timeout_s: 4\); {missing}",
         line,
     )
 
 
 def test_a_rank_that_is_late_is_named(tmp_path):
-    with start(tmp_path, "2", "1000000", "dawdle") as launch:
-        status, output = launch.end()
-    assert status != 0
-    (line,) = errors(output)
-    said = r"has waited for \d s \(parallel.timeout_s: 2\); missing is rank 1 \(\S+\), which is still in"
+    with start(tmp_path, "4", "1000000", "dawdle") as launch:
+        ended = launch.end()
+    assert ended.returncode != 0
+    (line,) = errors(ended)
+    said = r"has waited for \d+ s \(parallel.timeout_s: 4\); missing is rank 1 \(\S+\), which is still in"
     assert re.fullmatch(rf"step 20, {SUM}: rank 0 \(\S+\) {said} step 20, data", line)
 
 
 def test_a_rank_that_is_lost_while_another_saves_is_named(tmp_path):
     """Nobody has to be quick there, but all have to live."""
-    with start(tmp_path, "2", "1000000", "save") as launch:
+    with start(tmp_path, "4", "1000000", "save") as launch:
         assert runs(tmp_path)
-        saving, waiting = launch.rank(0), launch.rank(1)
-        assert not wait_until(lambda: saving not in launch.processes(), 8)
-        os.kill(waiting, signal.SIGSTOP)
-        assert wait_until(lambda: saving not in launch.processes(), 20)
-        os.kill(waiting, signal.SIGKILL)
-        status, output = launch.end()
-    assert status != 0
-    (line,) = errors(output)
+        saving, waiting = launch.processes
+        assert not wait_until(lambda: saving not in launch.living(), 6)
+        os.kill(waiting.pid, signal.SIGSTOP)
+        assert wait_until(lambda: saving not in launch.living(), SECONDS)
+        waiting.kill()
+        ended = launch.end()
+    assert ended.returncode != 0
+    (line,) = errors(ended)
     assert line.startswith("step 20, saving the checkpoint: rank 0 ")
     silent = r"missing is rank 1 \(\S+\), which no longer answers and was last heard of in"
     assert re.search(rf"{silent} step 20, saving the checkpoint$", line)
@@ -91,33 +95,35 @@ def test_a_rank_that_is_lost_while_another_saves_is_named(tmp_path):
 @pytest.mark.parametrize("mishap", ["leave", "fail"])
 def test_the_error_of_a_collective_becomes_the_name_of_the_rank_that_has_left(tmp_path, mishap):
     with start(tmp_path, "60", "1000000", mishap) as launch:
-        status, output = launch.end()
-    assert status != 0
-    assert "gloo" not in output
-    (line,) = errors(output)
+        ended = launch.end()
+    assert ended.returncode != 0
+    assert "gloo" not in ended.stdout + ended.stderr
+    (line,) = errors(ended)
     said = r"has lost rank 1 \(\S+\), which no longer answers and was last heard of in"
     assert re.fullmatch(rf"step 20, {SUM}: rank 0 \(\S+\) {said} step \d+, (start|{SUM}|data)", line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "ranks", "number"), [("torchrun", 1, signal.SIGKILL), ("deepspeed", 2, signal.SIGTERM)]
 )
 def test_where_the_launcher_dies_no_process_stays(tmp_path, launcher, ranks, number):
     if launcher == "deepspeed" and torch.cuda.is_available():
         pytest.skip("the deepspeed launcher would show its processes the GPUs, which these tests hide")
-    with start(tmp_path, "60", "1000000", launcher=launcher, ranks=ranks) as launch:
+    with launch(tmp_path, "60", "1000000", launcher=launcher, ranks=ranks) as started:
         assert runs(tmp_path)
-        launch.launcher.send_signal(number)
-        launch.launcher.wait(10)
-        assert wait_until(lambda: not launch.processes(), 10)
+        started.launcher.send_signal(number)
+        started.launcher.wait(SECONDS)
+        assert wait_until(lambda: not started.processes(), SECONDS)
 
 
+@pytest.mark.slow
 def test_a_restart_brings_back_a_run_whose_rank_was_killed(tmp_path):
     assert recovers(tmp_path)
 
 
 def test_small_collectives_on_two_ranks_and_on_one():
-    done = torchrun(2, HERE / "collective_cases.py", timeout=60)
+    done = run_ranks(2, HERE / "collective_cases.py")
     assert done.returncode == 0, done.stderr[-3000:]
     one = Processes()
     assert one.agree([3, 0]).read() == [3, 0]

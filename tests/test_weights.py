@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, save_model, torchrun
+from conftest import ROOT, save_model
 from safetensors.torch import load_file, save_file
+from support_ranks import run_ranks
 from support_rounding import MODEL, assert_near
 
 from dora_dist.backends.process import Processes
@@ -106,7 +107,7 @@ def test_other_names_under_sharding(old_names, tiny_gpt2, tiny_rows, tmp_path):
             "output_dir": str(tmp_path),
         }
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(text))
-        done = torchrun(2, ROOT / "launch" / "train.py", "--config", str(tmp_path / "c.yaml"))
+        done = run_ranks(2, ROOT / "launch" / "train.py", "--config", str(tmp_path / "c.yaml"))
         assert done.returncode == 0, done.stderr[-3000:]
         losses.append(json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"])
     assert losses[0] == losses[1]

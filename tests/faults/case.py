@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conftest import ROOT, make_rows, make_tiny_llama
 from support_launch import Launch, free_port
+from support_ranks import run_ranks
 
 INJECT = ROOT / "tests" / "faults" / "inject.py"
 STEPS = 12
@@ -73,7 +74,12 @@ class Case:
         return Launch(self.command(name, ranks, *overrides, **options), self.scratch / name)
 
     def run(self, name: str, ranks: int, *overrides: str, faults: str = "", **options) -> Ended:
-        """One run to its end; none of its processes may outlive it."""
+        """One run to its end; none of its processes may outlive it. The launcher "none": ranks that are forked."""
+        if options.get("launcher") == "none":
+            os.environ["DORA_DIST_FAULTS"] = faults
+            arguments = self.command(name, ranks, *overrides, launcher="python")[2:]
+            done = run_ranks(ranks, INJECT, *arguments, timeout=600)
+            return Ended(done.returncode, done.stdout + done.stderr)
         with self.launch(name, ranks, *overrides, faults=faults, **options) as launch:
             return Ended(*launch.end(600))
 

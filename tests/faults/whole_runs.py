@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from case import STEPS, Case, Ended
+from case import STEPS, Case
 
 from dora_dist.cli import STOPPED, main
 
@@ -41,7 +41,7 @@ def reference(case: Case, ranks: int, *overrides: str) -> list[tuple]:
     """The curve without a fault."""
     name = f"reference-{ranks}-{abs(hash(overrides)) % 10**8}"
     if not (case.scratch / name).is_dir():
-        ended = case.run(name, ranks, *overrides)
+        ended = case.run(name, ranks, *overrides, launcher="none")
         assert ended.status == 0, ended.output[-3000:]
     return case.curve(name)
 
@@ -71,8 +71,7 @@ def chain(case: Case, name: str, ranks: int, faults: list[str], *overrides: str,
     case.forget(name)
     ends, expected = [], reference(case, ranks, *overrides)
     for fault in [*faults, ""]:
-        with case.launch(name, ranks, *overrides, faults=fault, **options) as launch:
-            ends.append(Ended(*launch.end(600)))
+        ends.append(case.run(name, ranks, *overrides, faults=fault, **options))
     count = Count()
     equal = ends[-1].status == 0 and case.curve(name) == expected and not case.orphans(name)
     for end, fault in zip(ends, faults, strict=False):
@@ -119,7 +118,7 @@ def _stops(case: Case, faults: list[str], total: int, launcher: str, *overrides:
     ranks = 2 if launcher == "torchrun" else 1
     count, ends = chain(case, "stopped", ranks, faults, f"train.steps={total}", *overrides, launcher=launcher)
     for end in ends[:-1]:
-        told = "stopped by" in end.output and (launcher != "python" or end.status == STOPPED)
+        told = "stopped by" in end.output and (launcher == "torchrun" or end.status == STOPPED)
         if not told:
             count.held -= 1
             print(f"DOES NOT HOLD: {end.status} {end.output[-2000:]}", file=sys.stderr)
@@ -134,7 +133,7 @@ def not_finite(case: Case, strategies: tuple = ("ddp", "fsdp", "zero1", "zero2",
             case.forget("bad")
             faults = f"rank=1 step=5 point=backward kind={kind}; step=5 point=forward kind=hash; "
             faults += "step=6 point=forward kind=hash; step=9 point=forward kind=hash"
-            ended = case.run("bad", 2, f"parallel.strategy={strategy}", faults=faults)
+            ended = case.run("bad", 2, f"parallel.strategy={strategy}", faults=faults, launcher="none")
             found = re.findall(r"hash rank (\d) step (\d+) (\w+)", ended.output)
             at = {step: {digest for _, s, digest in found if s == step} for step in ("4", "5", "8")}
             same = len(found) == 6 and all(len(digests) == 1 for digests in at.values())
@@ -246,7 +245,7 @@ def moved(case: Case, chains: tuple = ("4 2 1 4", "fsdp zero3 single zero2 fsdp"
             ]
             last = n == len(stages) - 1
             fault = "" if last else f"rank=0 step={4 * n + 3} point=forward kind=term"
-            ended = case.run("moved", ranks, *words, faults=fault, launcher="python" if ranks == 1 else "torchrun")
+            ended = case.run("moved", ranks, *words, faults=fault, launcher="none")
             told = ended.status == 0 if last else "stopped by" in ended.output
             curve = case.curve("moved")
             pairs = list(zip(curve, expected, strict=False))
