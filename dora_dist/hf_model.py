@@ -137,12 +137,23 @@ def check_model(config: RunConfig, model: nn.Module) -> None:
             f"model.task: causal_lm does not fit {hf_config.architectures[0]}, which sees the tokens it predicts; "
             "sequence_classification does"
         )
-    if config.data.packing and has_windows(hf_config):
-        raise UserError(f"data.packing: {type(model).__name__} has windowed attention, which packing would undo")
+    if config.data.packing and (problem := _packing_undone_by(model)):
+        raise UserError(f"data.packing: {type(model).__name__} {problem}; valid would be data.packing: false")
     if config.data.packing and "position_ids" not in inspect.signature(model.forward).parameters:
         raise UserError(
             f"data.packing: {type(model).__name__} takes no position_ids, by which rows are told apart"
         )
+
+
+def _packing_undone_by(model: nn.Module) -> str | None:
+    """Why a row in a pack would not be what it is alone, or None."""
+    hf_config: Any = model.config
+    kinds = set(getattr(hf_config.get_text_config(), "layer_types", None) or ())
+    if getattr(model, "_is_stateful", False) or kinds & {"linear_attention", "conv", "mamba", "hybrid"}:
+        return "keeps a state from token to token, which would flow from one row of a pack into the next"
+    if has_windows(hf_config):
+        return "has windowed attention, which packing would undo"
+    return None
 
 
 def _auto_class(config: ModelConfig) -> Any:

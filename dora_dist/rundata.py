@@ -61,6 +61,7 @@ class RunData:
         self.evaluation = None
         if config.data.eval is not None:
             rows = load_examples(config.data.eval, config.data, tokenizer, **about, key="data.eval")
+            self._report += f"\nevaluation data: {rows.report}"
             self.evaluation = evaluation_batches(rows, **split, seq_len=config.data.seq_len, causal=self.causal)
 
     def fingerprints(self) -> dict[str, str]:

@@ -19,7 +19,7 @@ from dora_dist.backends.watchdog import Watchdog
 from dora_dist.build import Built, Strategy
 from dora_dist.checkpoint import Checkpoints, Found
 from dora_dist.config import RunConfig
-from dora_dist.data import GlobalBatch, additive_mask, packed_attention
+from dora_dist.data import GlobalBatch, additive_mask, begins_with_bos, packed_attention
 from dora_dist.errors import RunFailed, Stopped
 from dora_dist.health import SpeedCheck, StepCheck, StopSignals
 from dora_dist.loss import summed_loss, supervised_positions
@@ -191,7 +191,12 @@ class Trainer:
         texts = []
         for prompt in self.config.log.sample_prompts if self.data.causal else ():
             self._at(Phase.SAMPLING, watched=False)
-            encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.device)
+            encoded = tokenizer(
+                prompt,
+                add_special_tokens=not begins_with_bos(tokenizer, prompt),
+                return_tensors="pt",
+                return_token_type_ids=False,
+            ).to(self.device)
             with torch.compiler.set_stance("force_eager"):  # graphs for a cache would use up dynamo's limit
                 output = model.generate(  # type: ignore[operator]
                     **encoded,

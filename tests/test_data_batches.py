@@ -5,13 +5,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import transformers
 from support_data import load, make_tokenizer, write_jsonl
 from support_rounding import MODEL, assert_near
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dora_dist.config import DataConfig
+from dora_dist.config import DataConfig, ModelConfig, RunConfig
 from dora_dist.data import BatchPlan, StreamPlan, additive_mask, evaluation_batches, pack, packed_attention
 from dora_dist.errors import UserError
+from dora_dist.hf_model import check_model
 
 SEQ_LEN = 30  # no multiple of 8, so that the cap is met
 SHAPE = {"seq_len": SEQ_LEN, "pad_id": 0}
@@ -285,3 +287,16 @@ def test_a_stream_of_bad_rows_ends(tmp_path):
     path = write_jsonl(tmp_path / "train.jsonl", ["{", "["])
     with pytest.raises(UserError, match=r"all 2 rows are bad"):
         stream(path).global_batch(0)
+
+
+@pytest.mark.parametrize("name", ["Qwen3Next", "Bamba"])  # with and without `layer_types`
+def test_recurrent_models_refuse_packing(name):
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, mamba_n_heads=2, mamba_d_head=32, mamba_n_groups=1, num_experts=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+    run = RunConfig(ModelConfig("model"), DataConfig("rows", packing=True))
+    with pytest.raises(UserError, match=f"data.packing: {name}ForCausalLM keeps a state from token to token"):
+        check_model(run, model)

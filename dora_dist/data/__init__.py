@@ -1,6 +1,9 @@
 """Rows of data to batches of token ids.
 
 sources, rows   what `data.train` names, to raw rows that know their place
+fields          what a row's fields may be; which ones are used, and which cannot be
+chats           a row's conversation: messages, tools, the turns to learn
+templates       a conversation to its text, by the tokenizer's chat template
 formats         a row of each format to its text and the characters to learn
 encode          text to token ids and the mask of tokens to learn
 examples        all encoded rows, in flat arrays
@@ -10,7 +13,7 @@ streaming       the same from a stream too large to hold
 """
 
 from dora_dist.data.batches import BatchPlan, EvaluationBatches, GlobalBatch, evaluation_batches
-from dora_dist.data.encode import Example, check_vocabulary
+from dora_dist.data.encode import Example, begins_with_bos, check_vocabulary
 from dora_dist.data.examples import Examples, load_examples
 from dora_dist.data.packing import additive_mask, pack, packed_attention
 from dora_dist.data.report import Report
@@ -25,6 +28,7 @@ __all__ = [
     "Report",
     "StreamPlan",
     "additive_mask",
+    "begins_with_bos",
     "check_vocabulary",
     "evaluation_batches",
     "load_examples",

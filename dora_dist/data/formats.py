@@ -1,17 +1,19 @@
 """The formats of a row: what each one's fields must be, its whole text, and which characters are to be
 learnt.
 
-One function per format makes a `Draft` of a row, or raises `BadRow` with what is wrong and what would be
-valid.
+One function per format makes `Draft`s of a row, or raises `BadRow` with what is wrong and what would be valid.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from dora_dist.config import DataConfig
-from dora_dist.data.rows import Row, describe, is_unicode, one_line
+from dora_dist.data.chats import read_chat, read_prompt_chat
+from dora_dist.data.fields import BadRow, check_fields, json_field, missing, optional_text, text_field
+from dora_dist.data.rows import Row, describe
+from dora_dist.data.templates import ChatTemplate, Draft
 from dora_dist.errors import UserError
 
 FORMATS = {  # in the order in which `auto` tries them, with the keys each one needs
@@ -24,29 +26,11 @@ FORMATS = {  # in the order in which `auto` tries them, with the keys each one n
 # The prompts of https://github.com/tatsu-lab/stanford_alpaca
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "Write a response that appropriately completes the request."
 )
 ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
-SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-}  # fmt: skip
-Render = Callable[[list[dict], bool], str]  # (messages, add_generation_prompt) -> text
-
-
-class BadRow(ValueError):
-    """A row that does not fit its format; the message lacks the place."""
-
-
-class Draft(NamedTuple):
-    text: str
-    spans: list[tuple[int, int]] | None  # characters to learn, [start, end); None: all
-    pair: str | None = None  # labels: the second text
-    label: int = -1
 
 
 @dataclass(frozen=True)
@@ -98,130 +82,92 @@ def detect_format(row: Row, config: DataConfig, *, classify: bool) -> str:
     raise UserError(f"{row.place}: the keys found ({found}) fit no format; valid would be {shapes}")
 
 
-def drafter(form: str, config: DataConfig, tokenizer: Any, labels: Labels | None) -> Callable[[Row], Draft]:
-    """The function that drafts the rows of a format.
+class Drafter:
+    """Makes the drafts of a format's rows.
+
+    Attributes:
+        unused: the names of the fields met so far that nothing reads.
 
     Raises:
         UserError: the format is chat and the tokenizer has no chat template.
     """
-    if form == "chat":
-        if not tokenizer.chat_template:
-            raise UserError(
-                "data.format: chat needs a tokenizer with a chat template, and this one has none; valid "
-                "would be an instruction-tuned model's tokenizer, or the format prompt_completion"
-            )
-        return partial(_draft_chat, render=partial(_render, tokenizer), everything=config.loss_on == "all")
-    if form == "labels":
-        assert labels is not None
-        return partial(_draft_labels, to_label=labels)
-    draft = {"prompt_completion": _draft_prompt_completion, "alpaca": _draft_alpaca, "text": _draft_text}[form]
-    if config.loss_on == "all":
-        return lambda row: draft(row)._replace(spans=None)
-    return draft
+
+    def __init__(self, form: str, config: DataConfig, tokenizer: Any, labels: Labels | None) -> None:
+        self._form, self._everything, self._tokenizer = form, config.loss_on == "all", tokenizer
+        self.unused: set[str] = set()
+        self._template = self._chat_template() if form == "chat" else None
+        drafts: dict[str, Callable[[Row], list[Draft]]] = {
+            "chat": self._chat,
+            "prompt_completion": self._prompt_completion,
+            "alpaca": partial(_draft_alpaca, end=tokenizer.eos_token),
+            "text": _draft_text,
+            "labels": partial(_draft_labels, to_label=labels),
+        }
+        self._draft = drafts[form]
+
+    def __call__(self, row: Row) -> list[Draft]:
+        """The drafts of a row: one, but of a conversation whose turns cannot be shown in one text."""
+        self.unused.update(check_fields(row, self._form))
+        drafts = self._draft(row)
+        if self._everything and self._form in ("prompt_completion", "alpaca") and not drafts[0].chat:
+            return [draft._replace(spans=None) for draft in drafts]
+        return drafts
+
+    def _chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer, self._everything, self.unused)
+
+    def _chat(self, row: Row) -> list[Draft]:
+        assert self._template is not None
+        return self._template(read_chat(row))
+
+    def _prompt_completion(self, row: Row) -> list[Draft]:
+        if not isinstance(row.fields.get("prompt"), list) and not isinstance(row.fields.get("completion"), list):
+            return [_completion(text_field(row, "prompt"), text_field(row, "completion"))]
+        chat = read_prompt_chat(row)
+        self._template = self._template or self._chat_template()
+        return self._template(chat)
 
 
-def _draft_prompt_completion(row: Row) -> Draft:
-    return _completion(_text(row, "prompt"), _text(row, "completion"))
+def _draft_alpaca(row: Row, end: str) -> list[Draft]:
+    """The answers of the row's history are learned like its own, as LLaMA-Factory does."""
+    instruction, output = text_field(row, "instruction"), text_field(row, "output")
+    given = optional_text(row, "input")
+    usual = ALPACA_WITH_INPUT if given.strip() else ALPACA_WITHOUT_INPUT
+    text, spans = (optional_text(row, "system") or usual) + "\n\n", []
+    for asked, answer in _history(row):
+        text += f"### Instruction:\n{asked}\n\n### Response:\n"
+        spans.append((len(text), len(text) + len(answer + end)))
+        text += f"{answer}{end}\n\n"
+    text += f"### Instruction:\n{instruction}\n\n"
+    text += f"### Input:\n{given}\n\n### Response:\n" if given.strip() else "### Response:\n"
+    return [Draft(text + output, [*spans, (len(text), len(text) + len(output))])]
 
 
-def _draft_alpaca(row: Row) -> Draft:
-    instruction, output = _text(row, "instruction"), _text(row, "output")
-    given = _text(row, "input") if row.fields.get("input") is not None else ""
-    template = ALPACA_WITH_INPUT if given.strip() else ALPACA_WITHOUT_INPUT
-    return _completion(template.format(instruction=instruction, input=given), output)
+def _history(row: Row) -> list[tuple[str, str]]:
+    """An alpaca row's earlier (instruction, answer) pairs."""
+    pairs = json_field(row.fields, "history") or []
+    if not isinstance(pairs, list):
+        raise BadRow(f"the field 'history' is {describe(pairs)}; valid would be a list of [instruction, answer]")
+    for number, pair in enumerate(pairs, start=1):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise BadRow(f"item {number} of 'history' is {describe(pair)}; valid would be [instruction, answer]")
+    return [(asked, answer) for asked, answer in pairs]
 
 
 def _completion(prompt: str, completion: str) -> Draft:
     return Draft(prompt + completion, [(len(prompt), len(prompt) + len(completion))])
 
 
-def _draft_text(row: Row) -> Draft:
-    text = _text(row, "text")
+def _draft_text(row: Row) -> list[Draft]:
+    text = text_field(row, "text")
     if not text:
         raise BadRow("the field 'text' is empty; valid would be some text")
-    return Draft(text, None)
+    return [Draft(text, None)]
 
 
-def _draft_labels(row: Row, to_label: Labels) -> Draft:
+def _draft_labels(row: Row, to_label: Labels | None) -> list[Draft]:
+    assert to_label is not None
     if "label" not in row.fields:
-        raise _missing(row, "label", "a label's number or name")
-    pair = _text(row, "text_pair") if row.fields.get("text_pair") is not None else None
-    return Draft(_text(row, "text"), [], pair, to_label(row.fields["label"]))
-
-
-def _draft_chat(row: Row, render: Render, everything: bool) -> Draft:
-    messages = _messages(row)
-    try:
-        full = render(messages, False)
-    except ImportError:
-        raise  # transformers says which package templates need
-    except Exception as error:  # a template raises what it likes
-        raise BadRow(f"the chat template refuses the messages: {one_line(error)}") from None
-    if everything:
-        return Draft(full, None)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise BadRow("there is no assistant turn to learn; valid would be a message with the role 'assistant'")
-    return Draft(full, [_turn_span(row, messages, turn, full, render) for turn in turns])
-
-
-def _turn_span(row: Row, messages: list[dict], turn: int, full: str, render: Render) -> tuple[int, int]:
-    """The characters that the model would write for a turn: what it adds to the prompt for generating it."""
-    try:
-        before, through = render(messages[:turn], True), render(messages[: turn + 1], False)
-    except Exception:  # such as a template that insists on a user turn first
-        before, through = "", "\0"
-    if not (through.startswith(before) and full.startswith(through)):
-        raise UserError(
-            f"{row.place}: the tokenizer's chat template cannot be split into turns (the rendering up to "
-            f"message {turn + 1} does not begin the whole's), so the assistant's tokens are unknown; "
-            "valid would be data.loss_on: all"
-        )
-    return len(before), len(through)
-
-
-def _render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-
-def _messages(row: Row) -> list[dict]:
-    """The messages in the template's terms, {"role", "content"}."""
-    sharegpt = "messages" not in row.fields
-    key = "conversations" if sharegpt else "messages"
-    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
-    valid = f'a list of {{"{role_key}": "...", "{content_key}": "..."}}'
-    if key not in row.fields:
-        raise _missing(row, "messages", valid)
-    turns = row.fields[key]
-    if not isinstance(turns, list) or not turns:
-        found = "an empty list" if turns == [] else describe(turns)
-        raise BadRow(f"the field {key!r} is {found}; valid would be {valid}")
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            raise BadRow(f"item {number} of {key!r} is {describe(turn)}; valid would be {valid}")
-        item = Row(row.place, turn)
-        where = f" in item {number} of {key!r}"
-        role, content = _text(item, role_key, where), _text(item, content_key, where)
-        if sharegpt and role not in SHAREGPT_ROLES:
-            raise BadRow(f"{role_key!r} is {role!r}{where}; valid would be {', '.join(SHAREGPT_ROLES)}")
-        # A message's further keys (tool calls, a name) are the template's business.
-        extra = {} if sharegpt else turn
-        messages.append({**extra, "role": SHAREGPT_ROLES[role] if sharegpt else role, "content": content})
-    return messages
-
-
-def _text(row: Row, key: str, where: str = "") -> str:
-    if key not in row.fields:
-        raise _missing(row, key, "a string", where)
-    value = row.fields[key]
-    if not isinstance(value, str):
-        raise BadRow(f"the field {key!r}{where} is {describe(value)}; valid would be a string")
-    if not is_unicode(value):
-        raise BadRow(f"the field {key!r}{where} holds half a surrogate pair; valid would be Unicode text")
-    return value
-
-
-def _missing(row: Row, key: str, valid: str, where: str = "") -> BadRow:
-    found = ", ".join(map(repr, list(row.fields)[:10])) or "none"
-    return BadRow(f"the field {key!r} is missing{where} (found: {found}); valid would be {valid}")
+        raise missing(row, "label", "a label's number or name")
+    pair = text_field(row, "text_pair") if row.fields.get("text_pair") is not None else None
+    return [Draft(text_field(row, "text"), [], pair, to_label(row.fields["label"]))]

@@ -17,14 +17,21 @@ class Report:
     rows_skipped: int = 0
     rows_truncated: int = 0  # to data.seq_len
     supervised_tokens: int = 0  # that are predicted; for classification, rows with a label
+    rows_divided: int = 0  # conversations whose turns became examples of their own
     problems: list[str] = field(default_factory=list)  # of the first skipped rows, each with its place
+    unused: set[str] = field(default_factory=set)  # names of fields that nothing reads
 
-    def bad_row(self, place: str, problem: str) -> None:
-        """Note a row that cannot be used.
+    def add(self, place: str, problem: str, truncated: bool = False, divided: bool = False) -> None:
+        """Note a row that was read.
 
         Raises:
-            UserError: `data.on_bad_row` is error.
+            UserError: it has a problem, and `data.on_bad_row` is error.
         """
+        self.rows_read += 1
+        self.rows_truncated += truncated
+        self.rows_divided += divided
+        if not problem:
+            return
         message = f"{place}: {problem}"
         if self.on_bad_row == "error":
             raise UserError(message)
@@ -37,6 +44,15 @@ class Report:
             f"{self.rows_read:,} rows read, {self.rows_skipped:,} skipped, "
             f"{self.rows_truncated:,} truncated; {self.supervised_tokens:,} supervised tokens"
         )
+        if self.rows_divided:
+            head += (
+                f"; {self.rows_divided:,} conversations became one example a turn, because the chat template "
+                "renders earlier turns anew"
+            )
         more = self.rows_skipped - len(self.problems)
         lines = [f"  skipped {problem}" for problem in self.problems]
-        return "\n".join([head, *lines, *([f"  and {more:,} more"] if more else [])])
+        if more:
+            lines.append(f"  and {more:,} more")
+        if self.unused:
+            lines.append(f"  not used: {', '.join(sorted(self.unused))}")
+        return "\n".join([head, *lines])

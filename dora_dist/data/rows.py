@@ -20,6 +20,15 @@ class Row(NamedTuple):
     problem: str = ""  # why the row could not be read; "" where it could
 
 
+def characters(value: Any) -> int:
+    """About how much text a value of JSON holds."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(characters, value.values()))
+    return sum(map(characters, value)) if isinstance(value, list) else 1
+
+
 def describe(value: Any) -> str:
     """What a JSON value is, for an error."""
     if value is None:

@@ -5,7 +5,7 @@ Parquet and the hub go through `datasets`, imported only when they are asked for
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ KINDS = {
     ".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet",
     ".txt": "text", ".md": "text", ".py": "text",
 }  # fmt: skip
+_DECODED = ("Image", "Audio", "Video")  # features of `datasets` whose values are opened as they are read
 EVAL_SPLITS = ("validation", "dev", "valid", "test")
 
 
@@ -113,8 +114,7 @@ def _parquet_rows(name: str, key: str) -> Iterator[Row]:
     datasets = _import_datasets(key)
     try:  # streaming reads the file in place; without it `datasets` copies everything into its cache
         rows = datasets.load_dataset("parquet", data_files=[name], split="train", streaming=True)
-        for number, fields in enumerate(rows, start=1):
-            yield as_row(f"{name}:{number}", fields)
+        yield from _table_rows(name, rows)
     except Exception as error:  # pyarrow's errors share no useful base
         raise UserError(f"{name}: not readable as parquet: {one_line(error)}") from None
 
@@ -129,8 +129,37 @@ def _hub_rows(name: str, key: str, streaming: bool) -> Iterator[Row]:
             f"{key}: there is no local file {name!r}, and the hub's dataset of that name cannot be loaded: "
             f"{one_line(error)}"
         ) from None
+    yield from _table_rows(name, rows)
+
+
+def _table_rows(name: str, rows: Any) -> Iterator[Row]:
+    features: Any = getattr(rows, "features", None) or {}
+    for column, feature in features.items():
+        kind = getattr(feature, "feature", feature)
+        if type(kind).__name__ in _DECODED:  # refused by name later, without the packages that open them
+            closed = type(kind)(decode=False)
+            rows = rows.cast_column(column, closed if kind is feature else type(feature)(closed))
     for number, fields in enumerate(rows, start=1):
-        yield as_row(f"{name}:{number}", fields)
+        made = {key: without_padding(value, features.get(key)) for key, value in fields.items()}
+        yield as_row(f"{name}:{number}", made)
+
+
+def without_padding(value: Any, feature: Any) -> Any:
+    """A value of a table without the nulls that stand for keys which its objects do not have.
+
+    In a table all objects of a column have the keys of each, so a null in one cannot be told from a missing key,
+    and is taken for one. Nulls in lists are no padding, nor are those in JSON, which keeps objects as they were.
+
+    Args:
+        feature: the value's type as `datasets` names it; None: unknown.
+    """
+    if isinstance(value, Mapping) and (feature is None or isinstance(feature, Mapping)):
+        known = feature or {}
+        return {key: without_padding(item, known.get(key)) for key, item in value.items() if item is not None}
+    if isinstance(value, list) and (feature is None or isinstance(feature, list) or hasattr(feature, "feature")):
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [without_padding(item, inner) for item in value]
+    return value
 
 
 def _eval_split(datasets: Any, name: str) -> str:
