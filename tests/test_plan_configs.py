@@ -94,7 +94,10 @@ def test_every_example_is_planned():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(MEANT)
 
 
-@pytest.mark.parametrize("name", MEANT)
+LONG = {name for name in MEANT if name.startswith("multi-node") or name in ("slurm", "eight-gpus-70b")}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in MEANT])
 def test_an_example_fits_its_gpus(name, tmp_path, rehearse):
     path, meant = CONFIGS / f"{name}.yaml", MEANT[name]
     config = load_config(path)

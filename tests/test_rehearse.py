@@ -91,8 +91,8 @@ def allocated(config, steps):
     "settings",
     [
         {},
-        {"activation_checkpointing": True, "rows": 2},
-        {"four_bit": True, "dtype": "bfloat16"},
+        pytest.param({"activation_checkpointing": True, "rows": 2}, marks=pytest.mark.slow),
+        pytest.param({"four_bit": True, "dtype": "bfloat16"}, marks=pytest.mark.slow),
         {"four_bit": True, "dtype": "bfloat16", "activation_checkpointing": True},
         {"dtype": "bfloat16", "accumulation": 2},
     ],
@@ -106,7 +106,10 @@ def test_a_rehearsal_holds_what_a_real_run_does(settings, tmp_path, rehearse):
     assert planned == pytest.approx(allocated(config, 2), rel=0.05)
 
 
-@pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("fsdp", 4), ("zero2", 4), ("zero3", 4)])
+@pytest.mark.parametrize(
+    ("strategy", "world"),
+    [("single", 1), ("fsdp", 4), *(pytest.param(f"zero{n}", 4, marks=pytest.mark.slow) for n in (2, 3))],
+)
 def test_two_short_models_tell_of_a_deep_one(strategy, world, tmp_path, monkeypatch, rehearse):
     model = write(tmp_path, num_hidden_layers=7, vocab_size=512, **SIZES)
     job = Job(config_of(model, strategy, activation_checkpointing=True), model, world, 2)
