@@ -1,6 +1,7 @@
 """A model of transformers: its directory, its meta version, and weights that only transformers can read."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,8 +58,23 @@ def meta_model(config: ModelConfig, directory: Path) -> nn.Module:
             model = _auto_class(config).from_config(**arguments)
     except Exception as error:  # whatever a model's code makes of a wrong config.json
         raise _bad_config(directory, error) from None
+    _widen_as_transformers_does(model, arguments["dtype"])
     model.config.use_cache = False
     return model
+
+
+def _widen_as_transformers_does(model: Any, dtype: torch.dtype) -> None:
+    """Hold in fp32 what transformers loads in fp32 into a model of 16 bits and from_config leaves in 16: tensors
+    whose names hold a pattern of `_keep_in_fp32_modules_strict` or, for fp16 alone, `_keep_in_fp32_modules`."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    wide = re.compile("|".join(pattern.replace("*", ".*") for pattern in plan))
+    names = {name for name in model.state_dict(keep_vars=True) if wide.search(name)}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and f"{prefix}.{key}".removeprefix(".") in names:
+                tensor.data = tensor.data.float()
 
 
 def load_with_transformers(config: ModelConfig, files: SafetensorsFiles, head: tuple[str, ...]) -> nn.Module:

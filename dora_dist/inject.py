@@ -31,7 +31,8 @@ class Injection:
 
     config: DoraConfig
     layers: tuple[str, ...]  # names of the adapted modules
-    saved: dict[str, torch.dtype]  # the modules trained in full, and the base's dtype of each
+    saved: tuple[str, ...]  # names of the modules trained in full
+    saved_dtypes: dict[str, torch.dtype]  # the base's, of their parameters
     casts: tuple[RemovableHandle, ...]  # the hooks around modules trained in fp32 inside a 16-bit model
     base: Base | None = None  # what the model was before, where that is known
 
@@ -68,9 +69,14 @@ def inject_dora(model: nn.Module, config: DoraConfig, base: Base | None = None) 
         replaced[module] = replaced.get(module) or _make_layer(module, specs[name])
         replaced[module].gives_copies |= _changed_in_place(model, name)
         set_module(model, name, replaced[module])
-    dtypes = {name: _narrowest_dtype(model.get_submodule(name)) for name in saved}  # before ties are widened
-    casts = [h for name, dtype in dtypes.items() for h in _train_in_full(model.get_submodule(name), dtype)]
-    model.dora = Injection(config, tuple(targets), dtypes, tuple(casts), base)  # type: ignore[assignment]
+    dtypes = {
+        name: parameter.dtype  # before ties are widened
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if inside(name, saved)
+    }
+    narrow = {name: _narrowest_dtype(model.get_submodule(name)) for name in saved}
+    casts = [h for name, dtype in narrow.items() for h in _train_in_full(model.get_submodule(name), dtype)]
+    model.dora = Injection(config, tuple(targets), tuple(saved), dtypes, tuple(casts), base)  # type: ignore[assignment]
     return model
 
 
@@ -96,9 +102,9 @@ def forget_injection(model: nn.Module) -> None:
     injection = injection_of(model)
     for cast in injection.casts:
         cast.remove()
-    for name, dtype in injection.saved.items():
-        for parameter in model.get_submodule(name).parameters():
-            parameter.data = parameter.data.to(dtype)
+    for name, dtype in injection.saved_dtypes.items():
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(dtype)
     del model.dora
 
 

@@ -19,6 +19,7 @@ from dora_dist.adapter import load_adapter
 from dora_dist.build import Blueprint, materialize
 from dora_dist.decomposition import merge_, norm_ratio, squared_norms
 from dora_dist.errors import UserError
+from dora_dist.inject import injection_of
 from dora_dist.layers import DoraLayer
 from dora_dist.quant import Nf4, dequantize, quantize
 from dora_dist.shards import Rectangle, Whole, named_generator
@@ -67,13 +68,13 @@ def read_plan(blueprint: Blueprint, adapter: Path) -> tuple[list[Entry], bool]:
     materialize(model, lambda p: _empty(p) if p.requires_grad else p, torch.device("cpu"))
     load_adapter(model, adapter, _TrainedAlone(), blueprint.config.dora.accept_other_base)
     groups, packed = aliases(model), packed_layers(model)
-    dtype = getattr(torch, blueprint.config.model.dtype)
+    trained_in_full = injection_of(model).saved_dtypes
     entries, unties = [], False
     for first, tensor in base_tensors(model).items():
         layers = {name: _adapting(model, name) for name in groups[first]}
         layout = packed[tensor].layout if tensor in packed else None
         shape = layout.shape if layout else tuple(tensor.shape)
-        kind = layout.dtype if layout else dtype if tensor.requires_grad else tensor.dtype
+        kind = layout.dtype if layout else trained_in_full.get(first, tensor.dtype)
         source = next((name for name in layers if name in files.shapes), first)
         parts = len(set(layers.values())) > 1
         unties |= parts

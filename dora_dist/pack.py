@@ -46,14 +46,16 @@ def pack_linears(
             owners.setdefault(parameter, set()).add(module)
     stored = dict(stored or {})
     chosen = {name.removesuffix(".weight") for name in stored}
-    wide = _read_by_the_model(model)
+    read, dtype = _read_by_the_model(model), getattr(getattr(model, "config", None), "dtype", None)
     made: dict[nn.Module, nn.Module] = {}
     for name, module in linears.items():
         # PEFT takes modules for ones trained in full by their last letters, and wants them in the adapter.
         if matches(name, config.skip) or inside(name, saved) or name.endswith(tuple(saved)):
             continue
-        if (chosen and name not in chosen) or wide & set(name.split(".")):
+        if (chosen and name not in chosen) or read & set(name.split(".")):
             continue
+        if dtype is not None and module.weight.dtype.itemsize > dtype.itemsize:
+            continue  # what stays in fp32 inside a model of 16 bits is not for 4
         if module in made:  # used under another name, too
             set_module(model, name, made[module])
             continue
