@@ -13,13 +13,15 @@ endif
 BENCHMARKS = $(patsubst %,benchmarks/%.py,step_time memory layer norm step_profile)
 
 .DEFAULT_GOAL := help
+PYTHONS ?= .venv/bin/python
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help venv quickstart test test-all faults lint format gpu bench scaling clean
+.PHONY: help venv quickstart test test-all test-cpus faults lint format gpu bench scaling clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 	@echo "Variables: PYTHON=python3  N=processes of quickstart  ARGS='arguments of pytest or of a benchmark'"
+	@echo "           PYTHONS='those whose torch test-cpus tries'"
 
 venv: $(STAMP) ## make .venv (the targets below do so when it is missing or out of date)
 
@@ -47,6 +49,9 @@ test: $(STAMP) ## run the tests that guard every change (10 minutes)
 
 test-all: $(STAMP) ## run all tests (25 minutes)
 	$(PYTEST) $(ARGS)
+
+test-cpus: $(STAMP) ## repeat the numeric tests with older CPUs' instructions and 2 threads, for each of PYTHONS (30 minutes)
+	.venv/bin/python tests/cpus.py $(PYTHONS)
 
 faults: $(STAMP) ## run the fault suite (20 minutes), and renew the table in docs/reliability.md
 	.venv/bin/python tests/faults/suite.py --write docs/reliability.md $(ARGS)

@@ -12,6 +12,9 @@ import torch
 MARGIN = 8
 # Of the tiny models' logits and gradients: two blocks there and back, products of up to 96 terms, norms, softmax.
 MODEL = 1000
+# Relative, of losses and weights after some steps of the same training done another way. A step rounds to about
+# 1e-7, which AdamW magnifies where a gradient is all but zero; stale norms or other tokens' means show above 1e-4.
+TRAINED = 1e-5
 
 
 def rounding(terms: int, dtype: torch.dtype) -> float:

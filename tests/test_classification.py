@@ -9,6 +9,7 @@ import yaml
 from conftest import ROOT
 from safetensors.torch import load_file
 from support_ranks import run_ranks
+from support_rounding import TRAINED
 
 from dora_dist.cli import main
 
@@ -79,7 +80,7 @@ def test_sharded_classification_gives_the_same_numbers(config, tmp_path):
     done = run_ranks(2, ROOT / "launch" / "train.py", "--config", str(config), *more)
     assert done.returncode == 0, done.stderr[-3000:]
     for got, want in zip(evaluations(tmp_path / "two"), alone, strict=True):
-        assert got == pytest.approx(want, rel=1e-5)
+        assert got == pytest.approx(want, rel=TRAINED)
 
 
 def test_a_decoder_classifies_too(config, tmp_path, tiny_llama):

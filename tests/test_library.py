@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 from support_ranks import run_ranks
+from support_rounding import TRAINED
 
 pytestmark = pytest.mark.ranks
 
@@ -31,8 +32,8 @@ def check_adapters(directory: Path) -> None:
     """The adapter saved from shards is the one of unsharded training."""
     got, want = (load_file(directory / name / "adapter_model.safetensors") for name in ("sharded", "plain"))
     assert got.keys() == want.keys()
-    for key, tensor in want.items():
-        torch.testing.assert_close(got[key], tensor, rtol=1e-4, atol=1e-5)
+    error = torch.cat([(got[key] - tensor).flatten() for key, tensor in want.items()]).norm()
+    assert error <= TRAINED * torch.cat([tensor.flatten() for tensor in want.values()]).norm()
     assert (directory / "sharded" / "adapter_config.json").read_text() == (
         directory / "plain" / "adapter_config.json"
     ).read_text()

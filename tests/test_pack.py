@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 from support_ranks import run_ranks
+from support_rounding import roundings
 from torch import nn
 
 from dora_dist.config import DoraConfig, QuantConfig
@@ -25,7 +26,7 @@ def test_linear_layers_are_packed_but_for_those_skipped():
     pack_linears(packed, QuantConfig(scheme="nf4", skip=["lm_head", "k"]))
     assert packed["q"].layout is not None and isinstance(packed["free"], PackedLinear)
     assert all(type(packed[name]) is nn.Linear for name in ("k", "kept", "lm_head"))
-    assert (packed["q"](torch.ones(1, 64)) - before).abs().max() < 0.5
+    assert (packed["q"](torch.ones(1, 64)) - before).norm() < 0.3 * before.norm()  # 4 bits, and terms that cancel
     shared = model()
     shared.add_module("again", shared["free"])
     shared.add_module("q_again", shared["q"])
@@ -40,7 +41,7 @@ def test_linear_layers_are_packed_but_for_those_skipped():
     for name, before in wide.items():  # what the codes stand for is rounded, the scales are not
         layer = packed[name]
         assert layer.weight_ranges.dtype == torch.float32 and layer.base_dtype == torch.bfloat16
-        torch.testing.assert_close(layer(x.bfloat16()).float(), before, rtol=0, atol=2e-2)
+        assert (layer(x.bfloat16()) - before).norm() < roundings(4, torch.bfloat16) * before.norm()
         assert layer.weight.dtype == torch.uint8
     with pytest.raises(UserError, match=r"quant\.skip: 'kk'.*did you mean 'k'"):
         pack_linears(model(), QuantConfig(scheme="nf4", skip=["kk"]))

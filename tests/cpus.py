@@ -1,0 +1,84 @@
+"""The numeric tests as other machines run them: with the instructions of older CPUs, with one thread and with two.
+
+usage: cpus.py [PYTHON...]
+
+Each PYTHON (this one by default) is that of an environment with our dependencies, torch 2.11 or later, and pytest.
+What this machine's CPU lacks is skipped, by name.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NUMERIC = [
+    f"tests/test_{name}.py"
+    for name in """
+    functional layers quant loss attention compile inject peft adapter merge weights prequantized optim
+    optimizer_state data_batches classification cli train
+    """.split()
+]
+ONCE = ["tests/test_kernels.py", "tests/test_strategies.py"]  # these take long: under one setting
+
+
+def limits(aten: str, onednn: str, **mkl: str) -> dict[str, str]:
+    """Variables that hold the libraries under torch to some instructions."""
+    return {"ATEN_CPU_CAPABILITY": aten, "ONEDNN_MAX_CPU_ISA": onednn, **{f"MKL_{k}": v for k, v in mkl.items()}}
+
+
+AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+SETTINGS = {  # variables, threads, flags of the CPU that it takes
+    "SSE, 1 thread": (limits("default", "SSE41", ENABLE_INSTRUCTIONS="SSE4_2"), 1, ("sse4_2",)),
+    "AVX2, 1 thread": (limits("avx2", "AVX2", ENABLE_INSTRUCTIONS="AVX2"), 1, ("avx2", "fma")),
+    "AVX2, 2 threads": (limits("avx2", "AVX2", ENABLE_INSTRUCTIONS="AVX2"), 2, ("avx2", "fma")),
+    "AVX2, as MKL treats other vendors' CPUs": (limits("avx2", "AVX2", CBWR="COMPATIBLE"), 1, ("avx2", "fma")),
+    "AVX-512, 1 thread": (limits("avx512", "AVX512_CORE", ENABLE_INSTRUCTIONS="AVX512"), 1, AVX512),
+    "AVX-512, 2 threads": (limits("avx512", "AVX512_CORE", ENABLE_INSTRUCTIONS="AVX512"), 2, AVX512),
+}
+ONCE_UNDER = "AVX2, 1 thread"
+TOOK_HOLD = "import torch as t; print(t.__version__, t.backends.cpu.get_cpu_capability(), t.get_num_threads())"
+
+
+def run(python: str, name: str) -> bool:
+    """Whether all tests pass there; the end of what pytest says is printed."""
+    variables, threads, _ = SETTINGS[name]
+    environment = {**os.environ, **variables, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+
+    def call(*command: str) -> subprocess.CompletedProcess:
+        return subprocess.run([python, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    found = call("-c", TOOK_HOLD)
+    if found.returncode:
+        sys.exit(f"cpus.py: {python}: {found.stderr.strip().splitlines()[-1]}")
+    torch, instructions, count = found.stdout.split()
+    held = instructions.lower(), int(count)
+    assert held == (variables["ATEN_CPU_CAPABILITY"], threads), f"{name}: {found.stdout}"
+    tests_of = ["not ranks and not gpu", *NUMERIC]
+    if name == ONCE_UNDER:
+        tests_of = ["not slow and not gpu", *NUMERIC, *ONCE]
+    begun = time.monotonic()
+    tests = call("-m", "pytest", "-p", "no:cacheprovider", "-m", *tests_of)
+    seconds = time.monotonic() - begun
+    print(f"torch {torch}, {name}: {tests.stdout.strip().splitlines()[-1]} [{seconds:.0f} s]", flush=True)
+    if tests.returncode:
+        print(tests.stdout[-8000:] + tests.stderr[-2000:], flush=True)
+    return tests.returncode == 0
+
+
+def main(pythons: list[str]) -> int:
+    flags = set(re.findall(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[0].split())
+    good = True
+    for name, (_, _, needed) in SETTINGS.items():
+        if not flags.issuperset(needed):
+            print(f"{name}: skipped, this CPU has no {', '.join(sorted({*needed} - flags))}")
+            continue
+        for python in pythons:
+            good = run(python, name) and good
+    return not good
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or [sys.executable]))
