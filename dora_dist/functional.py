@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from dora_dist import kernels
 from dora_dist.decomposition import norm_ratio, wide_dtype
+from dora_dist.kept_output import is_overwritten, keep
 from dora_dist.products import add_low_rank_dx, dense, dropped, low_rank_dz, low_rank_grads, mm_wide_left, wide_mm
 from dora_dist.quant import Nf4, dequantize
 
@@ -101,7 +102,7 @@ class _DoraOut(Function):
 
     Keeps x, z, the dropout mask and g h, which is the output itself where there is no bias and which most models
     keep anyway: dm = sum_T(dy * g h) / (g n). So that g h can be divided by g, g is kept away from zero, by far
-    less than y's dtype resolves.
+    less than y's dtype resolves. Where the model has written into the output, g h is computed anew.
     """
 
     @staticmethod
@@ -112,6 +113,7 @@ class _DoraOut(Function):
             z_TR = dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
         g_O = _nonzero_ratio(m_O, n_O, x_TI.dtype)
         y_TO, gh_TO = _composed(product_TO, z_TR, B_OR, g_O, bias, scaling, x_TI.dtype)
+        gh_TO, ctx.kept = keep(gh_TO) if bias is None else (gh_TO, None)
         ctx.save_for_backward(x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, gh_TO, *parts)
         ctx.keep_scale, ctx.scaling, ctx.transposed, ctx.layout = keep_scale, scaling, transposed, layout
         return y_TO
@@ -121,6 +123,10 @@ class _DoraOut(Function):
     def backward(ctx, dy_TO):
         x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, gh_TO, *parts = ctx.saved_tensors
         dA_RI = dB_OR = dx_TI = None
+        if is_overwritten(ctx.kept):
+            product_TO = wide_mm(x_TI, dense(parts, ctx.layout, ctx.transposed))
+            g_O = _nonzero_ratio(m_O, n_O, x_TI.dtype)
+            gh_TO = _composed(product_TO, z_TR, B_OR, g_O, None, ctx.scaling, x_TI.dtype)[1]
         dh_TO, dz_TR, total_O = _decomposed(dy_TO, gh_TO, B_OR, norm_ratio(m_O, n_O), ctx.scaling)
         dm_O, dn_O = _output_magnitude_grads(total_O, m_O, n_O, dy_TO.dtype, ctx.needs_input_grad[4])
         if dz_TR is not None:
@@ -176,12 +182,12 @@ class _DoraOutFolded(Function):
     @staticmethod
     def forward(ctx, x_TI, A_RI, B_OR, m_O, n_O, bias, keep_TI, keep_scale, scaling, layout, *parts):
         g_O = _nonzero_ratio(m_O, n_O, x_TI.dtype)
-        y_TO = x_TI @ dequantize(parts, layout, g_O).t()
         z_TR = None
         if A_RI is not None:
             z_TR = dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
-            y_TO.addmm_(z_TR, (g_O[:, None] * B_OR).t().to(y_TO.dtype), alpha=scaling)
-        ctx.save_for_backward(x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, y_TO, *parts)
+        y_TO = _folded(x_TI, z_TR, B_OR, g_O, scaling, layout, parts)
+        gh_TO, ctx.kept = keep(y_TO) if bias is None else (y_TO, None)
+        ctx.save_for_backward(x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, gh_TO, *parts)
         ctx.keep_scale, ctx.scaling, ctx.layout = keep_scale, scaling, layout
         return y_TO if bias is None else y_TO + bias
 
@@ -191,6 +197,8 @@ class _DoraOutFolded(Function):
         x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, y_TO, *parts = ctx.saved_tensors
         dA_RI = dB_OR = dx_TI = dz_TR = None
         g_O = _nonzero_ratio(m_O, n_O, x_TI.dtype)
+        if is_overwritten(ctx.kept):
+            y_TO = _folded(x_TI, z_TR, B_OR, g_O, ctx.scaling, ctx.layout, parts)
         total_O = torch.sum(dy_TO.to(n_O.dtype) * y_TO, dim=0)
         dm_O, dn_O = _output_magnitude_grads(total_O, m_O, n_O, dy_TO.dtype, ctx.needs_input_grad[4])
         if A_RI is not None:
@@ -205,6 +213,22 @@ class _DoraOutFolded(Function):
                 add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
         return dx_TI, dA_RI, dB_OR, dm_O, dn_O, dbias, *[None] * (4 + len(parts))
+
+
+def _folded(
+    x_TI: Tensor,
+    z_TR: Tensor | None,
+    B_OR: Tensor | None,
+    g_O: Tensor,
+    scaling: float,
+    layout: Nf4,
+    parts: Sequence[Tensor],
+) -> Tensor:
+    """g h, of x's dtype."""
+    y_TO = x_TI @ dequantize(parts, layout, g_O).t()
+    if z_TR is not None and B_OR is not None:
+        y_TO.addmm_(z_TR, (g_O[:, None] * B_OR).t().to(y_TO.dtype), alpha=scaling)
+    return y_TO
 
 
 class _DoraIn(Function):

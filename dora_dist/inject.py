@@ -5,9 +5,7 @@ Works on any nn.Module, on the meta device too. Nothing is changed before everyt
 """
 
 import fnmatch
-import inspect
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +20,6 @@ from dora_dist.fingerprint import Base
 from dora_dist.layers import AdapterSpec, DoraEmbedding, DoraLayer, DoraLinear
 
 _GLOB = set("*?[")
-_IN_PLACE = re.compile(r"\.\w*[a-z0-9]_\(|\s[-+*/]=\s|inplace=True")
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,6 @@ def inject_dora(model: nn.Module, config: DoraConfig, base: Base | None = None) 
     replaced: dict[nn.Module, DoraLayer] = {}
     for name, module in targets.items():
         replaced[module] = replaced.get(module) or _make_layer(module, specs[name])
-        replaced[module].gives_copies |= _changed_in_place(model, name)
         set_module(model, name, replaced[module])
     dtypes = {
         name: parameter.dtype  # before ties are widened
@@ -78,23 +74,6 @@ def inject_dora(model: nn.Module, config: DoraConfig, base: Base | None = None) 
     casts = [h for name, dtype in narrow.items() for h in _train_in_full(model.get_submodule(name), dtype)]
     model.dora = Injection(config, tuple(targets), tuple(saved), dtypes, tuple(casts), base)  # type: ignore[assignment]
     return model
-
-
-def _changed_in_place(model: nn.Module, name: str) -> bool:
-    """Whether the modules around `name` may write into what it gives out, as OLMo's clamp does: their forwards
-    hold an in-place operation, or cannot be read, or a neighbour is a ReLU(inplace=True)."""
-    parts = name.split(".")
-    around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
-    beside = (child for module in around for child in module.children())
-    return any(_writes_in_place(type(m)) for m in around) or any(getattr(c, "inplace", False) for c in beside)
-
-
-def _writes_in_place(kind: Any) -> bool:
-    try:
-        source = inspect.getsource(kind.forward)
-    except (OSError, TypeError):
-        return True
-    return _IN_PLACE.search(source) is not None
 
 
 def forget_injection(model: nn.Module) -> None:

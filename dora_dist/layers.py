@@ -64,7 +64,6 @@ class DoraLayer(BaseWeight):
         norm = torch.zeros_like(self.magnitude, requires_grad=False) if self.magnitude is not None else None
         self.register_buffer("norm", norm, persistent=False)
         self.norm_is_cached = False  # set by attach_norm_refresh
-        self.gives_copies = False  # where the model may write into the output, which the backward reads
         self._norm_is_stale = True
         self.register_load_state_dict_post_hook(_after_load)
 
@@ -198,7 +197,7 @@ class DoraLinear(DoraLayer):
         layout = None if self.layout is None else replace(self.layout, dtype=dtype)
         if layout is None:
             weight = self.weight if self.weight.dtype == dtype else self.weight.to(dtype)
-        y = adapted_linear(
+        return adapted_linear(
             x,
             weight,
             self.lora_A,
@@ -212,7 +211,6 @@ class DoraLinear(DoraLayer):
             dropout=self.spec.dropout if self.training else 0.0,
             layout=layout,
         )
-        return y.clone() if self.gives_copies and self.magnitude is not None and y.requires_grad else y
 
 
 class DoraEmbedding(DoraLayer):

@@ -16,7 +16,7 @@ LAYERS = [
     ["triton_kernels"],
     ["kernels"],
     ["decomposition"],
-    ["products"],
+    ["products", "kept_output"],
     [
         "functional",
         "optim",
