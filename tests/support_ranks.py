@@ -11,6 +11,7 @@ import pickle
 import runpy
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,8 +22,6 @@ from typing import NoReturn
 
 from conftest import child_environment
 from support_launch import free_port
-
-from dora_dist.launcher import end_with_parent
 
 HERE = Path(__file__).resolve().parent
 _GRACE_S = 60  # for the other ranks to end after one that failed
@@ -129,7 +128,7 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 def _rank(call: bytes, environment: dict[str, str], printed: Path) -> NoReturn:
     """In the child. It ends without Python's own end, which a rank with gloo's threads may not survive."""
-    end_with_parent()
+    threading.Thread(target=_end_with_the_tests, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
     for number, end in ((1, "out"), (2, "err")):
@@ -146,6 +145,14 @@ def _rank(call: bytes, environment: dict[str, str], printed: Path) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _end_with_the_tests() -> None:
+    """The server stays for as long as one of its children does, so it is not the one to watch."""
+    tests = multiprocessing.parent_process()
+    assert tests is not None
+    tests.join()
+    os._exit(1)
 
 
 def _call(what: Path | Callable, arguments: tuple) -> None:

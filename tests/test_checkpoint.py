@@ -99,6 +99,18 @@ def test_whatever_is_trained_resumes(more, tmp_path):
     assert all_hold(whole_runs.every_step(Case(tmp_path, **more), 3))
 
 
+def test_the_loss_scale_is_restored(case):
+    trainer = make_trainer(case, case.scratch / "scale", "model.dtype=float16")
+    scale = trainer.built.engine.loss_scale
+    scale.value, scale.good_steps = 2.0**7, 41
+    train_and_save(trainer)
+    other = make_trainer(case, case.scratch / "scale", "model.dtype=float16")
+    found, _ = other.checkpoints.find()
+    other.checkpoints.restore(found, other.built)
+    restored = other.built.engine.loss_scale
+    assert (restored.value, restored.good_steps) == (scale.value, scale.good_steps) == (2.0**7, 42)
+
+
 @pytest.mark.slow
 def test_ranks_that_die_go_on(case):
     assert all_hold(whole_runs.killed_rank(case, 1))
