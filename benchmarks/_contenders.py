@@ -136,29 +136,34 @@ def make_contenders(base: nn.Module, args: argparse.Namespace) -> dict[str, Cont
     return contenders
 
 
-def make_ours(base: nn.Module, method: str, rank: int, four_bit: bool) -> Contender:
-    config = DoraConfig(method=method, rank=rank, alpha=2 * rank, targets="all-linear")
+def make_ours(
+    base: nn.Module, method: str, rank: int, four_bit: bool = False, targets: str | list[str] = "all-linear"
+) -> Contender:
+    config = DoraConfig(method=method, rank=rank, alpha=2 * rank, targets=targets)
     model = inject_dora(copy_sharing_weights(base), config)
     if four_bit:
         pack_linears(model, QuantConfig(scheme="nf4", double_quant=False))
     optimizer = make_optimizer(model)
     attach_norm_refresh(model, optimizer)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(base.device).manual_seed(1)
     with torch.no_grad():
         for _, layer in adapted(model):
-            layer.lora_A.copy_(torch.randn(layer.lora_A.shape, generator=generator) / layer.in_features**0.5)
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.01)
+            layer.lora_A.normal_(0, layer.in_features**-0.5, generator=generator)
+            layer.lora_B.normal_(0, 0.01, generator=generator)
             if layer.magnitude is not None:
                 layer.magnitude.mul_(
-                    1 + 0.1 * torch.rand(layer.magnitude.shape, generator=generator).to(base.device)
+                    1 + 0.1 * torch.rand(layer.magnitude.shape, generator=generator, device=base.device)
                 )
     refresh_norms(model)
     return Contender(model, optimizer)
 
 
-def make_peft(base: nn.Module, method: str, rank: int, ours: nn.Module, wide: bool = True) -> Contender:
+def make_peft(
+    base: nn.Module, method: str, rank: int, ours: nn.Module, wide: bool = True,
+    targets: str | list[str] = "all-linear",
+) -> Contender:  # fmt: skip
     config = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", use_dora=method == "dora", task_type="CAUSAL_LM"
+        r=rank, lora_alpha=2 * rank, target_modules=targets, use_dora=method == "dora", task_type="CAUSAL_LM"
     )
     model = peft.get_peft_model(copy_sharing_weights(base), config, autocast_adapter_dtype=wide).train()
     with torch.no_grad():

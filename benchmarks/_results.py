@@ -4,10 +4,13 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +33,33 @@ def default_path(device: torch.device) -> Path:
 
 
 def save(path: Path, script: str, case: str, device: torch.device, record: dict[str, Any]) -> None:
-    """Put `record` at [script][case] of the file; everything else in it stays."""
+    """Put `record` at [script][case] of the file; everything else in it stays. What ends this process leaves the
+    file as it was or as it will be."""
     everything = json.loads(path.read_text()) if path.is_file() else {}
     everything.setdefault(script, {})[case] = {**environment(device), **record}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(everything, indent=2) + "\n")
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    new.write_text(json.dumps(everything, indent=2) + "\n")
+    new.replace(path)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    versions = {name: _version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "deepspeed")}
+    packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "deepspeed")
+    versions = {name: _version(name) for name in packages}
+    if device.type == "cuda":
+        versions |= {"python": platform.python_version(), "cuda": torch.version.cuda, "driver": driver_version()}
     return {"device": device_name(device), "date": datetime.date.today().isoformat(), "versions": versions}
+
+
+@cache
+def driver_version() -> str | None:
+    """That of NVIDIA's driver, as its own tool tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told[0] if told else None
 
 
 def spread(values: list[float]) -> dict[str, float]:

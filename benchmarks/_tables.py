@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from _gpu_tables import published
 from _simulation_tables import planned, predicted, simulated
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -297,20 +298,9 @@ def gb(size: float) -> str:
 def updated(page: str) -> str:
     """`page` with each table that it has marks for made anew."""
     for make in (
-        performance,
-        memory,
-        block,
-        host,
-        gpu,
-        folded,
-        profiles,
-        kept,
-        norms,
-        refresh,
-        simulated,
-        planned,
-        predicted,
-    ):
+        performance, memory, block, host, gpu, folded, profiles, kept, norms, refresh, published,
+        simulated, planned, predicted,
+    ):  # fmt: skip
         begin, end = BEGIN.replace("performance", make.__name__), f"<!-- /{make.__name__} -->"
         if begin in page:
             head, _, rest = page.partition(begin)
