@@ -1,9 +1,11 @@
 """What befalls a run while it trains: signals, steps that are not finite, losses that leap, slow ranks."""
 
 import math
+import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,38 +15,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_dist import launcher
 from dora_dist.errors import RunFailed
 
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 _MEMORY = 0.98  # of the running mean and variance: about the last 50 steps
-_REPEATED_S = 5.0  # within which a second signal is the same one
+_REPEATED_S: dict[int, float] = {signal.SIGINT: 1.0}  # within which a second signal is the same one
+_LATER_S = 5.0  # the same of other signals
 _SLOW = 2.0  # times the median rank's seconds
 _LEAP, _FIRST_STEPS = 6.0, 20  # standard deviations that are worth a warning; steps before the first
 
 
 class StopSignals(AbstractContextManager):
-    """Turns a first SIGTERM or SIGUSR1 into a wish, to be granted after a step. A second one ends the process, but
-    not within 5 s: who signals all processes of a job reaches a rank by its launcher once more."""
+    """Turns a first SIGTERM or SIGUSR1, and what else is to be heeded, into a wish, to be granted after a step.
+
+    A second signal ends the process at once, but neither within 5 s (who signals all processes of a job reaches a
+    rank by its launcher once more) nor, for Ctrl-C, within 1 s (a terminal signals launcher and ranks together).
+    A thread looks at the signals: the main one, where Python's handlers run, may be in a collective that hangs.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in _STOPPING}
+        listening, told = os.pipe()
+        os.set_blocking(told, False)
+        self._told, self._told_before = told, signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, args=(listening,), name="signals", daemon=True)
+        self._thread.start()
+        for number in _STOPPING:
+            self.heed(number)
+        launcher.end_with_node_alone(lambda: self.received is not None)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        launcher.end_with_node_alone(lambda: False)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._told_before)
+        os.close(self._told)
+        self._thread.join()
+
+    def heed(self, number: int) -> None:
+        """From now on this signal is a wish, too, unless the process was started to ignore it."""
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received, self._since = signal.Signals(number).name, time.monotonic()
-        elif time.monotonic() - self._since > _REPEATED_S:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        self.received = self.received or signal.Signals(number).name
+
+    def _listen(self, listening: int) -> None:
+        first = None
+        with os.fdopen(listening, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                if number[0] not in self._before:
+                    continue
+                if first is None:
+                    first = time.monotonic()
+                    self._note(number[0], None)
+                elif time.monotonic() - first > _REPEATED_S.get(number[0], _LATER_S):
+                    os._exit(128 + number[0])
 
 
 class StepCheck:

@@ -18,6 +18,11 @@ _LOOK_S = 1.0
 _GRACE_S = 3  # for torchrun to end after its processes
 
 
+def _stopping() -> bool:
+    """Whether this process is ending by itself."""
+    return False
+
+
 def end_with_launcher() -> None:
     """Watch the launcher from a thread of this process, where there is one."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -79,9 +84,16 @@ if not ended.poll(seconds * 1000):
 """
 
 
+def end_with_node_alone(stopping: Callable[[], bool]) -> None:
+    """While `stopping()`, the command `deepspeed` may end, which it does at the first Ctrl-C: its process of this
+    node gives ours 30 s."""
+    global _stopping
+    _stopping = stopping
+
+
 def _watch(parents: list[Callable[[], int]]) -> None:
     first = [parent() for parent in parents]
-    while [parent() for parent in parents] == first:
+    while (now := [parent() for parent in parents]) == first or (now[0] == first[0] and _stopping()):
         time.sleep(_LOOK_S)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         with suppress(OSError):  # it may have been the launcher that read this

@@ -44,13 +44,15 @@ _MISTAKE = 2
 
 def main(arguments: list[str]) -> int:
     """The exit status."""
-    # SIGTERM is for the ranks: ended by torchrun they could not say how they ended. With restarts they would be
+    # These are for the ranks: ended by torchrun they could not say how they ended. With restarts they would be
     # started again.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _to_the_ranks)
-    options = run.parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments])
-    if options.max_restarts > 0 and "SIGTERM" not in options.signals_to_handle:
-        options.signals_to_handle += ",SIGTERM"
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _to_the_ranks)
+    options = run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *arguments])
+    for name in ("SIGTERM", "SIGINT") if options.max_restarts > 0 else ():
+        if name not in options.signals_to_handle:
+            options.signals_to_handle += f",{name}"
     try:
         _call_the_roll(options)
         run.run(options)

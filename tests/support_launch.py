@@ -22,7 +22,13 @@ class Launch:
         self.output_dir = output_dir
         environment = {**child_environment(), "DORA_DIST_RUN": str(output_dir)}  # inherited by all that it starts
         self._printed = tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed in __exit__
-        self.launcher = subprocess.Popen(command, stdout=self._printed, stderr=subprocess.STDOUT, env=environment)
+        self.launcher = subprocess.Popen(
+            command, stdout=self._printed, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
+    def press_ctrl_c(self) -> None:
+        """What a terminal does: it signals the launcher and all that has stayed in its process group."""
+        os.killpg(self.launcher.pid, signal.SIGINT)
 
     def end(self, seconds: float = SECONDS) -> tuple[int, str]:
         """Wait for the launcher's end: its exit status, and what it and the ranks printed."""

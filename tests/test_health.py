@@ -1,11 +1,15 @@
 """What a run notices of itself: signals, steps that are not finite, losses that leap, slow ranks."""
 
+import ctypes
 import math
+import mmap
 import os
 import signal
+import struct
 
 import pytest
 import torch
+from support_launch import wait_until
 
 from dora_dist import health
 from dora_dist.health import SpeedCheck, StepCheck, StopSignals
@@ -23,26 +27,70 @@ def checked(losses, norms=None, max_skipped=3):
 
 
 def test_a_signal_is_a_wish_and_the_handlers_come_back():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    for number in numbers:
         with StopSignals() as signals:
+            signals.heed(signal.SIGINT)
             assert signals.received is None
             os.kill(os.getpid(), number)
             assert signals.received == number.name
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
-@pytest.mark.parametrize(("repeated_s", "ends"), [(600.0, False), (0.0, True)])
-def test_a_second_signal_ends_the_process_unless_it_is_the_same_one(repeated_s, ends, monkeypatch):
-    monkeypatch.setattr(health, "_REPEATED_S", repeated_s)
-    pid = os.fork()
-    if pid == 0:
-        with StopSignals():
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    assert (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM) == ends
+def test_what_is_ignored_stays_so():
+    """As in the background of a script, where Ctrl-C is not for this process."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            signals.heed(signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "pause", "ends"),
+    [
+        ("SIGTERM", "SIGTERM", 4.0, False),  # by the launcher, once more
+        ("SIGTERM", "SIGUSR1", 6.0, True),
+        ("SIGINT", "SIGINT", 0.5, False),  # from the terminal and by the launcher
+        ("SIGINT", "SIGTERM", 0.5, False),  # deepspeed's answer to Ctrl-C
+        ("SIGINT", "SIGINT", 1.5, True),
+        ("SIGTERM", "SIGINT", 1.5, True),
+    ],
+)
+def test_a_second_signal_ends_a_process_that_hangs_unless_it_is_the_same_one(
+    first, second, pause, ends, monkeypatch
+):
+    clock = mmap.mmap(-1, 8)  # shared with the child
+    heard, hear = os.pipe()
+
+    def now():
+        (seconds,) = struct.unpack("d", clock[:])
+        os.write(hear, b".")
+        return seconds
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(health.time, "monotonic", now)
+        with StopSignals() as signals:
+            signals.heed(signal.SIGINT)
+            os.write(hear, b".")
+            mutex = ctypes.create_string_buffer(64)
+            for _ in range(2):  # the second time it waits for itself, as for a rank that is gone
+                ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    os.read(heard, 1)
+    for name, seconds in ((first, 0.0), (second, pause)):
+        clock[:] = struct.pack("d", seconds)
+        os.kill(child, signal.Signals[name])
+        os.read(heard, 1)  # the child has looked at its clock
+    ended = wait_until(
+        lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT), 20 if ends else 0.3
+    )
+    os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert (ended, status) == (ends, 128 + signal.Signals[second] if ends else -signal.SIGKILL)
 
 
 def test_skipped_steps_are_told_and_too_many_end_the_run():
