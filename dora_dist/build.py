@@ -145,6 +145,7 @@ def build(blueprint: Blueprint, strategy: Strategy) -> Built:
     materialize(model, strategy.parameter, strategy.processes.device)
     shards = strategy.shards(model)
     _load(blueprint, shards, strategy.processes)
+    strategy.processes.wait_for_all()  # some disks are slower than others
     initialize_adapters(model, config.train.seed, shards)
     if config.dora.init_from is not None:
         load_adapter(model, config.dora.init_from, shards, config.dora.accept_other_base)

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import NoReturn
 
 from dora_dist.config import load_config
@@ -102,10 +102,18 @@ def leave(status: int) -> NoReturn:
 
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)  # before transformers is imported, which takes seconds
+    _let_segments_grow(os.environ)
     from dora_dist.train import run_training
 
     _quiet_transformers()
     run_training(config)
+
+
+def _let_segments_grow(environment: MutableMapping[str, str]) -> None:
+    """Have torch's CUDA allocator leave few fragments, which `plan` counts on, unless the user has set it up. It
+    reads this at the first allocation."""
+    if not any(f"PYTORCH_{kind}ALLOC_CONF" in environment for kind in ("", "CUDA_", "HIP_")):
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _merge(options: argparse.Namespace) -> None:

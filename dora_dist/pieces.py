@@ -57,7 +57,7 @@ def spread(path: Path, pieces: Sequence[Piece], processes: Processes) -> None:
             file = safe_open(path, framework="pt")
         except UserError as error:
             problem = str(error)
-    problem = processes.broadcast_object(problem)
+    problem = processes.told_by_main(problem)
     if problem is not None:
         raise UserError(problem)
     for batch in _batches(pieces):

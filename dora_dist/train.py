@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -66,12 +67,14 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog) -> None:
     directory = resolve_model(config.model.path, config.model.allow_pickle)
     blueprint = draw_blueprint(config, directory, processes.world_size)
     tokenizer = load_tokenizer(directory)
+    processes.wait_for_all()  # one that had to download the model is late
     # Of the smallest device: what follows from it is the same on all ranks.
     memory = -processes.agree([-int(device_memory(processes))]).read()[0]
     strategy = choose_strategy(config, blueprint.model, processes, memory)
     unplanned = _refuse_what_does_not_fit(config, directory, blueprint, processes, memory)
     data = RunData(blueprint, tokenizer, processes)
     processes.start(config.parallel.timeout_s, needed=strategy.needs_group)
+    processes.wait_for_all()  # reading rows takes some longer than others
     output_dir = Path(config.output_dir)
     run = _describe(blueprint, data, strategy)
     checkpoints = Checkpoints(output_dir / "checkpoints", config.checkpoint, processes, run)
@@ -100,6 +103,7 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog) -> None:
             for line in checkpoints.begin(found):
                 log.say(line)
             trainer = Trainer(config, built, strategy, data, log, watch, checkpoints, progress, signals)
+            signals.heed(signal.SIGINT)  # until now it had nothing to save
             trainer.run()
             watch.at(data.steps, Phase.ADAPTER, watched=False)
             problem = _attempt(partial(save_adapter, *adapter), processes)
@@ -143,7 +147,7 @@ def _alone_in(output_dir: Path, processes: Processes) -> Iterator[None]:
         except OSError as error:
             if handle is None:
                 problem = f"output_dir: {str(output_dir)!r} cannot be written: {error.strerror}"
-    problem = processes.broadcast_object(problem)
+    problem = processes.told_by_main(problem)
     try:
         if problem is not None:
             raise UserError(problem)
@@ -167,7 +171,7 @@ def _refuse_different_settings(config: RunConfig, processes: Processes) -> None:
     del tree["output_dir"]  # each node may have its own
     settings = processes.gather_bytes(json.dumps(tree).encode())
     problem = difference_between_ranks([json.loads(text) for text in settings]) if settings is not None else None
-    problem = processes.broadcast_object(problem)
+    problem = processes.told_by_main(problem)
     if problem is not None:
         raise UserError(problem)
 
@@ -200,11 +204,11 @@ def _describe(blueprint: Blueprint, data: RunData, strategy: Strategy) -> dict[s
     fingerprints = {"base": blueprint.base.fingerprint, **data.fingerprints()}
     everyones = processes.gather_bytes(json.dumps({"fingerprint": fingerprints}).encode())
     problem = difference_between_ranks([json.loads(text) for text in everyones]) if everyones is not None else None
-    problem = processes.broadcast_object(problem)
+    problem = processes.told_by_main(problem)
     if problem is not None:
         raise UserError(f"the ranks do not read the same files: {problem}")
     run = describe_run(blueprint.config, processes.world_size, processes.device.type, strategy.name, fingerprints)
-    return processes.broadcast_object(run)
+    return processes.told_by_main(run)
 
 
 def _compare(found: Found, run: dict[str, Any], config: RunConfig, steps: int) -> list[str]:

@@ -187,15 +187,15 @@ def _copy_four_bit(layer: BaseWeight, files: SafetensorsFiles, source: str, shar
 def load_whole(model: nn.Module, load: Callable[[], nn.Module], shards: Shards, processes: Processes) -> None:
     """Fill every base tensor from a model that `load` makes on rank 0, which hands the tensors out one by one."""
     source: dict[str, Tensor] = {}
-    failure: UserError | None = None
+    failure: str | None = None
     if processes.is_main:
         try:
             source = load().state_dict()
         except UserError as error:
-            failure = error
-    failure = processes.broadcast_object(failure)  # all ranks end alike
+            failure = str(error)
+    failure = processes.told_by_main(failure)  # which may take any time; all ranks end alike
     if failure is not None:
-        raise failure
+        raise UserError(failure)
     packed = packed_layers(model)
     for name, tensor in base_tensors(model).items():
         layout = packed[tensor].layout if tensor in packed else None

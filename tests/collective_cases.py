@@ -1,9 +1,35 @@
-"""Run under torchrun: `agree`, `gather_bytes` and `told_by_main` over all ranks, beside other collectives."""
+"""Run under torchrun: `agree`, `gather_bytes`, `told_by_main` and `wait_for_all`, beside other collectives."""
+
+import time
+from datetime import timedelta
 
 import torch
+from torch import nn
 
+from dora_dist.backends import process
 from dora_dist.backends.process import Processes
 from dora_dist.cli import leave
+from dora_dist.shards import Whole
+from dora_dist.weights import load_whole
+
+
+def nobody_waits_in_a_collective(processes: Processes) -> None:
+    """While rank 0 loads a whole checkpoint, or another its part, for longer than a collective may take."""
+    gloo = process._backend(torch.device("cpu"))
+    gloo._set_default_timeout(timedelta(seconds=2))
+
+    def load() -> nn.Module:
+        time.sleep(3)
+        return nn.Linear(3, 2, bias=False).requires_grad_(False)
+
+    model = nn.Linear(3, 2, bias=False)
+    load_whole(model, load, Whole(), processes)
+    mine = model.weight.detach().clone()
+    assert torch.equal(processes.broadcast_(model.weight.detach()), mine)
+    time.sleep(3 * processes.rank)
+    processes.wait_for_all()
+    processes.sum_(torch.ones(1))
+    gloo._set_default_timeout(timedelta(seconds=60))
 
 
 def main() -> None:
@@ -20,6 +46,7 @@ def main() -> None:
         assert gathered == (parts if rank == 0 else None)
     assert processes.told_by_main(rank) == 0
     assert processes.told_by_main({"path": f"/ä{rank}"}) == {"path": "/ä0"}
+    nobody_waits_in_a_collective(processes)
     processes.stop()
 
 

@@ -1,6 +1,7 @@
 """The command line as users meet it: runs that work, and mistakes told in one line with status 2."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import yaml
 from conftest import ROOT, child_environment
 from support_ranks import run_ranks
 
+from dora_dist import cli
 from dora_dist.cli import main
 from dora_dist.weights import SafetensorsFiles
 
@@ -38,6 +40,7 @@ def write(config, tmp_path):
 
 def test_a_run_leaves_what_the_interface_says(config, tmp_path, capsys):
     assert main(["train", "--config", str(write(config, tmp_path)), "train.accumulation=2"]) == 0
+    assert "ALLOC_CONF" in " ".join(os.environ)  # of a GPU's allocator, set before its first use
     out = capsys.readouterr().out
     assert "eval_loss" in out and "before" in out and "after" in out and str(tmp_path / "run" / "adapter") in out
     resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -319,3 +322,13 @@ def test_ranks_train_and_tell_a_mistake_once(config, tmp_path):
     assert done.stderr.count("error: dora.targets: 'nothing' matches no module") == 1
     done = run_ranks(2, TRAIN, "--config", path, "parallel.strategy=single")
     assert "error: parallel.strategy: single runs in one process, but 2 were launched" in done.stderr
+
+
+def test_the_allocator_of_gpus_is_set_up_unless_it_is_already():
+    for environment in ({}, {"PATH": "/bin"}):
+        cli._let_segments_grow(environment)
+        assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        mine = {name: "max_split_size_mb:64"}
+        cli._let_segments_grow(mine)
+        assert mine == {name: "max_split_size_mb:64"}

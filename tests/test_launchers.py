@@ -16,6 +16,7 @@ import torch
 import yaml
 from conftest import ROOT
 from support_launch import SECONDS, Launch, free_port, wait_until
+from support_ranks import Ranks
 
 from dora_dist.errors import UserError
 
@@ -124,6 +125,63 @@ def test_a_dead_rank_ends_the_run(start, tmp_path):
         status, _ = launch.end()
     assert status != 0
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.fixture
+def endless(tiny_llama, tiny_rows, tmp_path):
+    """The arguments of a run that has to be stopped."""
+    settings = {
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "dora": {"rank": 2, "targets": ["q_proj", "down_proj"]},
+        "data": {"train": str(tiny_rows), "seq_len": 48},
+        "train": {"steps": 10**6, "micro_batch_size": 4},
+        "log": {"every": 10**6},
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    return str(ROOT / "launch" / "train.py"), "--config", str(tmp_path / "c.yaml")
+
+
+def trains(tmp_path: Path) -> bool:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    return wait_until(lambda: metrics.is_file() and metrics.read_text(), SECONDS)
+
+
+def check_stopped(output: str, tmp_path: Path) -> None:
+    (line,) = [line for line in output.splitlines() if line.startswith("stopped by ")]
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+    assert line.startswith(f"stopped by SIGINT after step {step}; its checkpoint is written")
+
+
+def test_ctrl_c_saves_and_ends_a_run_of_one_process(endless, tmp_path):
+    with Ranks(1, Path(endless[0]), *endless[1:]) as run:
+        assert trains(tmp_path)
+        os.kill(run.processes[0].pid, signal.SIGINT)
+        ended = run.end()
+    assert ended.returncode == 75, ended.stderr
+    check_stopped(ended.stderr, tmp_path)
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["launch/torchrun.py", "torchrun", "deepspeed"])
+def test_ctrl_c_saves_and_ends_a_run_of_several(name, endless, tmp_path):
+    """Our starter says no more than the run and ends with its status. The others add their own stacks."""
+    command = {
+        "launch/torchrun.py": [str(ROOT / "launch" / "torchrun.py"), "--standalone", "--nproc-per-node=2"],
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port()}"],
+    }[name]
+    if name == "deepspeed" and torch.cuda.is_available():
+        pytest.skip("the deepspeed launcher would show its processes the GPUs, which these tests hide")
+    with Launch([sys.executable, *command, *endless], tmp_path / "run") as launch:
+        assert trains(tmp_path), launch.printed()
+        launch.press_ctrl_c()
+        status, output = launch.end()
+    check_stopped(output, tmp_path)
+    if name == "launch/torchrun.py":
+        assert status == 75 and "Traceback" not in output, output[-3000:]
 
 
 @pytest.mark.parametrize(

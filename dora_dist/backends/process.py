@@ -4,7 +4,6 @@ import datetime
 import json
 import os
 import socket
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +14,12 @@ from torch import Tensor
 from dora_dist.backends.rendezvous import meet, no_meeting
 from dora_dist.errors import UserError
 
-_ASK_S = 0.05  # between two looks into the store
+_WAIT = datetime.timedelta(seconds=1)  # for the store at a time; Ctrl-C waits for as long
 LATER_S = 5
-"""By how much the collectives' own time limit is above parallel.timeout_s."""
+"""By how much gloo's own time limit is above parallel.timeout_s."""
+_NCCL_TIMES = 4
+"""NCCL's limit in parallel.timeout_s: it counts from when an operation is enqueued, and the host runs up to two
+steps ahead of the device."""
 
 
 class Agreement:
@@ -45,17 +47,19 @@ class Processes:
         local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun; deepspeed
         self.local_world_size = int(local_size or 1)
         if torch.cuda.is_available():
-            if self.local_rank >= torch.cuda.device_count():
+            visible = torch.cuda.device_count()
+            if self.local_rank >= visible > 1:
                 raise UserError(
-                    f"local rank {self.local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+                    f"local rank {self.local_rank} has no GPU: this machine has {visible}; "
                     "launch no more processes than GPUs"
                 )
-            self.device = torch.device("cuda", self.local_rank)
+            # A launcher may show each process a GPU of its own alone (Slurm's --gpus-per-task=1).
+            self.device = torch.device("cuda", self.local_rank if visible > 1 else 0)
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
         self.store: dist.Store | None = None  # where a group was made: that of this life of the run
-        self._told = 0  # how often `told_by_main` was called
+        self._meetings = 0  # in the store, so far
 
     @property
     def is_main(self) -> bool:
@@ -74,8 +78,10 @@ class Processes:
         if one_node:
             _use_loopback(cuda)
         self.store = meet(self.rank, self.world_size, one_node, datetime.timedelta(seconds=timeout_s))
-        # Later than our watchdog, which names the rank that is missing: NCCL's own aborts without doing so.
-        timeout = datetime.timedelta(seconds=timeout_s + LATER_S)
+        if cuda and torch.cuda.device_count() == 1:
+            self._refuse_shared_gpu(timeout_s)
+        gloo_s = timeout_s + LATER_S
+        timeout = datetime.timedelta(seconds=timeout_s * _NCCL_TIMES if cuda else gloo_s)
         # Also of the groups that DeepSpeed and device meshes make later without naming one.
         dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
         try:
@@ -89,6 +95,20 @@ class Processes:
             )
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise UserError(no_meeting(error, timeout_s)) from None
+        # Later than our watchdog, which names the rank that is missing.
+        _backend(torch.device("cpu"))._set_default_timeout(datetime.timedelta(seconds=gloo_s))
+
+    def _refuse_shared_gpu(self, timeout_s: int) -> None:
+        """UserError, on every rank of a machine: its processes see one GPU, and it is the same one."""
+        assert self.store is not None
+        self.store.set(f"gpu/{self.rank}", str(torch.cuda.get_device_properties(self.device).uuid))
+        first = self.rank - self.local_rank
+        keys = [f"gpu/{rank}" for rank in range(first, first + self.local_world_size)]
+        self.store.wait(keys, datetime.timedelta(seconds=timeout_s))
+        if len(set(self.store.multi_get(keys))) < len(keys):
+            raise UserError(
+                f"this machine has one GPU for {len(keys)} processes; launch no more processes than GPUs"
+            )
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
@@ -101,13 +121,6 @@ class Processes:
         if self.world_size > 1:
             dist.broadcast(tensor, src=0)
         return tensor
-
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's small Python object on every rank."""
-        box = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
 
     def agree(self, values: Sequence[int]) -> "Agreement":
         """Start to find the largest of each value over all ranks; the next step reads it, so that none waits.
@@ -138,14 +151,39 @@ class Processes:
         if self.world_size == 1:
             return value
         assert self.store is not None
-        self._told += 1
-        key = f"told/{self._told}"
+        self._meetings += 1
+        key = f"told/{self._meetings}"
         if self.is_main:
             self.store.set(key, json.dumps(value))
             return value
-        while not self.store.check([key]):
-            time.sleep(_ASK_S)
-        return json.loads(self.store.get(key))
+        self._wait_for(key)
+        told = json.loads(self.store.get(key))
+        if self.store.add(f"{key}/read", 1) == self.world_size - 1:
+            for done in (key, f"{key}/read"):
+                self.store.delete_key(done)
+        return told
+
+    def wait_for_all(self) -> None:
+        """Return once every rank has come here, however long that takes: to be called before a collective, which
+        has a time limit, and after what takes ranks different times."""
+        if self.store is None:  # one process, or a rehearsal's
+            return
+        self._meetings += 1
+        key = f"met/{self._meetings}"
+        if self.store.add(key, 1) == self.world_size:
+            self.store.set(f"{key}/all", "")
+        self._wait_for(f"{key}/all")
+        if self.store.add(key, 1) == 2 * self.world_size:
+            for done in (key, f"{key}/all"):
+                self.store.delete_key(done)
+
+    def _wait_for(self, key: str) -> None:
+        assert self.store is not None
+        while True:
+            try:
+                return self.store.wait([key], _WAIT)
+            except dist.DistStoreError:  # not there yet
+                continue
 
     def _lengths(self, data: bytes) -> list[int]:
         """How many bytes each rank has."""
@@ -163,6 +201,11 @@ class Processes:
         if dist.is_initialized():
             self.barrier()
             dist.destroy_process_group()
+
+
+def _backend(device: torch.device) -> Any:
+    """What serves tensors of a device in the run's group."""
+    return dist.distributed_c10d._get_default_group()._get_backend(device)
 
 
 def _use_loopback(cuda: bool) -> None:

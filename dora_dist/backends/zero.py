@@ -8,8 +8,8 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +32,13 @@ class ZeroShards:
     long, padded at the end. Parameters of which DeepSpeed keeps a whole copy need no gathering."""
 
     def __init__(self, parameter: Any):
+        from deepspeed.accelerator import get_accelerator
+
         self.group = parameter.ds_process_group
         self.index = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
         self.is_writer = dist.get_rank() == 0
-        on_gpu = torch.cuda.is_available()
-        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        self.device = torch.device(get_accelerator().current_device_name())  # the weights may be offloaded
 
     def settle(self, model: nn.Module) -> None:
         pass
@@ -175,10 +176,10 @@ class Zero:
         _check_settings(settings)
 
     def shard(self, model: nn.Module) -> None:
-        os.environ.setdefault("LOCAL_RANK", str(self.processes.local_rank))  # plain python sets none
-        self.deepspeed.init_distributed()
-        if self.stage == 3:
-            self._partition = _partitioner(self.settings)
+        with _numbers_its_gpu(self.processes):
+            self.deepspeed.init_distributed()
+            if self.stage == 3:
+                self._partition = _partitioner(self.settings)
 
     def parameter(self, meta: nn.Parameter) -> nn.Parameter:
         """For ZeRO-3 the parameter is whole for a moment, one at a time."""
@@ -198,8 +199,22 @@ class Zero:
     def engine(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, loss_scale: LossScale
     ) -> Engine:
-        engine, *_ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=self.settings)
+        with _numbers_its_gpu(self.processes):
+            engine, *_ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=self.settings)
         return ZeroEngine(engine, loss_scale)
+
+
+@contextmanager
+def _numbers_its_gpu(processes: Processes) -> Iterator[None]:
+    """DeepSpeed takes LOCAL_RANK for the number of the GPU, which it is not where each process sees its own alone.
+    Plain python sets none."""
+    index = processes.device.index
+    before = os.environ.setdefault("LOCAL_RANK", str(processes.local_rank))
+    os.environ["LOCAL_RANK"] = before if index is None else str(index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
 
 
 class ZeroEngine:
