@@ -22,7 +22,7 @@ from dora_dist import kernels
 from dora_dist.decomposition import norm_ratio, wide_dtype
 from dora_dist.kept_output import is_overwritten, keep
 from dora_dist.products import add_low_rank_dx, dense, dropped, low_rank_dz, low_rank_grads, mm_wide_left, wide_mm
-from dora_dist.quant import Nf4, dequantize
+from dora_dist.quant import Nf4
 
 _LEAST_RATIO = {torch.float16: 1e-4, torch.float64: 1e-100}  # else 1e-20: as far as exponents reach
 
@@ -208,7 +208,7 @@ class _DoraOutFolded(Function):
             dA_RI, dB_OR = low_rank_grads(dy_TO, dz_TR, x_kept_TI, z_TR, A_RI, gB_OR, ctx.scaling)
             dB_OR.mul_(g_O[:, None])
         if ctx.needs_input_grad[0]:
-            dx_TI = dy_TO @ dequantize(parts, ctx.layout, g_O)
+            dx_TI = dy_TO @ kernels.dequantize(parts, ctx.layout, g_O)
             if dz_TR is not None:
                 add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
@@ -225,7 +225,7 @@ def _folded(
     parts: Sequence[Tensor],
 ) -> Tensor:
     """g h, of x's dtype."""
-    y_TO = x_TI @ dequantize(parts, layout, g_O).t()
+    y_TO = x_TI @ kernels.dequantize(parts, layout, g_O).t()
     if z_TR is not None and B_OR is not None:
         y_TO.addmm_(z_TR, (g_O[:, None] * B_OR).t().to(y_TO.dtype), alpha=scaling)
     return y_TO

@@ -11,6 +11,7 @@ atomics. All blocks fit in 99 KB of shared memory.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dora_dist.quant import CODES, PackedMatrix
+from dora_dist import quant
+from dora_dist.quant import CODES, Nf4, PackedMatrix
 from dora_dist.target import gpu_is_rehearsed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,11 +50,6 @@ def _run_on(kind: str, index: int | None) -> bool:
     except ImportError:
         return False
     return True
-
-
-def _interprets() -> bool:
-    """Triton's interpreter runs kernels on CPUs, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 # -------------------------------------------------------------------------------------- the operators around them
@@ -90,6 +87,24 @@ def _strides(*tensors: Tensor | None) -> list[int]:
 @cache
 def _codes(device: torch.device) -> Tensor:
     return torch.tensor(CODES, device=device)
+
+
+@custom_op("dora_dist::dequantize", mutates_args=())
+def _dequantize_op(packed: Tensor, scales: Tensor, columns: int, block_size: int, dtype: torch.dtype) -> Tensor:
+    M_NK = packed.new_empty(packed.shape[0], columns, dtype=dtype)
+    BN, BK = 16, 128
+    if M_NK.numel():
+        grid = (-(-M_NK.shape[0] // BN), -(-columns // BK))
+        _launch(
+            "dequantize", grid, packed, scales, _codes(packed.device), M_NK, *M_NK.shape,
+            *_strides(packed, scales), BLOCK=block_size, DTYPE=dtype, BN=BN, BK=BK, num_warps=4,
+        )  # fmt: skip
+    return M_NK
+
+
+@_dequantize_op.register_fake
+def _(packed, scales, columns, block_size, dtype):
+    return packed.new_empty(packed.shape[0], columns, dtype=dtype)
 
 
 @custom_op("dora_dist::squared_norms", mutates_args=())
@@ -178,6 +193,15 @@ def _(dy_TO, h_TO, B_OR, g_O, scaling):
 
 
 # ------------------------------------------------------------------------------------------------ what others call
+
+
+def dequantize(parts: Sequence[Tensor], layout: Nf4, row_factors: Tensor | None = None) -> Tensor:
+    """The same as quant.py's, to the bit. On a GPU without bitsandbytes it is made in one pass here: torch's own
+    operators make it by several, through tensors of five times its size."""
+    if quant.has_kernels(layout, parts[0].device) or not available(parts[0].device, layout.dtype):
+        return quant.dequantize(parts, layout, row_factors)
+    packed, scales = quant.codes_and_scales(parts, layout, row_factors)
+    return _dequantize_op(packed, scales, layout.columns, layout.block_size, layout.dtype)
 
 
 def squared_norms(

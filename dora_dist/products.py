@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dora_dist import kernels
 from dora_dist.decomposition import row_tiles, wide_dtype
-from dora_dist.quant import Nf4, dequantize
+from dora_dist.quant import Nf4
 from dora_dist.target import is_gpu
 
 
@@ -60,5 +61,5 @@ def add_low_rank_dx(dx_TI: Tensor, dz_TR: Tensor, A_RI: Tensor, keep_TI: Tensor 
 
 def dense(parts: Sequence[Tensor], layout: Nf4 | None, transposed: bool) -> Tensor:
     """W_IO of a weight that is stored dense (one part) or in 4 bits. Only the parts are kept for the backward."""
-    weight = parts[0] if layout is None else dequantize(parts, layout)
+    weight = parts[0] if layout is None else kernels.dequantize(parts, layout)
     return weight if transposed else weight.t()

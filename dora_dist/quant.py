@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dora_dist.target import is_gpu
+
 # The quantiles of a normal distribution, scaled to [-1, 1], as QLoRA publishes them.
 CODES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -81,11 +83,8 @@ def dequantize(parts: Sequence[Tensor], layout: Nf4, row_factors: Tensor | None 
 
     bitsandbytes' kernels do it where they are installed: the same to the bit, and four times as fast on a CPU.
     """
-    packed, *stored = (part[: layout.rows] for part in parts)  # without the rows that fill up
-    scales = _scales(stored)
-    if row_factors is not None:
-        scales = scales * row_factors[:, None]
-    if layout.dtype in _KERNEL_DTYPES and _has_kernels(layout.block_size):
+    packed, scales = codes_and_scales(parts, layout, row_factors)
+    if has_kernels(layout, packed.device):
         filled = (packed.shape[0], layout.blocks * layout.block_size)
         flat = packed.reshape(-1, 1).contiguous(), scales.reshape(-1).contiguous()  # it ignores strides
         dense = torch.ops.bitsandbytes.dequantize_4bit(*flat, layout.block_size, "nf4", filled, layout.dtype)
@@ -97,6 +96,20 @@ def dequantize(parts: Sequence[Tensor], layout: Nf4, row_factors: Tensor | None 
         values = F.embedding(packed[rows].int(), _pairs(packed.device)).view(-1, layout.blocks, layout.block_size)
         dense[rows] = (values * scales[rows, :, None]).flatten(1)[:, : layout.columns]
     return dense
+
+
+def codes_and_scales(
+    parts: Sequence[Tensor], layout: Nf4, row_factors: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What a matrix is made from: packed codes, and each block's scale in fp32."""
+    packed, *stored = (part[: layout.rows] for part in parts)  # without the rows that fill up
+    scales = _scales(stored)
+    return packed, scales if row_factors is None else scales * row_factors[:, None]
+
+
+def has_kernels(layout: Nf4, device: torch.device) -> bool:
+    """Whether bitsandbytes' kernels dequantize there."""
+    return layout.dtype in _KERNEL_DTYPES and _has_kernels(layout.block_size, is_gpu(device))
 
 
 class PackedMatrix:
@@ -124,8 +137,8 @@ def _scales(stored: Sequence[Tensor]) -> Tensor:
 
 
 @torch.compiler.assume_constant_result  # what imports a library cannot be traced
-def _has_kernels(block_size: int) -> bool:
-    return _load_kernels() and (block_size >= 64 or not torch.cuda.is_available())
+def _has_kernels(block_size: int, on_gpu: bool) -> bool:
+    return _load_kernels() and (block_size >= 64 or not on_gpu)
 
 
 @lru_cache

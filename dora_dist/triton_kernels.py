@@ -75,6 +75,21 @@ def _dequantized(
 
 
 @triton.jit
+def dequantize_kernel(
+    packed, scales, codes, out, rows, columns, stride_pi, stride_pj, stride_si, stride_sj,
+    BLOCK: tl.constexpr, DTYPE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * BN
+    j = tl.program_id(1) * BK
+    value = _dequantized(
+        packed, scales, None, codes, i, j, rows, columns, stride_pi, stride_pj, stride_si, stride_sj, 0, 0, BLOCK,
+        DTYPE, BN, BK,
+    )  # fmt: skip
+    inside = _within(i, rows, j, columns, BN, BK)
+    tl.store(_tile(out, i, j, columns, 1, BN, BK), value.to(DTYPE), mask=inside)
+
+
+@triton.jit
 def norms_kernel(
     m, scales, ranges, codes, left, right, out, rows, columns, scaling, stride_mn, stride_mk, stride_sn, stride_sb,
     stride_gn, stride_gc, stride_ln, stride_lr, stride_rr, stride_rk,

@@ -12,7 +12,7 @@ from conftest import ROOT, child_environment
 from support_rounding import assert_sums
 from torch.autograd import Function
 
-from dora_dist import kernels
+from dora_dist import kernels, quant
 from dora_dist.quant import Nf4, PackedMatrix, dequantize, quantize
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -149,6 +149,28 @@ def test_norms_of_4_bit_matrices(shape, rank, double_quant, dtype, dim, device):
     check_norms(PackedMatrix(parts, layout), dense, L, U, dim)
     strided = [torch.stack([part, part], dim=2)[:, :, 0] for part in parts]
     check_norms(PackedMatrix(strided, layout), dense, None, None, dim)
+
+
+@on_devices
+@pytest.mark.parametrize(
+    ("shape", "double_quant", "dtype"), [((1, 1), True, FP32), ((17, 130), False, BF16), ((16, 256), True, FP16)]
+)
+@pytest.mark.parametrize("with_factors", [False, True])
+def test_dequantized_where_there_is_no_bitsandbytes(shape, double_quant, dtype, with_factors, device, monkeypatch):
+    """The same bits as torch's own operators make."""
+    monkeypatch.setattr(quant, "_load_kernels", lambda: False)
+    layout = Nf4(*shape, dtype, double_quant=double_quant)
+    parts = quantize(normal(*shape, device=device), layout)
+    factors = normal(shape[0], device=device) if with_factors else None
+    launched, launch = [], kernels._launch
+    monkeypatch.setattr(kernels, "_launch", lambda name, *a, **k: launched.append(name) or launch(name, *a, **k))
+    got = kernels.dequantize(parts, layout, factors)
+    assert launched == ["dequantize"]
+    assert got.dtype == dtype and torch.equal(got, dequantize(parts, layout, factors))
+    torch.library.opcheck(
+        kernels._dequantize_op, (*quant.codes_and_scales(parts, layout), shape[1], 64, dtype),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------- forward and backward

@@ -13,7 +13,7 @@ import torch
 from test_kernels import INTERPRETED
 from torch.library import CustomOpDef
 
-from dora_dist import kernels
+from dora_dist import kernels, quant
 from dora_dist.quant import Nf4, PackedMatrix
 
 triton = pytest.importorskip("triton")
@@ -45,6 +45,12 @@ def norms(dtype, rank, dim=0, double_quant=None, odd=0, conv1d=False):
     kernels.squared_norms(matrix, *factors, 2.0, dim)
 
 
+def dequantized(dtype, double_quant=True):
+    layout = Nf4(O, I, dtype, double_quant=double_quant)
+    packed, scales = quant.codes_and_scales(layout.empty(torch.device("meta")), layout)
+    kernels._dequantize_op(packed, scales, I, layout.block_size, dtype)
+
+
 def norms_alone(dtype, dim=0):
     """Of a matrix without an adapter, as magnitudes begin."""
     kernels.squared_norms(empty(O, I, dtype=dtype), None, None, 2.0, dim)
@@ -66,10 +72,12 @@ USUAL = [
     (norms, {"dtype": BF16, "rank": 16}),
     (norms, {"dtype": BF16, "rank": 384, "dim": 1}),
     (norms, {"dtype": BF16, "rank": 16, "double_quant": True}),
+    (dequantized, {"dtype": BF16}),
     (compose, {"dtype": BF16, "rank": 384, "bias": True}),
     (backward, {"dtype": BF16, "rank": 384}),
 ]
 RARE = [
+    *((dequantized, {"dtype": d}) for d in (FP32, FP16)),
     *((norms, {"dtype": d, "rank": r, "dim": dim}) for d, r, dim in product((FP32, BF16), (32, 384), (0, 1))),
     *((norms, {"dtype": d, "rank": 16, "dim": dim}) for d, dim in product((FP32, FP16), (0, 1))),
     *((norms_alone, {"dtype": d, "dim": dim}) for d, dim in [(FP32, 1), (BF16, 0), (FP16, 0)]),
