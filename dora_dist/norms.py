@@ -5,7 +5,7 @@ full (A; for transposed weights B too) and one all-reduce of one fp32 vector wit
 hold whole copies share the rows likewise, and gather nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,18 @@ def find_shards(model: nn.Module) -> Shards:
 
 
 @torch.no_grad()
-def refresh_norms(model: nn.Module, shards: Shards | None = None) -> None:
+def refresh_norms(
+    model: nn.Module, shards: Shards | None = None, found: Sequence[DoraLayer] | None = None
+) -> None:
     """Recompute the cached norm of every DoRA layer from the local shards.
 
     Two collectives whatever the number of layers; none where weights are whole, or one where `shards` divides the
     rows of copies. Every rank must call it, and never between a forward and its backward. Call it after writing to
     weights, A or B by hand; after an optimizer step, `load_adapter` or `merge_adapter` it has been called.
+    `found`: the model's layers, where they have been looked for.
     """
     shards = shards or find_shards(model)
-    layers = [layer for layer in dora_layers(model).values() if layer.magnitude is not None]
+    layers = [each for each in found or dora_layers(model).values() if each.magnitude is not None]
     if not layers:
         return
     shards.settle(model)

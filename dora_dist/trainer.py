@@ -23,7 +23,7 @@ from dora_dist.data import GlobalBatch, additive_mask, begins_with_bos, packed_a
 from dora_dist.errors import RunFailed, Stopped
 from dora_dist.health import SpeedCheck, StepCheck, StopSignals
 from dora_dist.loss import summed_loss, supervised_positions
-from dora_dist.norms import refresh_norms
+from dora_dist.norms import dora_layers, refresh_norms
 from dora_dist.optim import lr_factor
 from dora_dist.phases import Phase
 from dora_dist.progress import RunLog, Stopwatch, peak_memory, show
@@ -87,6 +87,7 @@ class Trainer:
         without_mask = data.causal and not compiled_packs and CausalAttention.fits(built.model)
         self.attention = CausalAttention(built.model) if without_mask else None
         self.first_step = self.current = self.progress.step  # `current`: the step that is made, or was made last
+        self._layers, self._is_training = list(dora_layers(built.model).values()), False
         self._saved_at = self._evaluated_at = -1
         self._asked: Agreement | None = None  # on whether to end; None outside `run`
 
@@ -139,7 +140,9 @@ class Trainer:
         """One optimizer step. Returns this rank's part of the loss, and the global gradient norm. Where a rank's
         loss or gradient is not finite, no rank changes anything."""
         engine = self.built.engine
-        engine.module.train()
+        if not self._is_training:
+            engine.module.train()
+            self._is_training = True
         compiles = self.config.train.compile and self.progress.step == self.first_step
         factor = self.lr_factor(self.progress.step)
         for group, rate in zip(self.built.optimizer.param_groups, self.base_rates, strict=True):
@@ -160,7 +163,7 @@ class Trainer:
         grad_norm = engine.step()
         self._at(Phase.NORMS)
         with self.norm_clock:
-            refresh_norms(self.built.model, self.built.shards)
+            refresh_norms(self.built.model, self.built.shards, self._layers)
         self.progress.step += 1
         return loss, grad_norm
 
@@ -170,6 +173,7 @@ class Trainer:
         if self.data.evaluation is None:
             return {}
         self.built.engine.module.eval()
+        self._is_training = False
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for index, micro in enumerate(self.data.evaluation):
             self._end_if_asked()
@@ -188,6 +192,7 @@ class Trainer:
         """Greedy completions of log.sample_prompts; all ranks compute them in step."""
         model, tokenizer = self.built.model, self.data.tokenizer
         model.eval()
+        self._is_training = False
         texts = []
         for prompt in self.config.log.sample_prompts if self.data.causal else ():
             self._at(Phase.SAMPLING, watched=False)

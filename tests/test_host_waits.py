@@ -103,6 +103,27 @@ def test_a_step_reads_nothing_back(name, tiny_llama, tiny_rows, tmp_path, monkey
     assert watched_step(trainer, monkeypatch) == []
 
 
+def test_a_step_does_not_walk_over_the_modules(tiny_llama, tiny_rows, tmp_path, monkeypatch):
+    """Thousands in a large model, in Python."""
+    trainer = make_trainer(tiny_llama, tiny_rows, tmp_path)
+    trainer.train_step(trainer.data.plan.global_batch(0))
+    walks = []
+    for name in ("train", "modules", "named_modules"):
+        method = getattr(torch.nn.Module, name)
+
+        def noted(module, *args, name=name, method=method, **kwargs):
+            if module is trainer.built.model:
+                walks.append(name)
+            return method(module, *args, **kwargs)
+
+        monkeypatch.setattr(torch.nn.Module, name, noted)
+    trainer.train_step(trainer.data.plan.global_batch(1))
+    assert walks == []
+    trainer.sample()
+    trainer.train_step(trainer.data.plan.global_batch(2))
+    assert walks.count("train") == 2 and trainer.built.model.training  # eval is train(False)
+
+
 def test_the_watch_sees_what_transformers_reads(tiny_llama, tiny_rows, tmp_path, monkeypatch):
     """Left to make masks, transformers looks into the position ids in each forward."""
     trainer = make_trainer(tiny_llama, tiny_rows, tmp_path)

@@ -39,9 +39,13 @@ class FsdpShards:
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.is_writer = dist.get_rank() == 0
+        self._managed: tuple[nn.Module, list[FSDPModule]] | None = None  # what FSDP manages of a model
 
     def settle(self, model: nn.Module) -> None:
-        _reshard(model)
+        if self._managed is None or self._managed[0] is not model:
+            self._managed = model, list(_managed(model))
+        for module in self._managed[1]:
+            module.reshard()
 
     def shape(self, parameter: Tensor) -> torch.Size:
         return parameter.shape
@@ -109,7 +113,8 @@ class FsdpShards:
 
 def find_shards(model: nn.Module) -> Shards | None:
     """The shards of a model to which `fully_shard` was applied (by anyone); None if it was not."""
-    _reshard(model)
+    for module in _managed(model):
+        module.reshard()  # after a forward without backward the root stays gathered
     meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
     if len(meshes) > 1:
         raise UserError(f"the parameters lie on {len(meshes)} device meshes; DoRA norms need one mesh for all")
@@ -123,10 +128,8 @@ def _local(parameter: DTensor) -> Tensor:
         return parameter.to_local()
 
 
-def _reshard(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward without backward the root stays gathered
+def _managed(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
 def _require_row_sharding(parameter: DTensor) -> None:
