@@ -93,7 +93,7 @@ def simulate(calls: Sequence[Call], cluster: Cluster) -> StepTime:
             sent[call.phase, call.collective.kind] += call.collective.bytes
             messages[call.phase, call.collective.kind] += 1
             across = crosses(call.collective, cluster)
-            latency, transfer = _collective_parts(call.collective, cluster)
+            latency, transfer = collective_parts(call.collective, cluster)
             if device.blocking:  # by its own cores, when it comes to it
                 start = max(now, ready, free[across])
                 free[across] = start + transfer  # others of its threads have the link while one waits
@@ -140,14 +140,10 @@ def crosses(collective: Collective, cluster: Cluster) -> bool:
     return (collective.ranks - 1) * collective.stride >= cluster.per_node
 
 
-def collective_time(collective: Collective, cluster: Cluster) -> float:
-    """Seconds of a ring over the group: every byte but a rank's own goes over each rank's link once, twice for an
-    all-reduce. Between machines the slower of the two kinds of link counts, and every machine is a hop."""
-    return sum(_collective_parts(collective, cluster))
-
-
-def _collective_parts(collective: Collective, cluster: Cluster) -> tuple[float, float]:
-    """Seconds of latency, and of bytes on their way."""
+def collective_parts(collective: Collective, cluster: Cluster) -> tuple[float, float]:
+    """Seconds of a ring over the group: of latency, and of bytes on their way. Every byte but a rank's own goes
+    over each rank's link once, twice for an all-reduce. Between machines the slower of the two kinds of link
+    counts, and every machine is a hop."""
     ranks, device = collective.ranks, cluster.device
     if ranks == 1:
         return 0.0, 0.0

@@ -5,7 +5,7 @@ Units: bytes, bytes/s, FLOP/s, seconds. Rates are for one GPU and one direction;
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -93,10 +93,6 @@ class Cluster:
     @property
     def per_node(self) -> int:
         return self.gpus // self.nodes
-
-    def scaled(self, nodes: int) -> "Cluster":
-        """The same machines, more or fewer of them."""
-        return replace(self, gpus=self.per_node * nodes, nodes=nodes)
 
     def __str__(self) -> str:
         machines = f"{self.nodes} machines of {self.per_node}" if self.nodes > 1 else "one machine"
