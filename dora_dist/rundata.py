@@ -9,7 +9,7 @@ from torch import nn
 from dora_dist.backends.process import Processes
 from dora_dist.build import Blueprint
 from dora_dist.config import RunConfig
-from dora_dist.data import BatchPlan, StreamPlan, evaluation_batches, load_examples
+from dora_dist.data import BatchPlan, StreamPlan, begins_with_bos, evaluation_batches, load_examples
 from dora_dist.errors import UserError
 from dora_dist.fingerprint import tokenizer_fingerprint
 
@@ -44,7 +44,10 @@ class RunData:
         if config.data.streaming:
             if config.train.steps is None:
                 raise UserError("train.steps: needed with data.streaming, because a stream's length is unknown")
-            self.plan = StreamPlan(config.data.train, config.data, tokenizer, **about, **train_split)
+            exchange = processes.all_gather_bytes
+            self.plan = StreamPlan(
+                config.data.train, config.data, tokenizer, exchange=exchange, **about, **train_split
+            )
             self.steps = config.train.steps
             self._report = "streaming"
         else:
@@ -63,6 +66,18 @@ class RunData:
             rows = load_examples(config.data.eval, config.data, tokenizer, **about, key="data.eval")
             self._report += f"\nevaluation data: {rows.report}"
             self.evaluation = evaluation_batches(rows, **split, seq_len=config.data.seq_len, causal=self.causal)
+
+        if isinstance(self.plan, StreamPlan):
+            self.plan.start()  # now that nothing else renders chats
+
+    def encode_prompt(self, text: str) -> Any:
+        """A text to be continued, as a batch of one."""
+        special = not begins_with_bos(self.tokenizer, text)
+        return self.tokenizer(text, add_special_tokens=special, return_tensors="pt", return_token_type_ids=False)
+
+    def news(self, last: bool = False) -> list[str]:
+        """What to tell the user of a stream's rows, now that more of them are known; `last`: that was all."""
+        return self.plan.news(last) if isinstance(self.plan, StreamPlan) else []
 
     def fingerprints(self) -> dict[str, str]:
         """What identifies tokenizer, training and evaluation rows ("none" where there are none)."""
@@ -86,7 +101,7 @@ class RunData:
         if config.data.seq_len > limit:
             raise UserError(f"data.seq_len: {config.data.seq_len} exceeds the model's {limit} positions")
         for prompt in config.log.sample_prompts if self.causal else ():
-            length = len(self.tokenizer(prompt)["input_ids"]) + config.log.sample_tokens
+            length = self.encode_prompt(prompt)["input_ids"].shape[1] + config.log.sample_tokens
             if length > limit:
                 raise UserError(
                     f"log.sample_prompts: {prompt!r} and its completion need {length} of {limit} positions"

@@ -19,7 +19,7 @@ from dora_dist.backends.watchdog import Watchdog
 from dora_dist.build import Built, Strategy
 from dora_dist.checkpoint import Checkpoints, Found
 from dora_dist.config import RunConfig
-from dora_dist.data import GlobalBatch, additive_mask, begins_with_bos, packed_attention
+from dora_dist.data import GlobalBatch, additive_mask, packed_attention
 from dora_dist.errors import RunFailed, Stopped
 from dora_dist.health import SpeedCheck, StepCheck, StopSignals
 from dora_dist.loss import summed_loss, supervised_positions
@@ -110,6 +110,8 @@ class Trainer:
             self._next_step(check)
         check.finish()
         after = self.evaluate(self.data.steps)
+        for line in self.data.news(last=True):
+            self.log.say(line)
         self._summary(after, self.sample())
 
     def _next_step(self, check: StepCheck) -> None:
@@ -117,6 +119,8 @@ class Trainer:
         self.current = self.progress.step + 1
         self._at(Phase.DATA, watched=self.progress.step > self.first_step)  # a stream is read up to where it was
         batch = self.data.plan.global_batch(self.progress.step)
+        for line in self.data.news():
+            self.log.say(line)
         loss, grad_norm = self.train_step(batch)
         self.progress.tokens += batch.tokens
         step = self.progress.step
@@ -196,12 +200,7 @@ class Trainer:
         texts = []
         for prompt in self.config.log.sample_prompts if self.data.causal else ():
             self._at(Phase.SAMPLING, watched=False)
-            encoded = tokenizer(
-                prompt,
-                add_special_tokens=not begins_with_bos(tokenizer, prompt),
-                return_tensors="pt",
-                return_token_type_ids=False,
-            ).to(self.device)
+            encoded = self.data.encode_prompt(prompt).to(self.device)
             with torch.compiler.set_stance("force_eager"):  # graphs for a cache would use up dynamo's limit
                 output = model.generate(  # type: ignore[operator]
                     **encoded,

@@ -314,8 +314,10 @@ def test_ranks_train_and_tell_a_mistake_once(config, tmp_path):
     done = run_ranks(2, TRAIN, "--config", path, "parallel.strategy=fsdp")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "strategy fsdp, 2 processes" in done.stdout
-    done = run_ranks(2, TRAIN, "--config", path, "parallel.strategy=ddp")  # once hung when the group was left
+    streaming = ("data.streaming=true", "train.steps=2", "output_dir=" + config["output_dir"] + "/streaming")
+    done = run_ranks(2, TRAIN, "--config", path, "parallel.strategy=ddp", *streaming)  # once hung at its end
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "data, read once: " in done.stdout
     assert "strategy ddp, 2 processes" in done.stdout
     done = run_ranks(2, TRAIN, "--config", path, "dora.targets=nothing")
     assert done.returncode != 0

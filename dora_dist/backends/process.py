@@ -145,6 +145,16 @@ class Processes:
             return None
         return [part.numpy().tobytes()[:n] for part, n in zip(parts, lengths, strict=True)]
 
+    def all_gather_bytes(self, data: bytes) -> list[bytes]:
+        """Every rank's few bytes, in the order of the ranks, on every rank."""
+        if self.world_size == 1:
+            return [data]
+        lengths = self._lengths(data)
+        padded = _byte_tensor(data.ljust(max(1, *lengths), b"\0"))
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded)
+        return [part.numpy().tobytes()[:n] for part, n in zip(parts, lengths, strict=True)]
+
     def told_by_main(self, value: Any) -> Any:
         """Rank 0's small value (JSON) on every rank, however long it takes to come to this point: the others wait
         for the run's store, not in a collective, which has a time limit."""

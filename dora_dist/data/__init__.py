@@ -10,6 +10,8 @@ examples        all encoded rows, in flat arrays
 packing         several rows in one sequence
 batches         global batches, shared out over ranks; the evaluation pass
 streaming       the same from a stream too large to hold
+windows         a stream's rows, of which each rank encodes its share
+worker          the thread that does so ahead of the training
 """
 
 from dora_dist.data.batches import BatchPlan, EvaluationBatches, GlobalBatch, evaluation_batches

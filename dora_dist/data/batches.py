@@ -51,6 +51,10 @@ class Split:
             start = (a * self.world_size + self.rank) * self.micro_batch_size
             yield slice(start, start + self.micro_batch_size)
 
+    def owners(self, first: int, count: int) -> np.ndarray:
+        """[count] the ranks that train on units first, first + 1, ... of the endless stream of units."""
+        return np.arange(first, first + count) // self.micro_batch_size % self.world_size
+
 
 @dataclass(frozen=True)
 class Collate:
