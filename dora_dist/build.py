@@ -32,6 +32,7 @@ from dora_dist.loss import HeadLoss, attach_head_loss, has_plain_logits
 from dora_dist.norms import attach_norm_refresh, initialize_adapters
 from dora_dist.optim import LossScale, make_optimizer, optimizer_class
 from dora_dist.pack import pack_linears
+from dora_dist.participation import idle_modules
 from dora_dist.prequantized import check_quantization, find_four_bit
 from dora_dist.shards import Shards, blocks
 from dora_dist.target import is_gpu
@@ -90,7 +91,8 @@ def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from
     plain_logits = causal and has_plain_logits(model)
     head = () if causal else classifier_head(model)
     saved = [*config.dora.modules_to_save, *(h for h in head if h not in config.dora.modules_to_save)]
-    inject_dora(model, replace(config.dora, modules_to_save=saved), base)
+    idle = idle_modules(model, config.dora.modules_to_save) or ()
+    inject_dora(model, replace(config.dora, modules_to_save=saved), base, idle)
     if config.quant.scheme == "nf4":
         split = world_size if config.parallel.strategy == "zero3" else 1
         pack_linears(model, config.quant, split, files.block_sizes() if files is not None else {})

@@ -54,13 +54,29 @@ def meta_model(config: ModelConfig, directory: Path) -> nn.Module:
     """
     arguments = _model_arguments(config, directory)
     try:
-        with _parameters_on_meta():
-            model = _auto_class(config).from_config(**arguments)
+        model = _from_config(config, arguments)
     except Exception as error:  # whatever a model's code makes of a wrong config.json
-        raise _bad_config(directory, error) from None
+        raise _bad_attention(config, directory, error) or _bad_config(directory, error) from None
     _widen_as_transformers_does(model, arguments["dtype"])
     model.config.use_cache = False
     return model
+
+
+def _from_config(config: ModelConfig, arguments: dict[str, Any]) -> Any:
+    with _parameters_on_meta():
+        return _auto_class(config).from_config(**arguments)
+
+
+def _bad_attention(config: ModelConfig, directory: Path, error: Exception) -> UserError | None:
+    """Where the model can be made with its own attention, the one that was asked for is what is wrong."""
+    if config.attention == "eager":
+        return None
+    try:
+        _from_config(config, {**_model_arguments(config, directory), "attn_implementation": "eager"})
+    except Exception:
+        return None
+    reason = " ".join(str(error).split()).split(". ")[0]
+    return UserError(f"model.attention: {config.attention} does not work here, eager does: {reason}")
 
 
 def _widen_as_transformers_does(model: Any, dtype: torch.dtype) -> None:

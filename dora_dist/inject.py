@@ -6,7 +6,8 @@ Works on any nn.Module, on the meta device too. Nothing is changed before everyt
 
 import fnmatch
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +33,12 @@ class Injection:
     saved_dtypes: dict[str, torch.dtype]  # the base's, of their parameters
     casts: tuple[RemovableHandle, ...]  # the hooks around modules trained in fp32 inside a 16-bit model
     base: Base | None = None  # what the model was before, where that is known
+    left_out: tuple[str, ...] = ()  # linear layers that all-linear would mean, but take no part in the loss
 
 
-def inject_dora(model: nn.Module, config: DoraConfig, base: Base | None = None) -> nn.Module:
+def inject_dora(
+    model: nn.Module, config: DoraConfig, base: Base | None = None, idle: Collection[str] = ()
+) -> nn.Module:
     """Swap the targets of `config` for DoRA layers, in place, and return the model.
 
     Targets are nn.Linear, transformers' Conv1D (GPT-2) and nn.Embedding modules. The layers share the model's
@@ -44,6 +48,7 @@ def inject_dora(model: nn.Module, config: DoraConfig, base: Base | None = None) 
 
     Args:
         base: what the model is; `save_adapter` writes it down, and `load_adapter` refuses adapters of another.
+        idle: modules that take no part in the loss: all-linear leaves them out, and to name them is an error.
 
     Raises:
         UserError: a name matches nothing (the closest names are given), a module is of another kind, a rank
@@ -55,7 +60,7 @@ def inject_dora(model: nn.Module, config: DoraConfig, base: Base | None = None) 
         raise UserError(
             "the model is sharded already: call inject_dora first, then fully_shard or deepspeed.initialize"
         )
-    targets, magnitude_only, saved = _choose(model, config)
+    targets, magnitude_only, saved = _choose(model, config, idle)
     specs = {name: _spec(name, module, name in magnitude_only, config) for name, module in targets.items()}
     _check_patterns(targets, config)
     _check_ties(model, saved)
@@ -72,7 +77,11 @@ def inject_dora(model: nn.Module, config: DoraConfig, base: Base | None = None) 
     }
     narrow = {name: _narrowest_dtype(model.get_submodule(name)) for name in saved}
     casts = [h for name, dtype in narrow.items() for h in _train_in_full(model.get_submodule(name), dtype)]
-    model.dora = Injection(config, tuple(targets), tuple(saved), dtypes, tuple(casts), base)  # type: ignore[assignment]
+    left_out: tuple[str, ...] = ()
+    if "all-linear" in config.target_list():
+        left_out = tuple(name for name in sorted(idle) if is_linear(model.get_submodule(name)))
+    injection = Injection(config, tuple(targets), tuple(saved), dtypes, tuple(casts), base, left_out)
+    model.dora = injection  # type: ignore[assignment]
     return model
 
 
@@ -119,24 +128,32 @@ def rank_and_alpha(name: str, config: DoraConfig) -> tuple[int, float]:
     return rank, config.alpha_pattern[alpha_key] if alpha_key else config.alpha
 
 
-def _choose(model: nn.Module, config: DoraConfig) -> tuple[dict[str, nn.Module], set[str], list[str]]:
+def _choose(
+    model: nn.Module, config: DoraConfig, idle: Collection[str]
+) -> tuple[dict[str, nn.Module], set[str], list[str]]:
     """(targets by name, the names of those that train the magnitude alone, modules trained in full)."""
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
     saved = [name for name in modules if matches(name, config.modules_to_save)]
     _require_all_match("dora.modules_to_save", config.modules_to_save, modules)
-    candidates = [name for name, m in modules.items() if _is_target_kind(m)]
+    candidates = [name for name, m in modules.items() if is_target_kind(m)]
     free = [name for name in candidates if not inside(name, saved)]
     magnitude_only = _selected("dora.magnitude_only", config.magnitude_only, modules, free)
     names = [t for t in config.target_list() if t != "all-linear"]
     chosen = _selected("dora.targets", names, modules, free) | magnitude_only
+    for key, patterns, found in (
+        ("dora.modules_to_save", config.modules_to_save, saved),
+        ("dora.targets", [*names, *config.magnitude_only], sorted(chosen)),
+    ):
+        _refuse_idle(key, patterns, found, idle)
     if "all-linear" in config.target_list():
         head = _output_heads(model)
-        chosen |= {name for name in free if is_linear(modules[name]) and modules[name] not in head}
+        linear = {name for name in free if is_linear(modules[name]) and modules[name] not in head}
+        chosen |= linear.difference(idle)
     if not chosen:
         raise UserError("dora.targets: nothing to adapt; name at least one module, or all-linear")
     targets = {name: modules[name] for name in modules if name in chosen}
     for name, module in targets.items():
-        if not _is_target_kind(module):
+        if not is_target_kind(module):
             inner = [n for n in candidates if n.startswith(name + ".")]
             raise UserError(
                 f"dora.targets: {name!r} is a {type(module).__name__}; targets are Linear, Conv1D and "
@@ -145,6 +162,21 @@ def _choose(model: nn.Module, config: DoraConfig) -> tuple[dict[str, nn.Module],
         if inside(name, saved):
             raise UserError(f"dora.targets: {name!r} is trained in full by dora.modules_to_save already")
     return targets, magnitude_only, saved
+
+
+def _refuse_idle(key: str, patterns: Iterable[str], found: Sequence[str], idle: Collection[str]) -> None:
+    """UserError: one of the modules that the user named takes no part in the loss."""
+    name = next((name for name in found if name in idle), None)
+    if name is None:
+        return
+    pattern = matches(name, patterns)
+    assert pattern is not None
+    others = [n for n in found if n not in idle and matches(n, [pattern])]
+    hint = "" if others else "; name modules that do"
+    if others:
+        common = os.path.commonprefix(others).rpartition(".")[0]  # noqa: RUF071 - of names
+        hint = f"; those that do are {others[0] if len(others) == 1 else f'{common}.*.{_suffix(pattern)}'!r}"
+    raise UserError(f"{key}: {pattern!r} means {name!r}, which takes no part in the loss of text{hint}")
 
 
 def _selected(key: str, patterns: Iterable[str], modules: Iterable[str], candidates: list[str]) -> set[str]:
@@ -274,7 +306,7 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or _is_conv1d(module)
 
 
-def _is_target_kind(module: nn.Module) -> bool:
+def is_target_kind(module: nn.Module) -> bool:
     # An embedding with max_norm rewrites its weight in each forward.
     return is_linear(module) or (type(module) is nn.Embedding and module.max_norm is None)
 

@@ -124,13 +124,16 @@ class RowsOfCopies(Whole):
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """What a sharding gathers at a time: the elements of outermost ModuleLists that have parameters."""
+    for blocks in outermost_lists(model):
+        yield from (block for block in blocks if any(True for _ in block.parameters()))
+
+
+def outermost_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
     inside: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and module not in inside:
-            for block in module:
-                inside.update(block.modules())
-                if any(True for _ in block.parameters()):
-                    yield block
+            inside.update(module.modules())
+            yield module
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ LAYERS = [
     ["engine", "packed", "backends.watchdog", "backends.rehearsal", "pieces"],
     ["backends.replicated", "backends.fsdp", "backends.zero", "layers"],
     ["weights", "inject", "norms"],
-    ["peft_format", "pack"],
+    ["peft_format", "pack", "participation"],
     ["adapter_files"],
     ["adapter"],
     ["hf_model", "progress"],

@@ -65,7 +65,9 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
     if size > vocab_size:
         raise UserError(
             f"model.path: the tokenizer has {size} tokens, but the model's vocabulary is {vocab_size}; "
-            "valid would be the tokenizer that the model was trained with"
+            "valid would be the tokenizer that the model was trained with, or a model with rows for the new ones: "
+            f"model.resize_token_embeddings({-(-size // 64) * 64}), then save_pretrained(DIRECTORY) of model and "
+            "tokenizer; to train these rows, name the embedding in dora.modules_to_save"
         )
 
 

@@ -1,0 +1,117 @@
+"""Which layers take part in the loss of a row of text, found before any weight is read: a forward and a backward
+of the meta model on fake tensors, with a factor on the output of each layer that could be adapted.
+
+A layer whose factor gets no gradient would be trained in vain: the towers for images and sound of a model that is
+given text alone, and layers whose weight the model's code reads without calling them, which passes the adapter by.
+Of many equal blocks one is tried.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from dora_dist.inject import is_target_kind, matches
+from dora_dist.shards import outermost_lists
+
+_TOKENS = 8  # of the row
+
+
+def idle_modules(model: nn.Module, saved: Iterable[str] = ()) -> frozenset[str] | None:
+    """The names of the layers that could be adapted, and of the modules that the patterns `saved` mean, which take
+    no part in the loss of text. None: unknown, as the model's code asks for values, which fake tensors lack."""
+    with _one_of_equal_blocks(model) as tried_as:
+        tried = _idle(model, list(saved))
+    if tried is None:  # its code may count its blocks
+        tried, tried_as = _idle(model, list(saved)), {}
+    if tried is None:
+        return None
+    elsewhere = (name for name in tried if not name.startswith(tuple(tried_as.values())))
+    in_blocks = (
+        block + name.removeprefix(stand_in)
+        for block, stand_in in tried_as.items()
+        for name in tried
+        if name.startswith(stand_in)
+    )
+    return frozenset([*elsewhere, *in_blocks])
+
+
+def _idle(model: nn.Module, saved: list[str]) -> set[str] | None:
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    in_full = {name for name in modules if matches(name, saved)}
+    with FakeTensorMode(allow_non_fake_inputs=True), _experts_at_once(model):
+        tensors = {name: torch.empty_like(p, device="cpu") for name, p in model.named_parameters()}
+        trained = {name: [t for key, t in tensors.items() if key.startswith(f"{name}.")] for name in in_full}
+        for tensor in (t for own in trained.values() for t in own):
+            tensor.requires_grad_()
+        factors = {m: torch.ones((), requires_grad=True) for m in modules.values() if is_target_kind(m)}
+        hooks = [module.register_forward_hook(_times(factor)) for module, factor in factors.items()]
+        try:
+            ids = torch.zeros(1, _TOKENS, dtype=torch.long)
+            with torch.enable_grad():
+                functional_call(model, tensors, kwargs={"input_ids": ids}).logits.sum().backward()
+        except Exception:  # whatever a model's code makes of tensors without values
+            return None
+        finally:
+            for hook in hooks:
+                hook.remove()
+    idle = {name for name, module in modules.items() if module in factors and factors[module].grad is None}
+    return idle | {name for name, own in trained.items() if all(tensor.grad is None for tensor in own)}
+
+
+def _times(factor: Tensor) -> Callable[..., Tensor]:
+    def hook(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        return output * factor.to(output.dtype)
+
+    return hook
+
+
+@contextmanager
+def _one_of_equal_blocks(model: nn.Module) -> Iterator[dict[str, str]]:
+    """Inside, the outermost lists of blocks have one of each kind. Gives the prefix of every block's names, and of
+    those of the block that stands for it."""
+    names = {module: name for name, module in model.named_modules()}
+    tried_as: dict[str, str] = {}
+    whole = {blocks: blocks._modules for blocks in outermost_lists(model)}
+    for blocks, modules in whole.items():
+        first: dict[object, nn.Module] = {}
+        for key, block in modules.items():
+            kind = _kind(block)
+            first.setdefault(kind, block)
+            tried_as[f"{names[blocks]}.{key}."] = f"{names[blocks]}.{list(first).index(kind)}."
+        blocks._modules = {str(number): block for number, block in enumerate(first.values())}
+    try:
+        yield tried_as
+    finally:
+        for blocks, modules in whole.items():
+            blocks._modules = modules
+
+
+def _kind(block: nn.Module) -> tuple[object, ...]:
+    """What equal blocks have in common: their modules, shapes and switches (such as which attention one has)."""
+    shapes = ((name, tuple(p.shape)) for name, p in block.named_parameters())
+    switches = (
+        (name, type(module), key, value)
+        for name, module in block.named_modules()
+        for key, value in (*vars(module).items(), ("", None))
+        if isinstance(value, bool | str | None) and key != "training"
+    )
+    return (*shapes, *switches)
+
+
+@contextmanager
+def _experts_at_once(model: nn.Module) -> Iterator[None]:
+    """Inside, transformers' mixtures compute in the one way that asks for no values, in any dtype."""
+    attribute = "_experts_implementation_internal"
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), attribute)}
+    before = {key: getattr(config, attribute) for key, config in configs.items()}
+    for config in configs.values():
+        setattr(config, attribute, "batched_mm")
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            setattr(config, attribute, before[key])
