@@ -34,7 +34,7 @@ SETTINGS = {  # variables, threads, flags of the CPU that it takes
     "SSE, 1 thread": (limits("default", "SSE41", ENABLE_INSTRUCTIONS="SSE4_2"), 1, ("sse4_2",)),
     "AVX2, 1 thread": (limits("avx2", "AVX2", ENABLE_INSTRUCTIONS="AVX2"), 1, ("avx2", "fma")),
     "AVX2, 2 threads": (limits("avx2", "AVX2", ENABLE_INSTRUCTIONS="AVX2"), 2, ("avx2", "fma")),
-    "AVX2, as MKL treats other vendors' CPUs": (limits("avx2", "AVX2", CBWR="COMPATIBLE"), 1, ("avx2", "fma")),
+    "AVX2, as MKL serves other vendors": (limits("avx2", "AVX2", CBWR="COMPATIBLE"), 1, ("avx2", "fma")),
     "AVX-512, 1 thread": (limits("avx512", "AVX512_CORE", ENABLE_INSTRUCTIONS="AVX512"), 1, AVX512),
     "AVX-512, 2 threads": (limits("avx512", "AVX512_CORE", ENABLE_INSTRUCTIONS="AVX512"), 2, AVX512),
 }

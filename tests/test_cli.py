@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT, child_environment
 from support_ranks import run_ranks
+from support_rounding import TRAINED
 
 from dora_dist import cli
 from dora_dist.cli import main
@@ -81,7 +82,7 @@ def test_the_first_loss_is_the_mean_over_supervised_tokens(config, tmp_path):
         with torch.no_grad():
             n = ids.shape[1] - len(prompt)
             total, count = total + model(ids, labels=labels).loss.item() * n, count + n
-    assert line["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert line["loss"] == pytest.approx(total / count, rel=TRAINED)
     assert line["tokens"] > count
 
 
@@ -96,7 +97,7 @@ def test_continuing_from_an_adapter_starts_where_it_ended(config, tmp_path):
         lines = map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())
         return [line["eval_loss"] for line in lines if "eval_loss" in line]
 
-    assert evaluations("again")[0] == pytest.approx(evaluations("run")[1], rel=1e-6)
+    assert evaluations("again")[0] == pytest.approx(evaluations("run")[1], rel=TRAINED)
 
 
 def test_packing_streaming_schedules_and_rates(config, tmp_path):

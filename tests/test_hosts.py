@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, child_environment
 from support_launch import SECONDS, wait_until
+from support_rounding import TRAINED
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -114,7 +115,7 @@ def test_two_hosts_train_as_one(one_host, launcher, strategy, tmp_path):
     with Hosts(2, mbit=1000, delay_ms=5.0, loopback_names=True) as hosts:
         run = Run(hosts, tmp_path / "run", launcher, "train.steps=6", f"parallel.strategy={strategy}")
         assert run.ends() == [0, 0], run.printed(0)[-3000:] + run.printed(1)[-3000:]
-    assert run.losses() == pytest.approx(one_host, abs=1e-5)
+    assert run.losses() == pytest.approx(one_host, rel=TRAINED)
 
 
 @pytest.mark.parametrize(("launcher", "gone"), [("c10d", 0), ("deepspeed", 1)])

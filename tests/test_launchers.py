@@ -17,6 +17,7 @@ import yaml
 from conftest import ROOT
 from support_launch import SECONDS, Launch, free_port, wait_until
 from support_ranks import Ranks
+from support_rounding import TRAINED
 
 from dora_dist.errors import UserError
 
@@ -89,7 +90,7 @@ def test_one_node_and_two_train_alike_and_rank_0_alone_writes(start, tmp_path, m
     assert files(one) == files(node_0) == {"config.yaml", "deepspeed.json", "metrics.jsonl"} | adapter
     assert files(node_1) == set()
     assert len(losses(one)) == 3
-    assert losses(node_0) == pytest.approx(losses(one), rel=1e-6)
+    assert losses(node_0) == pytest.approx(losses(one), rel=TRAINED)
 
 
 @pytest.mark.slow
