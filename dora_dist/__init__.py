@@ -1,13 +1,27 @@
 """DoRA fine-tuning that is aware of sharding. See README.md for the command line, docs/ for how it works."""
 
-from dora_dist.adapter import load_adapter, merge_adapter, save_adapter
-from dora_dist.config import DoraConfig
-from dora_dist.errors import UserError
-from dora_dist.inject import inject_dora
-from dora_dist.layers import DoraEmbedding, DoraLinear
-from dora_dist.norms import attach_norm_refresh, refresh_norms
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dora_dist.adapter import load_adapter, merge_adapter, save_adapter
+    from dora_dist.config import DoraConfig
+    from dora_dist.errors import UserError
+    from dora_dist.inject import inject_dora
+    from dora_dist.layers import DoraEmbedding, DoraLinear
+    from dora_dist.norms import attach_norm_refresh, refresh_norms
 
 __version__ = "0.1.0"
+
+# Imported when they are asked for: the command line answers --help and a mistake in a YAML without torch.
+_HOMES = {
+    "adapter": ("load_adapter", "merge_adapter", "save_adapter"),
+    "config": ("DoraConfig",),
+    "errors": ("UserError",),
+    "inject": ("inject_dora",),
+    "layers": ("DoraEmbedding", "DoraLinear"),
+    "norms": ("attach_norm_refresh", "refresh_norms"),
+}
 
 __all__ = [
     "DoraConfig",
@@ -21,3 +35,15 @@ __all__ = [
     "refresh_norms",
     "save_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"dora_dist.{module}"), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

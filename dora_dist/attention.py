@@ -17,6 +17,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -24,11 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.target import gpu_is_rehearsed, is_gpu
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None  # type: ignore[assignment]
 
 _NAME = "sdpa_causal_documents"
 _packed: "_Packed | None" = None  # of the micro-batch in work
@@ -150,11 +146,21 @@ def _attend(
     return torch.cat(rows), None
 
 
+@cache
+def varlen() -> Any:
+    """torch's varlen_attn; None before torch 2.10. Not imported sooner, since torch._dynamo comes with it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
 def _fits_varlen(query: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
     """Whether torch's flash kernel for documents of different lengths can be used."""
     return (
-        varlen_attn is not None
-        and is_gpu(query.device)
+        is_gpu(query.device)
+        and varlen() is not None
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] == value.shape[-1] <= 256
         and query.shape[-1] % 8 == 0
@@ -173,6 +179,5 @@ def _by_varlen(
     bounds, longest = packed.bounds(T, query.device)
     query, key, value = (t.transpose(1, 2).reshape(B * T, N, D) for t in (query, key, value))
     window = (-1, 0) if causal else (-1, -1)
-    attend: Any = varlen_attn
-    output = attend(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=window)
+    output = varlen()(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=window)
     return output.view(B, T, N, D)

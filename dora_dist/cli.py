@@ -129,14 +129,19 @@ def _plan(options: argparse.Namespace) -> None:
     from dora_dist.hardware import find_cluster
 
     cluster = find_cluster(options.gpu, options.gpus, options.nodes, options.net)
-    from dora_dist.hf_model import resolve_model
+    from dora_dist.known_models import directory_to_plan
     from dora_dist.plan import as_json, as_text, make_plan
     from dora_dist.rehearse import Rehearsals
 
     _quiet_transformers()
-    directory = resolve_model(config.model.path, config_only=True)
-    with Rehearsals() as rehearse:
+    with directory_to_plan(config.model.path) as (directory, built_in), Rehearsals(here=True) as rehearse:
         made = make_plan(config, directory, cluster, rehearse, compare=True)
+    if built_in:
+        print(
+            f"note: {config.model.path} could not be fetched; its shape is the built-in one, of its published "
+            "config.json",
+            file=sys.stderr if options.json else sys.stdout,
+        )
     print(json.dumps(as_json(made), indent=2) if options.json else as_text(made))
 
 

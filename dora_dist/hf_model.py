@@ -33,7 +33,12 @@ def resolve_model(path: str, allow_pickle: bool = False, config_only: bool = Fal
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"model.path: there is no directory {path!r}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     wanted = ["config.json"] if config_only else ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
     wanted += ["pytorch_model*.bin"] * (allow_pickle and not config_only)
@@ -41,8 +46,11 @@ def resolve_model(path: str, allow_pickle: bool = False, config_only: bool = Fal
         return Path(snapshot_download(path, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
+        if isinstance(error, GatedRepoError):
+            reason = "its owner must let you in, and you log in by `hf auth login`"
         raise UserError(
-            f"model.path: {path!r} is no directory, and as a hub id it cannot be fetched: {reason}"
+            f"model.path: {path!r} is no directory, and as a hub id it cannot be fetched: {reason}; valid is a "
+            "directory in Hugging Face layout, or an open id such as 'Qwen/Qwen3-8B'"
         ) from None
 
 
@@ -204,6 +212,7 @@ def _parameters_on_meta() -> Iterator[None]:
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:  # a tied one is there already
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers need not draw numbers
         register(module, name, parameter)
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]

@@ -21,7 +21,7 @@ from torch.library import custom_op
 
 from dora_dist import quant
 from dora_dist.quant import CODES, Nf4, PackedMatrix
-from dora_dist.target import gpu_is_rehearsed
+from dora_dist.target import constant_when_compiled, gpu_is_rehearsed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHUNK = 512  # elements of a row (or column) that one program of the norms sums
@@ -34,7 +34,7 @@ def available(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
     return dtype in _DTYPES and device.type in ("cuda", "cpu") and _constant_run_on(device.type, device.index)
 
 
-@torch.compiler.assume_constant_result  # what imports a library cannot be traced
+@constant_when_compiled
 def _constant_run_on(kind: str, index: int | None) -> bool:
     return _run_on(kind, index)
 

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from dora_dist.backends.process import Processes
-from dora_dist.build import draw_blueprint, strategy_for
 from dora_dist.config import ParallelConfig, RunConfig
 from dora_dist.cost import StepTime, step_time
 from dora_dist.errors import UserError
@@ -91,10 +90,9 @@ def make_plan(
     Raises:
         UserError: the configuration is refused, as training would.
     """
-    model = draw_blueprint(config, directory, cluster.gpus, from_files=False).model
 
     def planned(config: RunConfig) -> Plan:
-        return _plan(rehearse(_job(config, directory, cluster, gpu)), model, cluster)
+        return _plan(rehearse(_job(config, directory, cluster, gpu)), cluster)
 
     plan = planned(config)
     changes: list[Change] = []
@@ -125,12 +123,11 @@ def _job(config: RunConfig, directory: Path, cluster: Cluster, gpu: bool) -> Job
     return Job(config, directory, cluster.gpus, cluster.per_node, gpu, cluster.device.memory)
 
 
-def _plan(found: Rehearsed, model: nn.Module, cluster: Cluster) -> Plan:
+def _plan(found: Rehearsed, cluster: Cluster) -> Plan:
     config = found.job.config
-    _, reason = strategy_for(config, model, cluster.gpus, cluster.device.memory)
     rows = config.train.micro_batch_size * config.train.accumulation * cluster.gpus
     time = step_time(found, cluster)
-    return Plan(cluster, found.strategy, reason, found, time, rows * config.data.seq_len)
+    return Plan(cluster, found.strategy, found.reason, found, time, rows * config.data.seq_len)
 
 
 def _smaller(config: RunConfig, strategy: str, cluster: Cluster) -> list[dict[str, Any]]:

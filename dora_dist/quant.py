@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_dist.target import is_gpu
+from dora_dist.target import constant_when_compiled, is_gpu
 
 # The quantiles of a normal distribution, scaled to [-1, 1], as QLoRA publishes them.
 CODES = (
@@ -136,7 +136,7 @@ def _scales(stored: Sequence[Tensor]) -> Tensor:
     return torch.addcmul(ranges[:, :1], codes.float(), ranges[:, 1:])
 
 
-@torch.compiler.assume_constant_result  # what imports a library cannot be traced
+@constant_when_compiled
 def _has_kernels(block_size: int, on_gpu: bool) -> bool:
     return _load_kernels() and (block_size >= 64 or not on_gpu)
 

@@ -9,7 +9,6 @@ step holds, computes and sends is a straight line in the number of blocks, which
 
 import gc
 import logging
-import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +17,14 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-from unittest import mock
+from typing import Any, TypeVar
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dora_dist import decomposition, packed, products, weights
@@ -37,11 +37,13 @@ from dora_dist.backends.rehearsal import (
     shapes_uncounted,
     stay_fake,
 )
-from dora_dist.build import Blueprint, Strategy, build, choose_strategy, draw_blueprint
+from dora_dist.build import Blueprint, Strategy, build, choose_strategy, draw_blueprint, strategy_for
 from dora_dist.config import RunConfig
 from dora_dist.data import GlobalBatch
 from dora_dist.errors import RunFailed, UserError
+from dora_dist.forked import Forked
 from dora_dist.launcher import end_with_parent
+from dora_dist.patches import Patches
 from dora_dist.phases import Phase
 from dora_dist.shards import blocks
 from dora_dist.stand_ins import (
@@ -58,11 +60,11 @@ from dora_dist.target import rehearsed_gpu
 from dora_dist.trace import HOST, Call, Tracer
 from dora_dist.trainer import Trainer
 
-_attend = F.scaled_dot_product_attention
+T = TypeVar("T")
+
+_last_drawn: tuple[tuple, Blueprint] | None = None  # what about it matters, and the model
 _SHORT = {"zero3": (3, 5)}  # blocks of the two short versions, else 3 and 4: ZeRO-3 is at two blocks at a time
 _STEPS = {"zero3": 3}  # else 2: the second has the optimizer's states, the third ZeRO-3's prefetches
-
-
 _UNKNOWN = "this run cannot be rehearsed, so whether it fits is not known: "
 _KILLED = _UNKNOWN + "its process was killed; perhaps the machine has no memory left"
 # What goes through a weight piece by piece holds the same for each.
@@ -81,7 +83,7 @@ class Job:
     ranks_per_node: int
     gpu: bool = True  # as on GPUs; else as on this machine's CPU, with gloo
     device_memory: float = float("inf")  # bytes, which parallel.strategy: auto asks for
-    blocks: int | None = None  # of the model's; None: all
+    blocks: int | None = None  # of the model's; None: all, as two short versions tell of them
     around: Callable[[], AbstractContextManager] | None = None  # the rehearsal, for comparisons
     every_piece: bool = False  # also go through a weight piece by piece, which takes time and holds nothing more
 
@@ -94,6 +96,7 @@ class Short:
     blocks: int
     peaks: Peaks  # over all steps
     calls: list[Call]
+    replaced: dict[str, int]  # what a rehearsal replaces -> how often it was called
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Rehearsed:
 
     job: Job
     strategy: str
+    reason: str  # for the strategy
     blocks: int
     runs: tuple[Short, ...]
 
@@ -137,20 +141,22 @@ class Rehearsed:
 
 class Rehearsals:
     """Makes rehearsals, each in processes of its own: a fake group stays in a process for its lifetime. They are
-    forked from two that have imported what they need, which takes as long as many a rehearsal.
+    forked from one that has imported what they need and drawn the model: `here`, from this one, which must then
+    have no threads and no GPU in use; else from one that is started for them.
 
         with Rehearsals() as rehearse:
             rehearse(Job(config, directory, world_size=64, ranks_per_node=8)).peak()
     """
 
+    def __init__(self, here: bool = False):
+        self._pool = None if here else ProcessPoolExecutor(1, get_context("spawn"), initializer=end_with_parent)
+
     def __enter__(self) -> "Rehearsals":
-        self._pool = ProcessPoolExecutor(
-            2, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent
-        )
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown()
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def __call__(self, job: Job) -> Rehearsed:
         """
@@ -160,37 +166,50 @@ class Rehearsals:
         """
         job = replace(job, config=_plain(job.config))
         try:
-            # Meanwhile this process draws the model, and finds how many of its blocks are worth it.
-            for _ in range(2):
-                self._pool.submit(_import)
-            total, depths = _depths(job)
-            futures = [self._pool.submit(_forked, _in_child, replace(job, blocks=n)) for n in depths]
-            found = [future.result() for future in futures]
+            found = (
+                _rehearsed(job, _in_child) if self._pool is None
+                else self._pool.submit(_rehearsed, job, _in_child).result()
+            )  # fmt: skip
         except BrokenProcessPool:
             raise RunFailed(_KILLED) from None
-        for result in found:
-            if isinstance(result, Exception):
-                raise result
-        runs = tuple(result for result in found if isinstance(result, Short))
-        return Rehearsed(job, runs[0].strategy, total, runs)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
 
-def _import() -> None:
-    """In a process that others are forked from, which has done so with this file."""
+def _rehearsed(job: Job, in_child: Callable[[Job], Any]) -> Rehearsed | UserError | RunFailed:
+    """Draw the model, and rehearse it in processes forked from this one."""
+    torch.set_num_threads(1)  # nothing here computes, and a fork of a process whose kernels had threads can hang
+    drawn = _caught(_draw, job)
+    if isinstance(drawn, Exception):
+        return drawn
+    name, reason = strategy_for(job.config, drawn.model, job.world_size, job.device_memory)
+    found = [_signature(block) for block in blocks(drawn.model)]
+    depths: Sequence[int | None] = [job.blocks]
+    first, second = _SHORT.get(name, (3, 4))
+    if job.blocks is None and len(set(found)) == 1 and len(found) > second:
+        depths = (first, second)
+    # Of a short model `auto` might make another.
+    parallel = replace(job.config.parallel, strategy=name)  # type: ignore[arg-type]
+    short = replace(job, config=replace(job.config, parallel=parallel))
+    gc.freeze()  # the children's collections need not look at what is here
+    children = [Forked(in_child, replace(short, blocks=n)) for n in depths]
+    gc.unfreeze()
+    results = [child.result(RunFailed(_KILLED)) for child in children]
+    runs = tuple(result for result in results if isinstance(result, Short))
+    if len(runs) < len(results):
+        return next(result for result in results if not isinstance(result, Short))
+    return Rehearsed(job, name, reason, len(found), runs)
 
 
-def _forked(make: Callable[[Job], Any], job: Job) -> Any:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), initializer=end_with_parent) as pool:
-        try:
-            return pool.submit(make, job).result()
-        except BrokenProcessPool:
-            return RunFailed(_KILLED)
+def _in_child(job: Job) -> Short | UserError | RunFailed:
+    return _caught(rehearse_here, job)
 
 
-def _in_child(job: Job) -> "Short | UserError | RunFailed":
+def _caught(make: Callable[[Job], T], job: Job) -> T | UserError | RunFailed:
     """Errors as values: not all that libraries raise can be sent to another process."""
     try:
-        return rehearse_here(job)
+        return make(job)
     except UserError as error:
         return UserError(str(error))
     except Exception as error:  # whatever a model's or a library's code does not do with fake tensors
@@ -201,16 +220,6 @@ def _plain(config: RunConfig) -> RunConfig:
     """Without what changes nothing here: the values of an adapter to go on from, and compilation."""
     dora, train = replace(config.dora, init_from=None), replace(config.train, compile=False)
     return replace(config, dora=dora, train=train)
-
-
-def _depths(job: Job) -> tuple[int, Sequence[int | None]]:
-    """The number of a model's blocks, and how many of them to rehearse."""
-    config = job.config
-    model = draw_blueprint(config, job.directory, job.world_size, from_files=False).model
-    found = [_signature(block) for block in blocks(model)]
-    equal = len(set(found)) == 1
-    short = _SHORT.get(config.parallel.strategy, (3, 4))
-    return len(found), short if equal and len(found) > short[1] else (None,)
 
 
 def _signature(block: nn.Module) -> tuple:
@@ -228,31 +237,42 @@ def rehearse_here(job: Job) -> Short:
         around.enter_context(fake_group(job.world_size, job.ranks_per_node))
         if job.gpu:
             around.enter_context(rehearsed_gpu())
-            attend = mock.patch.object(F, "scaled_dot_product_attention", _without_dropout)
-            around.enter_context(attend)
         if job.around is not None:
             around.enter_context(job.around())
         processes = Processes()
-        blueprint = _drawn(job)
+        blueprint = _draw(job)
+        if job.blocks is not None:
+            _shorten(blueprint.model, job.blocks)
         strategy = choose_strategy(job.config, blueprint.model, processes, job.device_memory)
         if strategy.name == "fsdp":
             strategy.mesh  # type: ignore[union-attr]  # noqa: B018 - a mesh cannot be made of fake tensors
-        around.enter_context(every_rank_alike())
-        for module, name in () if job.every_piece else _PIECES:
-            around.enter_context(mock.patch.object(module, name, _first_of(getattr(module, name))))
         tracer = Tracer(collective_of, **({"rounded": rounded} if job.gpu else {"scratch_of": gloo_scratch}))
-        around.enter_context(shapes_uncounted(tracer.paused))
+        patches = around.enter_context(Patches())
+        _replace(patches, job, blueprint.model, strategy.name, tracer)
         batch = full_batch(job.config, job.world_size)  # real: the lengths of documents are read
         around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         around.enter_context(tracer)
         count = sum(1 for _ in blocks(blueprint.model))
         _run(job, blueprint, strategy, tracer, batch)
-        return Short(strategy.name, count, {k: dict(v) for k, v in tracer.peaks.items()}, tracer.calls)
+        patches.check()
+        peaks: Peaks = {key: dict(held) for key, held in tracer.peaks.items()}
+        return Short(strategy.name, count, peaks, tracer.calls, dict(patches.calls))
+
+
+def _replace(patches: Patches, job: Job, model: nn.Module, strategy: str, tracer: Tracer) -> None:
+    """All that is replaced in a rehearsal."""
+    if job.gpu:
+        patches.replace(F, "scaled_dot_product_attention", _without_dropout)
+    for module, name in () if job.every_piece else _PIECES:
+        patches.replace(module, name, _first_of)
+    every_rank_alike(patches, zero=strategy.startswith("zero"))
+    stay_fake(patches, model)
+    shapes_uncounted(patches, tracer.paused, needed=strategy == "fsdp")
+    tracer.follow_resizes(patches)
 
 
 def _run(job: Job, blueprint: Blueprint, strategy: Strategy, tracer: Tracer, batch: GlobalBatch) -> None:
     config = job.config
-    stay_fake(blueprint.model)
     blueprint.model.config.pad_token_id = 0  # type: ignore[union-attr]  # RunData sets one: classifiers ask for it
     offloaded = HOST if config.parallel.cpu_offload and job.gpu else ""  # states and gradients
     weights_at = offloaded if strategy.name in ("fsdp", "zero3") else ""
@@ -271,19 +291,30 @@ def _run(job: Job, blueprint: Blueprint, strategy: Strategy, tracer: Tracer, bat
         trainer.train_step(batch)
 
 
-def _without_dropout(*arguments: Any, dropout_p: float = 0.0, **options: Any) -> Tensor:
+def _without_dropout(attend: Callable) -> Callable:
     """GPUs' kernels drop without holding what they drop; a CPU's attention would fall back to its definition."""
-    return _attend(*arguments, **options)
+    return lambda *arguments, dropout_p=0.0, **options: attend(*arguments, **options)
 
 
 def _first_of(pieces: Callable) -> Callable:
     return lambda *arguments: list(islice(pieces(*arguments), 1))
 
 
-def _drawn(job: Job) -> Blueprint:
-    blueprint = draw_blueprint(job.config, job.directory, job.world_size, from_files=False)
-    for parent in list(blueprint.model.modules()) if job.blocks is not None else ():
+def _draw(job: Job) -> Blueprint:
+    """The last one drawn is kept: processes forked from this one find it, and so do other runs of its model."""
+    global _last_drawn
+    config = job.config
+    split = job.world_size if config.parallel.strategy == "zero3" else 1
+    checked = (config.data.packing, config.train.activation_checkpointing)
+    about = (config.model, config.dora, config.quant, job.directory, split, checked)
+    if _last_drawn is None or _last_drawn[0] != about:
+        _last_drawn = about, draw_blueprint(config, job.directory, job.world_size, from_files=False)
+    return replace(_last_drawn[1], config=config)
+
+
+def _shorten(model: nn.Module, count: int) -> None:
+    """Leave the first blocks of it."""
+    for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.ModuleList) and any(True for _ in child.parameters()):
-                setattr(parent, name, child[: job.blocks])
-    return blueprint
+                setattr(parent, name, child[:count])

@@ -4,10 +4,13 @@ A rehearsal (rehearse.py) runs on fake tensors that lie on no device but say "cp
 way and a CPU's asks here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
+
+Function = TypeVar("Function", bound=Callable)
 
 _gpu_is_rehearsed = False
 
@@ -31,3 +34,10 @@ def rehearsed_gpu() -> Iterator[None]:
         yield
     finally:
         _gpu_is_rehearsed = False
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """torch.compile calls it once and takes the result for a constant: what imports a library cannot be traced.
+    torch.compiler.assume_constant_result does the same, and imports all of torch._dynamo, which takes seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

@@ -7,18 +7,19 @@ what happens.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from dora_dist.patches import Patches
 from dora_dist.phases import Phase
 
 HOST = "host: "
@@ -128,45 +129,46 @@ class Tracer(TorchDispatchMode):
         finally:
             self._paused = before
 
-    def __enter__(self) -> "Tracer":
-        resize = self._resize = torch.UntypedStorage.resize_
+    def follow_resizes(self, patches: Patches, needed: bool = False) -> None:
+        """FSDP2 frees gathered weights by them, and takes memory for them again."""
 
-        def resized(storage: torch.UntypedStorage, size: int) -> Any:
-            result = resize(storage, size)
-            held = self._held.get(storage._cdata)
-            if held is not None:  # FSDP2 frees gathered weights so, and takes memory for them again
-                self._set(held, size, GATHERED)
-            return result
+        def following(resize: Callable) -> Callable:
+            def resized(storage: torch.UntypedStorage, size: int) -> Any:
+                result = resize(storage, size)
+                held = self._held.get(storage._cdata)
+                if held is not None:
+                    self._set(held, size, GATHERED)
+                return result
 
-        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
-        return super().__enter__()
+            return resized
 
-    def __exit__(self, *exception: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        super().__exit__(*exception)
+        patches.replace(torch.UntypedStorage, "resize_", following, needed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # most of all calls
+            return args[0].fake_device
         kwargs = kwargs or {}
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = [*_tensors(args), *_tensors(kwargs.values())]
         if any(is_traceable_wrapper_subclass(tensor) for tensor in inputs):
             return NotImplemented  # a DTensor: what it does with its local part comes here by itself
-        fake = any(
-            isinstance(tensor, FakeTensor) for tensor in inputs
-        )  # others, such as a mesh of ranks, have values
+        fake = any(isinstance(tensor, FakeTensor) for tensor in inputs)  # a mesh of ranks, say, has values
         if fake and func is torch.ops.aten._local_scalar_dense.default:
             return _ANSWERS.get(args[0].dtype, 1)
         if fake and func is torch.ops.aten.nonzero.default:  # every token is learned
             result = args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.long)
         else:
-            result = func(*args, **kwargs)
-        if not self._paused:
+            result = _by_meta_kernel(func, args, kwargs, inputs) if fake else func(*args, **kwargs)
+        if func.is_view and fake and not self._paused:  # what it shows is held, and it holds nothing
+            for tensor in inputs:
+                self._hold(tensor)
+        elif not self._paused:
             self._record(func, args, kwargs, inputs, result)
         return result
 
     def _record(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], result: Any) -> None:
         read = {self._hold(t).number: t for t in inputs}
         before = self._count
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        outputs = list(_tensors((result,)))
         new = {held.number: t for t in outputs if (held := self._hold(t)).number > before}
         collective = self.collective_of(func, args, kwargs)
         changed = list(_changed(func, args, kwargs)) if func._schema.is_mutable else []
@@ -276,4 +278,45 @@ def _changed(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
-            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+            yield from _tensors((value,))
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among `values`, and in the lists there."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _by_meta_kernel(func: Any, args: Any, kwargs: Any, inputs: Sequence[Any]) -> Any:
+    """What an operator makes of fake tensors. FakeTensorMode would do the same in several times the time, for it
+    considers devices, caches and constants; where that matters it is left to it."""
+    first = inputs[0]
+    alike = all(type(t) is FakeTensor and t.fake_device == first.fake_device for t in inputs)
+    if not (alike and _is_plain(func)):
+        return func(*args, **kwargs)
+    try:
+        with in_kernel_invocation_manager(first.fake_mode):
+            result = func(*args, **kwargs)
+    except NotImplementedError:  # it has no meta kernel
+        return func(*args, **kwargs)
+    return _fake(result, first)
+
+
+def _fake(result: Any, like: Any) -> Any:
+    if isinstance(result, list | tuple):
+        return type(result)(_fake(part, like) for part in result)
+    if isinstance(result, Tensor) and not isinstance(result, FakeTensor):
+        return FakeTensor(like.fake_mode, result, like.fake_device)
+    return result
+
+
+@cache
+def _is_plain(func: Any) -> bool:
+    """Whether an operator is one of torch's own, its results lie where its inputs do, and their shapes follow from
+    the inputs' shapes."""
+    names = {argument.name for argument in func._schema.arguments}
+    special = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+    return func.namespace == "aten" and "device" not in names and not special and "attention" not in func._opname

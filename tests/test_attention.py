@@ -55,7 +55,7 @@ def gradients(logits, model):
 def test_documents_are_what_the_dense_mask_makes_of_them(name, kernel, monkeypatch):
     if kernel == "varlen":
         monkeypatch.setattr(attention, "_fits_varlen", lambda *_: True)
-        monkeypatch.setattr(attention, "varlen_attn", varlen_in_words)
+        monkeypatch.setattr(attention, "varlen", lambda: varlen_in_words)
     model = make(name)
     dense = real(
         model(

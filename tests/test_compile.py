@@ -11,6 +11,7 @@ from torch import nn
 from dora_dist.cli import main
 from dora_dist.layers import AdapterSpec, DoraLinear
 from dora_dist.quant import Nf4
+from dora_dist.target import constant_when_compiled
 from dora_dist.trainer import Trainer
 
 
@@ -74,3 +75,13 @@ def test_sampling_compiles_nothing(tiny_llama, tiny_rows, tmp_path, monkeypatch)
     )
     (first, second) = seen
     assert first == (0, 0, 1) and second[0] == second[1] > 0
+
+
+def test_constants_are_marked_as_torch_marks_them():
+    def ours() -> bool:
+        return True
+
+    def theirs() -> bool:
+        return True
+
+    assert vars(constant_when_compiled(ours)) == vars(torch.compiler.assume_constant_result(theirs))

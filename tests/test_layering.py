@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dora_dist"
 
 # Lowest first. A file may import those of the lines above it; files of one line do not import each other.
 LAYERS = [
-    ["errors", "launcher", "phases", "target"],
-    ["schema", "files", "durable"],
+    ["errors", "launcher", "patches", "phases", "target"],
+    ["schema", "files", "durable", "forked"],
     ["config", "fingerprint"],
     ["quant", "trace", "hardware"],
     ["triton_kernels"],
@@ -39,7 +39,7 @@ LAYERS = [
     ["adapter_files"],
     ["adapter"],
     ["hf_model", "progress"],
-    ["build"],
+    ["build", "known_models"],
     ["rundata", "merge_weights", "checkpoint"],
     ["trainer", "merge"],
     ["stand_ins"],

@@ -76,3 +76,10 @@ def test_ci_runs_the_makefile_s_tests():
 def test_the_readme_names_the_command(command):
     assert command in (ROOT / "README.md").read_text()
     assert re.search(rf"^{command.removeprefix('make ')}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_built_in_shapes_are_packaged():
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    files = [path for path in (ROOT / "dora_dist").rglob("*") if path.is_file()]
+    others = {path.name for path in files if path.suffix not in (".py", ".pyc")}
+    assert set(data["dora_dist"]) == others

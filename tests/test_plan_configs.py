@@ -4,6 +4,7 @@ What `plan` counts is held against bounds worked out here from the shape alone, 
 against what `plan` counts.
 """
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from conftest import ROOT
 
 from dora_dist.config import RunConfig, load_config
 from dora_dist.hardware import GB, find_cluster
+from dora_dist.known_models import known_models
 from dora_dist.plan import make_plan
 
 CONFIGS = ROOT / "configs"
@@ -47,24 +49,6 @@ MEANT = {
 }
 
 
-def llama(hidden: int, inner: int, layers: int, heads: int, **other: int) -> transformers.LlamaConfig:
-    sizes = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072, **other}
-    return transformers.LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, **sizes
-    )  # fmt: skip
-
-
-# As published.
-MODELS = {
-    "meta-llama/Llama-2-7b-hf": llama(4096, 11008, 32, 32, vocab_size=32000, num_key_value_heads=32),
-    "meta-llama/Llama-3.1-8B": llama(4096, 14336, 32, 32),
-    "meta-llama/Llama-3.1-70B": llama(8192, 28672, 80, 64),
-    "meta-llama/Llama-3.1-405B": llama(16384, 53248, 126, 128),
-    "openai-community/gpt2": transformers.GPT2Config(),
-    "distilbert/distilbert-base-uncased": transformers.DistilBertConfig(),
-}
-
-
 @dataclass(frozen=True)
 class Shape:
     """Of a model, as far as it is needed to count by hand."""
@@ -77,7 +61,7 @@ class Shape:
     @classmethod
     def of(cls, model: transformers.PretrainedConfig) -> "Shape":
         h, layers, vocabulary = model.hidden_size, model.num_hidden_layers, model.vocab_size
-        if model.model_type != "llama":  # 4 h x h for attention, 2 h x 4h behind it
+        if model.model_type in ("gpt2", "distilbert"):  # 4 h x h for attention, 2 h x 4h behind it
             return cls(h, layers, layers * 12 * h * h, vocabulary * h)
         kv = model.num_key_value_heads * h // model.num_attention_heads
         linear = layers * h * (2 * h + 2 * kv + 3 * model.intermediate_size)
@@ -104,7 +88,7 @@ def test_an_example_fits_its_gpus(name, tmp_path, rehearse):
     directory = ROOT / config.model.path
     if not directory.is_dir():
         directory = tmp_path
-        MODELS[config.model.path].save_pretrained(directory)
+        (directory / "config.json").write_text(json.dumps(known_models()[config.model.path]))
     shape = Shape.of(transformers.AutoConfig.from_pretrained(directory))
     cluster = find_cluster(meant.gpu, meant.gpus, meant.nodes)
     plan = make_plan(config, directory, cluster, rehearse, advise=False)

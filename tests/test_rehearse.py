@@ -32,6 +32,7 @@ from dora_dist.rehearse import Job
 from dora_dist.stand_ins import Watch
 from dora_dist.trace import COPY_IN, Tracer
 from dora_dist.trainer import Trainer
+from dora_dist.weights import base_tensors
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPE_8B = {
@@ -110,13 +111,12 @@ def test_a_rehearsal_holds_what_a_real_run_does(settings, tmp_path, rehearse):
     ("strategy", "world"),
     [("single", 1), ("fsdp", 4), *(pytest.param(f"zero{n}", 4, marks=pytest.mark.slow) for n in (2, 3))],
 )
-def test_two_short_models_tell_of_a_deep_one(strategy, world, tmp_path, monkeypatch, rehearse):
+def test_two_short_models_tell_of_a_deep_one(strategy, world, tmp_path, rehearse):
     model = write(tmp_path, num_hidden_layers=7, vocab_size=512, **SIZES)
     job = Job(config_of(model, strategy, activation_checkpointing=True), model, world, 2)
     cluster = find_cluster("h100", world, max(1, world // 2))
     short = rehearse(job)
-    monkeypatch.setattr(rehearsals, "_SHORT", {strategy: (7, 7)})
-    whole = rehearse(job)
+    whole = rehearse(replace(job, blocks=7))
     assert len(short.runs) == 2 and [run.blocks for run in whole.runs] == [7]
     assert short.strategy == whole.strategy == strategy
     buckets = strategy == "zero2"  # their sizes are no straight line
@@ -128,6 +128,16 @@ def test_two_short_models_tell_of_a_deep_one(strategy, world, tmp_path, monkeypa
     assert drawn.messages == pytest.approx(counted.messages)
     assert drawn.sent == pytest.approx(counted.sent)
     assert drawn.total == pytest.approx(counted.total, rel=0.03 if buckets else 0.01)
+
+
+def test_auto_is_decided_by_the_whole_model(tmp_path, rehearse):
+    """A short version of it would fit each GPU."""
+    model = write(tmp_path, num_hidden_layers=7, vocab_size=64, **SIZES)
+    config = config_of(model, "auto")
+    weights = sum(t.nbytes for t in base_tensors(draw_blueprint(config, model).model).values())
+    found = rehearse(Job(config, model, 2, 2, device_memory=1.5 * weights))
+    assert "more than half" in found.reason
+    assert found.strategy == "fsdp" and [run.strategy for run in found.runs] == ["fsdp", "fsdp"]
 
 
 def test_what_fsdp_sends_is_what_the_sizes_say(tmp_path, rehearse):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dora_dist.patches import Patches
 from dora_dist.phases import Phase
 from dora_dist.trace import GATHERED, HOST, Collective, Tracer
 
@@ -42,7 +43,8 @@ def test_host_memory_is_apart_and_pinned_blocks_round_up():
 
 
 def test_storages_that_are_resized_are_followed():
-    with FakeTensorMode(), traced() as tracer:
+    with Patches() as patches, FakeTensorMode(), traced() as tracer:
+        tracer.follow_resizes(patches)
         tracer.enter(Phase.FORWARD, "w")
         t = torch.empty(MB)
         t.untyped_storage().resize_(0)

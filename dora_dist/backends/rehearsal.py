@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
+from dora_dist.patches import Patches
 from dora_dist.trace import Collective
 
 _KINDS = {
@@ -35,6 +36,7 @@ _KINDS = {
     "alltoall_base_": "all_to_all",
     "alltoall_": "all_to_all",
 }
+_SENDS_NOTHING = {"barrier", "monitored_barrier_", "wait_tensor"}
 _EVERY_RANK_ALIKE = {
     "assert_ints_same_as_other_ranks": lambda ints: None,
     "is_invalid_grad_norm": lambda norm: False,
@@ -64,44 +66,35 @@ def fake_group(world_size: int, ranks_per_node: int, rank: int = 0) -> Iterator[
             dist.destroy_process_group()
 
 
-@contextmanager
-def every_rank_alike() -> Iterator[None]:
-    """Around the steps: DeepSpeed does not compare the ranks, and finds every gradient finite."""
+def every_rank_alike(patches: Patches, zero: bool) -> None:
+    """DeepSpeed does not compare the ranks, and finds every gradient finite. `zero`: it is what runs."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     modules = [m for name, m in list(sys.modules.items()) if name.startswith("deepspeed.runtime.zero.")]
-    patches = [
-        mock.patch.object(module, name, answer)
-        for module in modules
-        for name, answer in _EVERY_RANK_ALIKE.items()
-        if hasattr(module, name)
-    ]
-    for patch in patches:
-        patch.start()
-    try:
-        yield
-    finally:
-        for patch in patches:
-            patch.stop()
+    for name, answer in _EVERY_RANK_ALIKE.items():
+        found = [module for module in modules if hasattr(module, name)]
+        if zero and not found:
+            raise LookupError(f"{name} of DeepSpeed is to be replaced in a rehearsal, and is not there")
+        for module in found:
+            patches.replace(module, name, lambda _, answer=answer: answer)  # type: ignore[misc]
 
 
-@contextmanager
-def shapes_uncounted(pause: Callable[[], AbstractContextManager]) -> Iterator[None]:
+def shapes_uncounted(patches: Patches, pause: Callable[[], AbstractContextManager], needed: bool) -> None:
     """DTensor runs an operator once more, on whole tensors, to learn the shapes of its results: inside `pause`."""
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
-    original = ShardingPropagator._propagate_tensor_meta_non_cached
+    def paused(original: Callable) -> Callable:
+        def propagate(propagator: Any, schema: Any) -> Any:
+            with pause():
+                return original(propagator, schema)
 
-    def propagate(propagator: Any, schema: Any) -> Any:
-        with pause():
-            return original(propagator, schema)
+        return propagate
 
-    with mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate):
-        yield
+    patches.replace(ShardingPropagator, "_propagate_tensor_meta_non_cached", paused, needed)
 
 
-def stay_fake(model: nn.Module) -> None:
+def stay_fake(patches: Patches, model: nn.Module) -> None:
     """DeepSpeed moves a model to its device, where it is already: torch cannot swap fake parameters."""
-    model.to = lambda *_, **__: model  # type: ignore[method-assign]
+    patches.replace(model, "to", lambda _: lambda *_, **__: model)
 
 
 def send_in_python(module: nn.Module) -> None:
@@ -109,6 +102,8 @@ def send_in_python(module: nn.Module) -> None:
     are sent by a hook, and its buckets stay in their first order, which the ranks would agree on."""
     if isinstance(module, DistributedDataParallel):
         module.register_comm_hook(None, _all_reduce_bucket)
+        if not hasattr(module.reducer, "_rebuild_buckets"):
+            raise LookupError("DDP's _rebuild_buckets is to be replaced in a rehearsal, and is not there")
         module.reducer = _FirstBuckets(module.reducer)  # type: ignore[assignment]
 
 
@@ -132,9 +127,15 @@ def _all_reduce_bucket(_: object, bucket: dist.GradBucket) -> torch.futures.Futu
 
 
 def collective_of(func: Any, args: tuple, kwargs: dict[str, Any]) -> Collective | None:
-    """What a call of one of torch.distributed's operators sends; None for any other operator."""
-    if func.namespace != "c10d" or func._opname not in _KINDS:
+    """What a call of one of torch.distributed's operators sends; None for any other operator.
+
+    Raises:
+        LookupError: it sends something, and what is not known here.
+    """
+    if func.namespace not in ("c10d", "_c10d_functional") or func._opname in _SENDS_NOTHING:
         return None
+    if func.namespace != "c10d" or func._opname not in _KINDS:
+        raise LookupError(f"a rehearsal cannot count what {func.namespace}.{func._opname} sends")
     kind = _KINDS[func._opname]
     names = [argument.name for argument in func._schema.arguments]
     given = {"async_op": True, **dict(zip(names, args, strict=False)), **kwargs}
