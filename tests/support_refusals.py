@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CANARY = "CODE-WAS-RUN"  # the directory, beside the case's own, that the code in hostile files makes
 _CODE = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect"}
 _OWN = tuple(
-    str(Path(place)) + os.sep
+    os.path.realpath(place) + os.sep
     for place in {
         ROOT / "dora_dist", ROOT / "tests", sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"),
         sysconfig.get_path("purelib"), "/proc", "/sys", "/usr/share", "/usr/lib", "/etc",
