@@ -21,32 +21,34 @@ from torch.autograd.function import once_differentiable
 from dora_dist import kernels
 from dora_dist.decomposition import norm_ratio, wide_dtype
 from dora_dist.kept_output import is_overwritten, keep
-from dora_dist.products import add_low_rank_dx, dense, dropped, low_rank_dz, low_rank_grads, mm_wide_left, wide_mm
+from dora_dist.products import (
+    add_low_rank_dx,
+    column_sums,
+    composed,
+    decomposed,
+    dense,
+    dropped,
+    low_rank_dz,
+    low_rank_grads,
+    mm_wide_left,
+    wide_mm,
+)
 from dora_dist.quant import Nf4
 
 _LEAST_RATIO = {torch.float16: 1e-4, torch.float64: 1e-100}  # else 1e-20: as far as exponents reach
 
 
-def _magnitude_grads(
-    total: Tensor, magnitude: Tensor, norm: Tensor, needs_dn: bool
-) -> tuple[Tensor, Tensor | None]:
+def _magnitude_grads(total: Tensor, ratio: Tensor, norm: Tensor, needs_dn: bool) -> tuple[Tensor, Tensor | None]:
     """dm and, where it is needed, dn from sum(dY * V x). Divides by n, never by m: right where m is zero; 0 where
     V's row is."""
-    dm = (total / norm).masked_fill(norm == 0, 0.0)
-    return dm, -norm_ratio(magnitude, norm) * dm if needs_dn else None
+    dm = (total / norm).masked_fill_(norm == 0, 0.0)
+    return dm, -ratio * dm if needs_dn else None
 
 
 def _nonzero_ratio(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
     """m / n, kept so far from zero that an output of `dtype` multiplied by it can be divided by it again."""
     ratio, least = norm_ratio(magnitude, norm), _LEAST_RATIO.get(dtype, 1e-20)
     return torch.where(ratio.abs() < least, least, ratio)
-
-
-def _output_magnitude_grads(
-    total_O: Tensor, m_O: Tensor, n_O: Tensor, dtype: torch.dtype, needs_dn: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dm and dn from sum_T(dy * g h) with an output of `dtype`."""
-    return _magnitude_grads(total_O / _nonzero_ratio(m_O, n_O, dtype), m_O, n_O, needs_dn)
 
 
 class _FrozenLinear(Function):
@@ -112,23 +114,23 @@ class _DoraOut(Function):
         if A_RI is not None:
             z_TR = dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
         g_O = _nonzero_ratio(m_O, n_O, x_TI.dtype)
-        y_TO, gh_TO = _composed(product_TO, z_TR, B_OR, g_O, bias, scaling, x_TI.dtype)
+        y_TO, gh_TO = composed(product_TO, z_TR, B_OR, g_O, bias, scaling, x_TI.dtype)
         gh_TO, ctx.kept = keep(gh_TO) if bias is None else (gh_TO, None)
-        ctx.save_for_backward(x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, gh_TO, *parts)
+        ctx.save_for_backward(x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI, gh_TO, *parts)
         ctx.keep_scale, ctx.scaling, ctx.transposed, ctx.layout = keep_scale, scaling, transposed, layout
         return y_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TO):
-        x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, gh_TO, *parts = ctx.saved_tensors
+        x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI, gh_TO, *parts = ctx.saved_tensors
         dA_RI = dB_OR = dx_TI = None
         if is_overwritten(ctx.kept):
             product_TO = wide_mm(x_TI, dense(parts, ctx.layout, ctx.transposed))
-            g_O = _nonzero_ratio(m_O, n_O, x_TI.dtype)
-            gh_TO = _composed(product_TO, z_TR, B_OR, g_O, None, ctx.scaling, x_TI.dtype)[1]
-        dh_TO, dz_TR, total_O = _decomposed(dy_TO, gh_TO, B_OR, norm_ratio(m_O, n_O), ctx.scaling)
-        dm_O, dn_O = _output_magnitude_grads(total_O, m_O, n_O, dy_TO.dtype, ctx.needs_input_grad[4])
+            gh_TO = composed(product_TO, z_TR, B_OR, g_O, None, ctx.scaling, x_TI.dtype)[1]
+        dh_TO, dz_TR, total_O = decomposed(dy_TO, gh_TO, B_OR, g_O, ctx.scaling)
+        assert dh_TO is not None
+        dm_O, dn_O = _magnitude_grads(total_O / g_O, g_O, n_O, ctx.needs_input_grad[4])
         if dz_TR is not None:
             x_kept_TI = dropped(x_TI, keep_TI, ctx.keep_scale)
             dA_RI, dB_OR = low_rank_grads(dh_TO, dz_TR, x_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
@@ -138,41 +140,6 @@ class _DoraOut(Function):
                 add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
         return dx_TI, dA_RI, dB_OR, dm_O, dn_O, dbias, *[None] * (5 + len(parts))
-
-
-def _composed(
-    product_TO: Tensor,
-    z_TR: Tensor | None,
-    B_OR: Tensor | None,
-    g_O: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """y = g h + bias and g h, of `dtype`, with h = x W^T + s z B^T; one tensor where there is no bias.
-    `product_TO`, x W^T, may be overwritten."""
-    if kernels.available(product_TO.device, product_TO.dtype):
-        return kernels.compose(product_TO, z_TR, B_OR, g_O, bias, scaling, dtype)
-    if z_TR is not None and B_OR is not None:
-        product_TO.addmm_(z_TR.to(product_TO.dtype), B_OR.t().to(product_TO.dtype), alpha=scaling)
-    wide_TO = product_TO.mul_(g_O)
-    gh_TO = wide_TO.to(dtype)
-    return gh_TO if bias is None else torch.add(wide_TO, bias, out=torch.empty_like(gh_TO)), gh_TO
-
-
-def _decomposed(
-    dy_TO: Tensor, gh_TO: Tensor, B_OR: Tensor | None, g_O: Tensor, scaling: float
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """dh = g dy in dy's dtype, dz = s dh B, and sum_T(dy * g h)."""
-    if kernels.available(dy_TO.device, dy_TO.dtype):
-        dh_TO, dz_TR, total_O = kernels.backward(dy_TO, gh_TO, B_OR, g_O, scaling)
-        assert total_O is not None
-        return dh_TO, None if dz_TR is None else dz_TR.to(dy_TO.dtype), total_O
-    wide_TO = dy_TO.to(g_O.dtype) * gh_TO
-    total_O = torch.sum(wide_TO, dim=0)
-    dh_TO = torch.mul(dy_TO, g_O, out=wide_TO if wide_TO.dtype == dy_TO.dtype else torch.empty_like(dy_TO))
-    dz_TR = None if B_OR is None else low_rank_dz(dh_TO, B_OR, scaling)
-    return dh_TO, dz_TR, total_O
 
 
 class _DoraOutFolded(Function):
@@ -187,25 +154,22 @@ class _DoraOutFolded(Function):
             z_TR = dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
         y_TO = _folded(x_TI, z_TR, B_OR, g_O, scaling, layout, parts)
         gh_TO, ctx.kept = keep(y_TO) if bias is None else (y_TO, None)
-        ctx.save_for_backward(x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, gh_TO, *parts)
+        ctx.save_for_backward(x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI, gh_TO, *parts)
         ctx.keep_scale, ctx.scaling, ctx.layout = keep_scale, scaling, layout
         return y_TO if bias is None else y_TO + bias
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TO):
-        x_TI, A_RI, B_OR, m_O, n_O, z_TR, keep_TI, y_TO, *parts = ctx.saved_tensors
-        dA_RI = dB_OR = dx_TI = dz_TR = None
-        g_O = _nonzero_ratio(m_O, n_O, x_TI.dtype)
+        x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI, y_TO, *parts = ctx.saved_tensors
+        dA_RI = dB_OR = dx_TI = None
         if is_overwritten(ctx.kept):
             y_TO = _folded(x_TI, z_TR, B_OR, g_O, ctx.scaling, ctx.layout, parts)
-        total_O = torch.sum(dy_TO.to(n_O.dtype) * y_TO, dim=0)
-        dm_O, dn_O = _output_magnitude_grads(total_O, m_O, n_O, dy_TO.dtype, ctx.needs_input_grad[4])
-        if A_RI is not None:
+        _, dz_TR, total_O = decomposed(dy_TO, y_TO, B_OR, g_O, ctx.scaling, keep_dh=False)
+        dm_O, dn_O = _magnitude_grads(total_O / g_O, g_O, n_O, ctx.needs_input_grad[4])
+        if dz_TR is not None:
             x_kept_TI = dropped(x_TI, keep_TI, ctx.keep_scale)
-            gB_OR = g_O[:, None] * B_OR
-            dz_TR = low_rank_dz(dy_TO, gB_OR, ctx.scaling)
-            dA_RI, dB_OR = low_rank_grads(dy_TO, dz_TR, x_kept_TI, z_TR, A_RI, gB_OR, ctx.scaling)
+            dA_RI, dB_OR = low_rank_grads(dy_TO, dz_TR, x_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
             dB_OR.mul_(g_O[:, None])
         if ctx.needs_input_grad[0]:
             dx_TI = dy_TO @ kernels.dequantize(parts, ctx.layout, g_O)
@@ -264,8 +228,9 @@ class _DoraIn(Function):
             dz_TR = low_rank_dz(dy_TO, B_OR, ctx.scaling)
             dA_RI, dB_OR = low_rank_grads(dy_TO, dz_TR, gx_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
             add_low_rank_dx(dgx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
-        dm_I, dn_I = _magnitude_grads(torch.sum(dgx_TI * x_TI, dim=0), m_I, n_I, ctx.needs_input_grad[4])
-        dx_TI = (dgx_TI * g_I).to(x_TI.dtype) if ctx.needs_input_grad[0] else None
+            del gx_TI, gx_kept_TI  # dx takes their place
+        dx_TI, total_I = column_sums(dgx_TI, x_TI, g_I, ctx.needs_input_grad[0])
+        dm_I, dn_I = _magnitude_grads(total_I, g_I, n_I, ctx.needs_input_grad[4])
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
         return dx_TI, dA_RI, dB_OR, dm_I, dn_I, dbias, *[None] * (5 + len(parts))
 

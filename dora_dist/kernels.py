@@ -160,7 +160,7 @@ def _compose_results(base_TO, z_TR, B_OR, g_O, bias_O, scaling, out_dtype, keep_
 
 @custom_op("dora_dist::dora_backward", mutates_args=())
 def _backward_op(
-    dy_TO: Tensor, h_TO: Tensor | None, B_OR: Tensor | None, g_O: Tensor, scaling: float
+    dy_TO: Tensor, h_TO: Tensor | None, B_OR: Tensor | None, g_O: Tensor, scaling: float, keep_dh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     T, O = dy_TO.shape  # noqa: E741
     rank = 0 if B_OR is None else B_OR.shape[1]
@@ -173,23 +173,24 @@ def _backward_op(
     BT, BO = 64, 64 if bf16 and BR <= 64 else 32
     chunk = max(BO, min(1024 if rank <= 32 else 2048 if rank <= 128 else 4096, _power_of_2(O)))
     blocks, chunks = -(-T // BT), -(-O // chunk)
-    dh_TO = dy_TO.new_empty(T, O)
+    dh_TO = dy_TO.new_empty((T, O) if keep_dh else 0)
     dz_CTR = dy_TO.new_empty(chunks, T, rank, dtype=torch.float32)
     totals = dy_TO.new_empty(blocks, 0 if h_TO is None else O, dtype=torch.float32)
-    if dh_TO.numel():
+    if dy_TO.numel():
         _launch(
-            "backward", (blocks * max(1, -(-rank // BR)), chunks), dy_TO, h_TO, B_OR, g_O, dh_TO, dz_CTR, totals,
-            T, O, scaling, *_strides(dy_TO, h_TO, B_OR, g_O), DTYPE=dy_TO.dtype, R=rank, CHUNK=chunk,
-            BT=BT, BO=BO, BR=BR, STAGES=2, num_warps=4, num_stages=2,
+            "backward", (blocks * max(1, -(-rank // BR)), chunks), dy_TO, h_TO, B_OR, g_O,
+            dh_TO if keep_dh else None, dz_CTR, totals, T, O, scaling, *_strides(dy_TO, h_TO, B_OR, g_O),
+            DTYPE=dy_TO.dtype, R=rank, CHUNK=chunk, BT=BT, BO=BO, BR=BR, STAGES=2, num_warps=4, num_stages=2,
         )  # fmt: skip
     return dh_TO, dz_CTR[0] if chunks == 1 else dz_CTR.sum(0), totals.sum(0)
 
 
 @_backward_op.register_fake
-def _(dy_TO, h_TO, B_OR, g_O, scaling):
+def _(dy_TO, h_TO, B_OR, g_O, scaling, keep_dh):
     T, O = dy_TO.shape  # noqa: E741
     dz_TR = dy_TO.new_empty(T, 0 if B_OR is None else B_OR.shape[1], dtype=torch.float32)
-    return dy_TO.new_empty(T, O), dz_TR, dy_TO.new_empty(0 if h_TO is None else O, dtype=torch.float32)
+    totals = dy_TO.new_empty(0 if h_TO is None else O, dtype=torch.float32)
+    return dy_TO.new_empty((T, O) if keep_dh else 0), dz_TR, totals
 
 
 # ------------------------------------------------------------------------------------------------ what others call
@@ -237,12 +238,12 @@ def compose(
 
 
 def backward(
-    dy_TO: Tensor, h_TO: Tensor | None, B_OR: Tensor | None, g_O: Tensor, scaling: float
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dh = g * dY in dY's dtype; dz_TR = s dh B and total_O = sum_T(dY * h) in fp32, of any h.
+    dy_TO: Tensor, h_TO: Tensor | None, B_OR: Tensor | None, g_O: Tensor, scaling: float, keep_dh: bool = True
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dh = g * dY in dY's dtype, where it is kept; dz_TR = s dh B and total_O = sum_T(dY * h) in fp32, of any h.
 
-    In 16 bits 6 T O bytes, or 4 without h: dY and h are read, dh is written; and 8 T R a chunk of features and
-    T O / 8 for partial sums. Torch's own products and sums move 26 T O with h.
+    In 16 bits 6 T O bytes, or 4 without h or without dh: dY and h are read, dh is written; and 8 T R a chunk of
+    features and T O / 8 for partial sums. Torch's own products and sums move 26 T O with h.
     """
-    dh_TO, dz_TR, total_O = _backward_op(dy_TO, h_TO, B_OR, g_O, scaling)
-    return dh_TO, None if B_OR is None else dz_TR, None if h_TO is None else total_O
+    dh_TO, dz_TR, total_O = _backward_op(dy_TO, h_TO, B_OR, g_O, scaling, keep_dh)
+    return dh_TO if keep_dh else None, None if B_OR is None else dz_TR, None if h_TO is None else total_O

@@ -67,8 +67,11 @@ _SHORT = {"zero3": (3, 5)}  # blocks of the two short versions, else 3 and 4: Ze
 _STEPS = {"zero3": 3}  # else 2: the second has the optimizer's states, the third ZeRO-3's prefetches
 _UNKNOWN = "this run cannot be rehearsed, so whether it fits is not known: "
 _KILLED = _UNKNOWN + "its process was killed; perhaps the machine has no memory left"
-# What goes through a weight piece by piece holds the same for each.
-_PIECES = ((packed, "_pieces"), (weights, "_pieces"), (decomposition, "row_tiles"), (products, "row_tiles"))
+# What goes through a weight or an activation piece by piece holds the same for each.
+_PIECES = (
+    (packed, "_pieces"), (weights, "_pieces"), (decomposition, "row_tiles"), (products, "row_tiles"),
+    (products, "token_tiles"),
+)  # fmt: skip
 
 Peaks = dict[tuple[Phase, bool], dict[str, float]]  # (phase, on the host) -> what is held at the fullest -> bytes
 

@@ -179,8 +179,9 @@ def backward_kernel(
         dy_tile = _load(dy, t, tokens, o, features, stride_yt, stride_yo, BT, BO)
         ratio = tl.load(g + at_o * stride_g, mask=at_o < features, other=0)
         dh_tile = _narrow(dy_tile.to(tl.float32) * ratio[None, :], DTYPE)
-        own = _within(t, own_tokens, o, features, BT, BO)
-        tl.store(_tile(dh, t, o, features, 1, BT, BO), dh_tile, mask=own)
+        if dh is not None:
+            own = _within(t, own_tokens, o, features, BT, BO)
+            tl.store(_tile(dh, t, o, features, 1, BT, BO), dh_tile, mask=own)
         if h is not None:
             h_tile = _load(h, t, own_tokens, o, features, stride_ht, stride_ho, BT, BO)
             sums = tl.sum(dy_tile.to(tl.float32) * h_tile.to(tl.float32), 0)

@@ -4,11 +4,13 @@ import itertools
 
 import pytest
 import torch
+from support_memory import memory_profile
 from support_rounding import assert_near, assert_sums, roundings
 
-from dora_dist import decomposition
+from dora_dist import decomposition, products
 from dora_dist.decomposition import merge_, norm_ratio, norm_with_gradient, squared_norms
 from dora_dist.functional import adapted_embedding, adapted_linear
+from dora_dist.quant import Nf4, quantize
 
 TERMS = 100  # of the products after each other in the small layers below, forward and backward
 CASES = list(itertools.product(["out", "in"], [False, True], ["detached", "exact"], [False, True]))
@@ -63,6 +65,18 @@ def test_linear_agrees_with_the_definition(axis, transposed, gradient, with_bias
         strict=True,
     ):
         assert_near(got, want, TERMS, about=name)
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_activations_by_tiles_agree_with_the_definition(axis, with_bias, monkeypatch):
+    monkeypatch.setattr(products, "_TILE_BYTES", 200)  # one or two of the ten tokens
+    test_linear_agrees_with_the_definition(axis, False, "detached", with_bias)
+
+
+def test_activations_by_tiles_in_16_bits(monkeypatch):
+    monkeypatch.setattr(products, "_TILE_BYTES", 200)
+    test_16_bit_gradients_are_near_fp64s()
 
 
 @pytest.mark.parametrize("axis", ["out", "in"])
@@ -158,14 +172,35 @@ def test_16_bit_gradients_are_near_fp64s():
 @pytest.mark.parametrize("axis", ["out", "in"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_keeps_no_dense_copy(axis, dtype):
-    """Between forward and backward: x, z = x A^T, for axis out the product h, and what was there before."""
+    """Between forward and backward: x, z = x A^T, n, for axis out g h and g, and what was there before."""
     x, weight, A, B, m, bias = make(axis, False, True, dtype=dtype, O=40, I=32, R=4)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         ours(x, weight, A, B, m, bias, 0.7, axis, False, False)
     given = {t.data_ptr() for t in (x, weight, A, B, m, bias)}
     new = sorted(tuple(t.shape) for t in kept if t.data_ptr() not in given)
-    assert new == sorted([(10, 4), *([(10, 40), (40,)] if axis == "out" else [(32,)])])
+    assert new == sorted([(10, 4), *([(10, 40), (40,), (40,)] if axis == "out" else [(32,)])])
+
+
+@pytest.mark.parametrize(
+    ("axis", "dtype", "four_bit"),
+    [("out", torch.float32, False), ("out", torch.bfloat16, False), ("out", torch.bfloat16, True),
+     ("in", torch.float32, False)],
+)  # fmt: skip
+def test_backward_holds_no_wide_copy_of_the_activations(axis, dtype, four_bit, tmp_path):
+    """The larger of x and y has T N elements: beside its gradient the backward holds tiles."""
+    T, N = 2048, 1536
+    O, I = (N, 16) if axis == "out" else (16, N)  # noqa: E741
+    x, weight, A, B, m, _ = make(axis, False, False, dtype=dtype, O=O, I=I)
+    x = torch.randn(T, I, dtype=dtype, requires_grad=True)
+    layout = Nf4(O, I, dtype) if four_bit else None
+    parts = quantize(weight, layout) if layout else weight
+    y = adapted_linear(x, parts, A, B, m, torch.ones_like(m), None, scaling=0.7, axis=axis, layout=layout)
+    dy = torch.randn_like(y)
+    peak, _ = memory_profile(lambda _: torch.autograd.grad(y, (x, A, B, m), dy), tmp_path / "trace.json")
+    # Over 4 bits y's gradient goes into the products as it is; the input's is made of a product in fp32.
+    gradients = 0 if four_bit else T * N * dtype.itemsize * (1 if axis == "out" else 2)
+    assert peak < gradients + 0.3 * T * N * 4
 
 
 def test_dropout_touches_the_low_rank_path_alone():

@@ -240,6 +240,10 @@ def test_a_ratio_of_1_001_is_visible(device):
 def check_backward(dy, h, B, g, dtype):
     dh, dz, total = kernels.backward(dy, h, B, g, 0.7)
     assert dh.dtype == dtype and torch.equal(dh, (dy.float() * g).to(dtype))
+    without, *others = kernels.backward(dy, h, B, g, 0.7, keep_dh=False)
+    assert without is None
+    for other, found in zip(others, (dz, total), strict=True):
+        assert found is None if other is None else torch.equal(other, found)
     if B is None:
         assert dz is None
     else:
@@ -327,6 +331,6 @@ def test_the_operators_agree_with_their_shapes(device):
     tests = ("test_schema", "test_faketensor")
     for keep_gh in (True, False):
         check(kernels._compose_op, (base, z, B, g, bias, 0.7, torch.bfloat16, keep_gh), test_utils=tests)
-    check(kernels._backward_op, (base, base, B, g, 0.7), test_utils=tests)
-    check(kernels._backward_op, (base, None, None, g, 0.7), test_utils=tests)
+    check(kernels._backward_op, (base, base, B, g, 0.7, True), test_utils=tests)
+    check(kernels._backward_op, (base, base, None, g, 0.7, False), test_utils=tests)
     check(kernels._squared_norms_op, ([base], z, B.t(), 0.7, 1, [5, 7], 0, torch.float32), test_utils=tests)
