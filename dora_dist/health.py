@@ -42,8 +42,7 @@ class StopSignals(AbstractContextManager):
         listening, told = os.pipe()
         os.set_blocking(told, False)
         self._told, self._told_before = told, signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._listen, args=(listening,), name="signals", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._listen, args=(listening,), name="signals", daemon=True).start()
         for number in _STOPPING:
             self.heed(number)
         launcher.end_with_node_alone(lambda: self.received is not None)
@@ -54,8 +53,7 @@ class StopSignals(AbstractContextManager):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._told_before)
-        os.close(self._told)
-        self._thread.join()
+        os.close(self._told)  # with which the thread ends
 
     def heed(self, number: int) -> None:
         """From now on this signal is a wish, too, unless the process was started to ignore it."""
