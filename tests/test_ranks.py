@@ -20,16 +20,17 @@ def fail_or_wait(how: str) -> None:
     if os.environ["RANK"] == "1":
         if how == "raise":
             raise ZeroDivisionError
-        os.kill(os.getpid(), signal.SIGKILL) if how == "kill" else sys.exit(3)
+        os.kill(os.getpid(), signal.SIGKILL) if how == "kill" else sys.exit(3 if how == "exit" else how)
     time.sleep(SECONDS)
 
 
-@pytest.mark.parametrize(("how", "status"), [("raise", 1), ("kill", -signal.SIGKILL), ("exit", 3)])
+@pytest.mark.parametrize(("how", "status"), [("raise", 1), ("kill", -signal.SIGKILL), ("exit", 3), ("no more", 1)])
 def test_where_a_rank_fails_the_others_are_ended(how, status):
     ended = run_ranks(2, fail_or_wait, how)
     assert ended.statuses == [-signal.SIGTERM, status]
     assert ended.returncode != 0
     assert "here is 1 2" in ended.stdout and ("ZeroDivisionError" in ended.stderr) == (how == "raise")
+    assert (ended.stderr == "no more\n") == (how == "no more")
 
 
 def test_what_does_not_end_is_killed():

@@ -54,10 +54,12 @@ def read_chat(row: Row) -> Chat:
 
 def read_prompt_chat(row: Row) -> Chat:
     """A row of the format prompt_completion whose fields are lists of messages; the completion's are learned."""
-    for key in ("prompt", "completion"):
-        if not isinstance(row.fields.get(key), list):
-            found = describe(row.fields.get(key))
-            raise BadRow(f"the field {key!r} is {found}; valid would be two strings, or two lists of messages")
+    prompt, completion = row.fields.get("prompt"), row.fields.get("completion")
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        raise BadRow(
+            f"the field 'prompt' is {describe(prompt)}, the field 'completion' is {describe(completion)}; "
+            "valid would be two strings, or two lists of messages"
+        )
     return _chat(row, ["prompt", "completion"], {"prompt"})
 
 
