@@ -19,6 +19,24 @@ ROWS: dict[str, dict[str, Any]] = {  # a good row of each format
     "chat": {"messages": [{"role": "user", "content": "fox?"}, {"role": "assistant", "content": "dog"}]},
     "sharegpt": {"conversations": [{"from": "human", "value": "fox?"}, {"from": "gpt", "value": "dog"}]},
 }
+UNSUPPORTED = {  # a field with a meaning that no format here has: format, field, value
+    "pictures": ("chat", "images", ["a.png"]),
+    "pictures of a text": ("text", "image", "a.png"),
+    "sound of pairs": ("prompt_completion", "audio", {"path": "a.wav"}),
+    "a worse answer": ("prompt_completion", "rejected", "no"),
+    "a better answer": ("alpaca", "chosen", "yes"),
+    "whether it is liked": ("prompt_completion", "label", True),
+    "tools of plain text": ("prompt_completion", "tools", [{"name": "find"}]),
+    "tools of an instruction": ("alpaca", "tools", '[{"name": "find"}]'),
+    "a system text of plain text": ("prompt_completion", "system", "speak"),
+    "history as text": ("alpaca", "history", "before"),
+    "tools that the template cannot show": ("chat", "tools", [{"name": "find"}]),
+    "tools as broken JSON": ("chat", "tools", "[{"),
+    "tools that are names": ("chat", "tools", ["find"]),
+    "options that are a list": ("chat", "chat_template_kwargs", [1]),
+    "options of transformers": ("chat", "chat_template_kwargs", {"tokenize": True}),
+    "a system text that is a number": ("sharegpt", "system", 3),
+}
 OPTIONAL = {"input", "text_pair"}
 VALUES: dict[str, Any] = {  # no strings that could be tokenized
     "missing": ..., "null": None, "a number": 3, "a boolean": True, "a list": ["a"], "an object": {"a": "b"},
@@ -224,6 +242,9 @@ def cases() -> Iterator[Case]:
         for name, (line, message) in LINES.items():
             if (kind, name) != ("json", "a comment"):
                 yield Case(f"{kind}, {name}", partial(_line, kind, line), (f"{{d}}/t.{kind}:2:", message))
+    for name, (form, key, value) in UNSUPPORTED.items():
+        run = partial(_damaged_row, "jsonl", form, {**ROWS[form], key: value})
+        yield Case(name, run, ("t.jsonl:2:", key if key != "chat_template_kwargs" else "template"))
     for role in ("bot", "assistant ", "Human", ""):
         turns = [{"from": "human", "value": "a"}, {"from": role, "value": "b"}]
         run = partial(_damaged_row, "jsonl", "sharegpt", {"conversations": turns})

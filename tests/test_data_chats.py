@@ -159,6 +159,8 @@ def test_content_in_parts_and_reasoning(tmp_path, tokenizer):
     ((text, learned),) = read(tmp_path, row, tokenizer)
     assert text == text_of(tokenizer, [ASKED, {**ANSWERED, "reasoning_content": "france"}])
     assert learned == "(france)paris</s>\n"
+    row = chat({"role": "user", "content": parts}, {**ANSWERED, "thinking": "", "reasoning_content": None})
+    assert read(tmp_path, row, make_tokenizer()) == read(tmp_path, chat(ASKED, ANSWERED), make_tokenizer())
 
 
 def test_options_of_the_template(tmp_path, tokenizer):
@@ -177,6 +179,7 @@ REFUSED = [
         chat({**ASKED, "content": [{"type": "image_url", "image_url": "x"}]}, ANSWERED),
         "the field 'content' in item 1 of 'messages' holds a part of type 'image_url'",
     ),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "the field 'chosen' belongs to preference training"),
     ({**PAIR, "rejected": "c"}, "the field 'rejected' belongs to preference training"),
     ({**PAIR, "label": True}, "the field 'label' is a boolean, as in preference training"),
     ({**PAIR, "tools": TOOLS}, "the field 'tools' has no place in data.format: prompt_completion"),

@@ -131,8 +131,9 @@ def _turn(
     known = {role_key, content_key, "role", "tool_calls", "function_call", *_FLAGS, *_REFUSED}
     message = {"role": role, **{k: v for k, v in turn.fields.items() if k not in known and v is not None}}
     reasoning = next((message[key] for key in REASONING if is_given(message, key)), None)
-    if reasoning is not None:  # whichever of the names the template reads
-        message |= {"thinking": reasoning, "reasoning_content": reasoning}
+    message = {key: value for key, value in message.items() if key not in REASONING}
+    if reasoning is not None:  # under whichever of the names the template reads it
+        message |= dict.fromkeys(REASONING, reasoning)
     calls = _calls(turn, where, content_key if name == "function_call" else "", arguments)
     if calls:
         message["tool_calls"] = calls

@@ -7,7 +7,7 @@ from dora_dist.data.rows import Row, describe, is_unicode
 from dora_dist.files import parse_json
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_PREFERENCE = ("chosen", "rejected", "kto_tag", "preferred_output", "non_preferred_output")
+PREFERENCE = ("chosen", "rejected", "kto_tag", "preferred_output", "non_preferred_output")
 _CHAT = {"system", "tools", "functions", "chat_template_kwargs"}
 USED = {  # by format: the fields that it reads
     "chat": {"messages", "conversations", *_CHAT},
@@ -42,7 +42,7 @@ def check_fields(row: Row, form: str) -> Iterator[str]:
     fields = row.fields
     refuse_media(fields)
     if form != "labels":
-        for key in _PREFERENCE:
+        for key in PREFERENCE:
             if is_given(fields, key):
                 raise BadRow(f"the field {key!r} belongs to preference training, which data.format: {form} is not")
     if form in ("chat", "prompt_completion") and isinstance(fields.get("label"), bool):

@@ -11,7 +11,7 @@ from typing import Any
 
 from dora_dist.config import DataConfig
 from dora_dist.data.chats import read_chat, read_prompt_chat
-from dora_dist.data.fields import BadRow, check_fields, json_field, missing, optional_text, text_field
+from dora_dist.data.fields import PREFERENCE, BadRow, check_fields, json_field, missing, optional_text, text_field
 from dora_dist.data.rows import Row, describe
 from dora_dist.data.templates import ChatTemplate, Draft
 from dora_dist.errors import UserError
@@ -77,6 +77,11 @@ def detect_format(row: Row, config: DataConfig, *, classify: bool) -> str:
     ):
         if needed <= keys:
             return name
+    if wanted := [key for key in keys if key in PREFERENCE]:
+        raise UserError(
+            f"{row.place}: the field {wanted[0]!r} belongs to preference training, which this is not; valid would "
+            'be rows such as {"prompt", "completion"}'
+        )
     found = ", ".join(map(repr, keys)) or "none"
     shapes = ", ".join(f"{name} {shape}" for name, shape in FORMATS.items() if name != "labels")
     raise UserError(f"{row.place}: the keys found ({found}) fit no format; valid would be {shapes}")
