@@ -31,7 +31,10 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), f"{page.name} -> {target}"
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/strategies.md", "docs/quantization.md", "docs/scaling.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", *(f"docs/{page}.md" for page in ("strategies", "quantization", "performance", "scaling"))],
+)
 def test_the_pages_figures_are_those_of_the_result_files(monkeypatch, name):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import _tables
