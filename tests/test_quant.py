@@ -137,7 +137,7 @@ def test_norms_of_the_packed_matrix(dim):
 def check_squared_norms(got, W, L, U, dim=0):
     wide = [t.double() for t in (W, L, U)]
     V, of = (W + 2 * L @ U for W, L, U in (wide, [t.abs() for t in wide]))
-    terms = V.shape[1 - dim] + 2 * L.shape[1]
+    terms = min(V.shape[1 - dim], 256) + 2 * L.shape[1]  # torch adds long rows by parts; one element less shows
     assert_sums(got, V.square().sum(1 - dim), of.square().sum(1 - dim), terms)
 
 
