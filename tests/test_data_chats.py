@@ -189,7 +189,7 @@ REFUSED = [
         "the field 'tools' has no place in data.format: alpaca",
     ),
     ({"instruction": "a", "output": "b", "history": [["c"]]}, "item 1 of 'history' is a list"),
-    ({"prompt": [ASKED], "completion": "b"}, "the field 'completion' is a string; valid would be two strings"),
+    ({"prompt": [ASKED], "completion": "b"}, "the field 'prompt' is a list, the field 'completion' is a string"),
     (chat(ASKED, {**ANSWERED, "weight": 0.5}), "the field 'weight' in item 2 of 'messages' is the number 0.5"),
     (
         chat({**ASKED, "train": True}, ANSWERED),
