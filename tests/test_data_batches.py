@@ -66,6 +66,13 @@ def test_a_micro_batch(examples):
         assert list(targets) == [*expected, -100]
 
 
+def test_a_first_token_is_no_target_and_not_counted_as_one(path):
+    examples = load(path, make_tokenizer(), seq_len=SEQ_LEN, loss_on="all")
+    batch = plan(examples, world_size=1).global_batch(0)
+    assert all(examples[row].supervised[0] for row in range(len(examples)))
+    assert batch.targets == sum(int((micro["targets"] != -100).sum()) for micro in batch.micro_batches)
+
+
 def test_longest_row_is_not_padded_beyond_seq_len(examples):
     widths = {b["input_ids"].shape[1] for b in evaluation(examples)}
     assert max(widths) == SEQ_LEN
