@@ -1,9 +1,9 @@
-"""Which layers take part in the loss of a row of text, found before any weight is read: a forward and a backward
-of the meta model on fake tensors, with a factor on the output of each layer that could be adapted.
+"""Which layers take part in the loss of a row of text, found before any weight is read: a forward of the meta
+model on fake tensors, with a factor on the output of each layer that could be adapted.
 
-A layer whose factor gets no gradient would be trained in vain: the towers for images and sound of a model that is
-given text alone, and layers whose weight the model's code reads without calling them, which passes the adapter by.
-Of many equal blocks one is tried.
+A layer whose factor no gradient of the output reaches would be trained in vain: the towers for images and sound of
+a model that is given text alone, and layers whose weight the model's code reads without calling them, which passes
+the adapter by. Of many equal blocks one is tried.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -52,14 +52,32 @@ def _idle(model: nn.Module, saved: list[str]) -> set[str] | None:
         try:
             ids = torch.zeros(1, _TOKENS, dtype=torch.long)
             with torch.enable_grad():
-                functional_call(model, tensors, kwargs={"input_ids": ids}).logits.sum().backward()
+                logits = functional_call(model, tensors, kwargs={"input_ids": ids}).logits
         except Exception:  # whatever a model's code makes of tensors without values
             return None
         finally:
             for hook in hooks:
                 hook.remove()
-    idle = {name for name, module in modules.items() if module in factors and factors[module].grad is None}
-    return idle | {name for name, own in trained.items() if all(tensor.grad is None for tensor in own)}
+    reached = _leaves(logits)
+    idle = {name for name, module in modules.items() if module in factors and id(factors[module]) not in reached}
+    return idle | {name for name, own in trained.items() if reached.isdisjoint(map(id, own))}
+
+
+def _leaves(output: Tensor) -> set[int]:
+    """The ids of the leaves that a gradient of `output` reaches. A backward would start autograd's threads, and
+    rehearsals are forked from this process."""
+    seen: set[object] = set()
+    leaves: set[int] = set()
+    ahead = [output.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::AccumulateGrad":
+            leaves.add(id(node.variable))  # type: ignore[attr-defined]
+        ahead += [following for following, _ in node.next_functions]
+    return leaves
 
 
 def _times(factor: Tensor) -> Callable[..., Tensor]:

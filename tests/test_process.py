@@ -34,7 +34,7 @@ class Counted:
 @pytest.fixture
 def ranks(monkeypatch):
     """Processes of a run, of which this is no process."""
-    monkeypatch.setattr(process, "_WAIT", datetime.timedelta(seconds=60))
+    monkeypatch.setattr(process, "_ANY_TIME", datetime.timedelta(seconds=60))
     server = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     made = []
     for rank in range(RANKS):

@@ -4,7 +4,9 @@ import datetime
 import json
 import os
 import socket
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from dora_dist.backends.rendezvous import meet, no_meeting
 from dora_dist.errors import UserError
 
-_WAIT = datetime.timedelta(seconds=1)  # for the store at a time; Ctrl-C waits for as long
+_ANY_TIME = datetime.timedelta(days=365)  # shorter ones over and over would each print a warning of torch's
 LATER_S = 5
 """By how much gloo's own time limit is above parallel.timeout_s."""
 _NCCL_TIMES = 4
@@ -188,12 +190,20 @@ class Processes:
                 self.store.delete_key(done)
 
     def _wait_for(self, key: str) -> None:
+        """In a thread, as no signal reaches a process whose main thread is in the store's own wait."""
         assert self.store is not None
-        while True:
+        store, outcome = self.store, Future[None]()
+
+        def ask() -> None:
             try:
-                return self.store.wait([key], _WAIT)
-            except dist.DistStoreError:  # not there yet
-                continue
+                store.wait([key], _ANY_TIME)
+            except Exception as error:
+                outcome.set_exception(error)
+            else:
+                outcome.set_result(None)
+
+        threading.Thread(target=ask, daemon=True).start()
+        outcome.result()
 
     def _lengths(self, data: bytes) -> list[int]:
         """How many bytes each rank has."""
