@@ -233,6 +233,8 @@ def _signature(block: nn.Module) -> tuple:
 def rehearse_here(job: Job) -> Short:
     """In this process, which is of no other use afterwards."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here asks a GPU, whether there is one or not
+    # torch makes its pool of threads anew after a fork; two of autograd's threads that ask at once would fail.
+    torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with ExitStack() as around:
         around.enter_context(warnings.catch_warnings())
