@@ -51,6 +51,12 @@ def _nonzero_ratio(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tenso
     return torch.where(ratio.abs() < least, least, ratio)
 
 
+def _own(y_TO: Tensor) -> Tensor:
+    """A compiled function's output as a tensor of its own, by a copy that the compiler leaves out: where it is an
+    alias, or was written in place, torch 2.11 makes every gradient zero."""
+    return y_TO.clone() if torch.compiler.is_compiling() else y_TO
+
+
 class _FrozenLinear(Function):
     """y_TO = x W^T + bias of a 4-bit weight. Keeps its parts alone."""
 
@@ -82,7 +88,7 @@ class _LoraLinear(Function):
         y_TO.addmm_(z_TR, B_OR.t().to(y_TO.dtype), alpha=scaling)
         ctx.save_for_backward(x_TI, A_RI, B_OR, z_TR, keep_TI, *parts)
         ctx.keep_scale, ctx.scaling, ctx.transposed, ctx.layout = keep_scale, scaling, transposed, layout
-        return y_TO
+        return _own(y_TO)
 
     @staticmethod
     @once_differentiable
@@ -118,7 +124,7 @@ class _DoraOut(Function):
         gh_TO, ctx.kept = keep(gh_TO) if bias is None else (gh_TO, None)
         ctx.save_for_backward(x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI, gh_TO, *parts)
         ctx.keep_scale, ctx.scaling, ctx.transposed, ctx.layout = keep_scale, scaling, transposed, layout
-        return y_TO
+        return _own(y_TO)
 
     @staticmethod
     @once_differentiable
@@ -156,7 +162,7 @@ class _DoraOutFolded(Function):
         gh_TO, ctx.kept = keep(y_TO) if bias is None else (y_TO, None)
         ctx.save_for_backward(x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI, gh_TO, *parts)
         ctx.keep_scale, ctx.scaling, ctx.layout = keep_scale, scaling, layout
-        return y_TO if bias is None else y_TO + bias
+        return _own(y_TO if bias is None else y_TO + bias)
 
     @staticmethod
     @once_differentiable
@@ -213,7 +219,7 @@ class _DoraIn(Function):
             y_TO += bias
         ctx.save_for_backward(x_TI, A_RI, B_OR, m_I, n_I, z_TR, keep_TI, *parts)
         ctx.keep_scale, ctx.scaling, ctx.transposed, ctx.layout = keep_scale, scaling, transposed, layout
-        return y_TO.to(x_TI.dtype)
+        return _own(y_TO.to(x_TI.dtype))
 
     @staticmethod
     @once_differentiable

@@ -31,11 +31,11 @@ def wide_mm(a: Tensor, b: Tensor) -> Tensor:
 
 def token_tiles(*tensors_TN: Tensor) -> list[tuple[Tensor, ...]]:
     """Views of the same few tokens in each, so few that several passes over them find in a core's cache what the
-    last one left there. All tokens where that is little, and under torch.compile, which joins such passes."""
+    last one left there. All tokens where that is little."""
     first = tensors_TN[0]
     budget = _TILE_BYTES_GPU if is_gpu(first.device) else _TILE_BYTES
     row_bytes = first.shape[1] * wide_dtype(first.dtype).itemsize
-    if torch.compiler.is_compiling() or first.shape[0] * row_bytes <= 4 * budget:
+    if first.shape[0] * row_bytes <= 4 * budget:
         return [tensors_TN]
     tokens = max(1, budget // row_bytes)
     return list(zip(*(t.split(tokens) for t in tensors_TN), strict=True))
@@ -45,6 +45,8 @@ def column_sums(a_TN: Tensor, b_TN: Tensor, g_N: Tensor, keep_ga: bool = True) -
     """g a in b's dtype, where it is kept, and sum_T(a * b) in fp32 (fp64 for fp64). Of a * b there is never more
     than a tile."""
     wide = wide_dtype(a_TN.dtype)
+    if torch.compiler.is_compiling():  # it joins passes itself, and in torch 2.11 loses what `out=` writes
+        return (a_TN * g_N).to(b_TN.dtype) if keep_ga else None, torch.sum(a_TN.to(wide) * b_TN, dim=0)
     total_N = a_TN.new_zeros(a_TN.shape[1], dtype=wide)
     if not keep_ga:
         for a_tile, b_tile in token_tiles(a_TN, b_TN):
@@ -109,6 +111,10 @@ def composed(
         return kernels.compose(product_TO, z_TR, B_OR, g_O, bias, scaling, dtype)
     if z_TR is not None and B_OR is not None:
         product_TO.addmm_(z_TR.to(product_TO.dtype), B_OR.t().to(product_TO.dtype), alpha=scaling)
+    if torch.compiler.is_compiling():  # see column_sums
+        wide_TO = product_TO * g_O
+        gh_TO = wide_TO.to(dtype)
+        return gh_TO if bias is None else (wide_TO + bias).to(dtype), gh_TO
     if product_TO.dtype == dtype and bias is None:
         return product_TO.mul_(g_O), product_TO
     gh_TO = product_TO if product_TO.dtype == dtype else torch.empty_like(product_TO, dtype=dtype)

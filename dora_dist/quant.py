@@ -125,8 +125,7 @@ class PackedMatrix:
 
     def read(self, rows: slice, device: torch.device) -> Tensor:
         """Dense rows on a device; what goes there is packed."""
-        start, stop, _ = rows.indices(self.shape[0])
-        return dequantize([part[start:stop].to(device) for part in self.parts], self.layout)
+        return dequantize([part[: self.shape[0]][rows].to(device) for part in self.parts], self.layout)
 
 
 def _scales(stored: Sequence[Tensor]) -> Tensor:

@@ -19,20 +19,26 @@ from dora_dist.trainer import Trainer
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     "spec",
-    [AdapterSpec(4, 2.0), AdapterSpec(4, 2.0, axis="in"), AdapterSpec(4, 2.0, norm_gradient="exact")],
-    ids=["out", "in", "exact"],
+    [
+        AdapterSpec(4, 2.0),
+        AdapterSpec(4, 2.0, axis="in"),
+        AdapterSpec(4, 2.0, norm_gradient="exact"),
+        AdapterSpec(4, 2.0, magnitude=False),
+    ],
+    ids=["out", "in", "exact", "lora"],
 )
 def test_a_layer_is_one_graph(spec, packed, dtype):
     torch.manual_seed(0)
     torch.compiler.reset()  # a few variants of one function are all that it keeps
-    linear = nn.Linear(70, 48, dtype=dtype)
+    linear = nn.Linear(70, 48, bias=not packed, dtype=dtype)
     layer = DoraLinear(linear.weight, linear.bias, spec)
     if packed:
         layer.pack(Nf4(48, 70, dtype))
     layer.reset_parameters()
     layer.norm_is_cached = True
     nn.init.normal_(layer.lora_B, std=0.1)
-    layer.renew_norm(layer.current_norm())
+    if spec.magnitude:
+        layer.renew_norm(layer.current_norm())
     x = torch.randn(2, 5, 70, dtype=dtype, requires_grad=True)
     results = []
     for forward in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
