@@ -43,7 +43,9 @@ def _idle(model: nn.Module, saved: list[str]) -> set[str] | None:
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     in_full = {name for name in modules if matches(name, saved)}
     with FakeTensorMode(allow_non_fake_inputs=True), _experts_at_once(model):
-        tensors = {name: torch.empty_like(p, device="cpu") for name, p in model.named_parameters()}
+        named = dict(model.named_parameters(remove_duplicate=False))
+        fake = {p: torch.empty_like(p, device="cpu") for p in named.values()}  # tied ones stay tied
+        tensors = {name: fake[p] for name, p in named.items()}
         trained = {name: [t for key, t in tensors.items() if key.startswith(f"{name}.")] for name in in_full}
         for tensor in (t for own in trained.values() for t in own):
             tensor.requires_grad_()

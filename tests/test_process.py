@@ -138,6 +138,7 @@ def test_nccl_has_more_time_than_the_watchdog_for_it_counts_what_is_ahead_of_it(
     gloo = SimpleNamespace(_set_default_timeout=lambda timeout: given.update(gloo=timeout))
     monkeypatch.setattr(dist, "init_process_group", lambda **options: given.update(options))
     monkeypatch.setattr(process, "_backend", lambda device: gloo)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         monkeypatch.setattr(default, name, None)

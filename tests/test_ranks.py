@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ranks
 
 
 def fail_or_wait(how: str) -> None:
-    print("here is", os.environ["RANK"], os.environ["WORLD_SIZE"])
+    print("here is", os.environ["RANK"], os.environ["WORLD_SIZE"], flush=True)
     if os.environ["RANK"] == "1":
         if how == "raise":
             raise ZeroDivisionError
