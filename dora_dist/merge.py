@@ -1,7 +1,8 @@
 """The `merge` verb: base and adapter into one Hugging Face directory in 16 bits.
 
-merge_weights.py writes tensor by tensor, in the memory of one output file and one tensor. The check that follows
-holds one whole model at a time: first base and adapter, then what was merged.
+merge_weights.py writes tensor by tensor, in the memory of one output file and one tensor; merge_loaded.py has
+transformers load and save whole what only it can. The check that follows holds one whole model at a time: first
+base and adapter, then what was merged.
 """
 
 import json
@@ -23,6 +24,7 @@ from dora_dist.config import ParallelConfig, QuantConfig, RunConfig
 from dora_dist.errors import UserError
 from dora_dist.files import check_link, read_header, read_json
 from dora_dist.hf_model import resolve_model
+from dora_dist.merge_loaded import load_renamed, write_loaded
 from dora_dist.merge_weights import read_plan, write_weights
 from dora_dist.rundata import RunData, load_tokenizer
 
@@ -63,7 +65,9 @@ def run_merge(
     blueprint = draw_blueprint(config, directory)
     if base == "original" and blueprint.files is not None and blueprint.files.four_bit:
         raise UserError(f"--base original: {str(directory)!r} is in 4 bits itself; leave --base out")
-    entries, unties = read_plan(blueprint, adapter)
+    assert blueprint.files is not None
+    loaded = load_renamed(blueprint)
+    entries, unties = read_plan(blueprint, adapter, loaded or blueprint.files)
     _compare_base(adapter, config.model.path)
     check = Check(config, directory, adapter, base, processes)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
@@ -72,9 +76,13 @@ def run_merge(
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}") from None
     try:
+        if loaded is None:
+            files = write_weights(entries, blueprint, partial, base, max_shard_bytes)
+        else:
+            files = write_loaded(entries, loaded, partial, base, max_shard_bytes, unties)
+            del loaded
         _copy_files(directory, partial)
         _write_config(blueprint, directory, partial, unties, check.pad_id)
-        files = write_weights(entries, blueprint, partial, base, max_shard_bytes)
         check.run(partial)
         _refuse_existing(out)
         partial.rename(out)

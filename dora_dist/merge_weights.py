@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -18,16 +19,28 @@ from torch import Tensor, nn
 from dora_dist.adapter import load_adapter
 from dora_dist.build import Blueprint, materialize
 from dora_dist.decomposition import merge_, norm_ratio, squared_norms
-from dora_dist.errors import UserError
 from dora_dist.inject import injection_of
 from dora_dist.layers import DoraLayer
+from dora_dist.prequantized import FourBit
 from dora_dist.quant import Nf4, dequantize, quantize
 from dora_dist.shards import Rectangle, Whole, named_generator
-from dora_dist.weights import SafetensorsFiles, aliases, base_tensors, missing_from, packed_layers
+from dora_dist.weights import aliases, base_tensors, packed_layers
 
 _TILE_ELEMENTS = 1 << 20  # quantized or compared at a time
 # A weight changes by at most this part of itself when it is rounded; fp32 sums are rounded, too.
 _ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-10, torch.float32: 1e-5}
+
+
+class Weights(Protocol):
+    """A base's tensors: its files, or the model that transformers made of them."""
+
+    shapes: dict[str, tuple[int, ...]]
+    four_bit: dict[str, FourBit]
+
+    def read(self, name: str, own: Rectangle) -> Tensor:
+        """The rows and columns of one tensor that `own` covers, as a matrix."""
+
+    def rows(self, name: str, rows: slice) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -54,17 +67,9 @@ class _TrainedAlone(Whole):
         return [] if parameter.is_meta else super().rectangles(parameter)
 
 
-def read_plan(blueprint: Blueprint, adapter: Path) -> tuple[list[Entry], bool]:
+def read_plan(blueprint: Blueprint, adapter: Path, weights: Weights) -> tuple[list[Entry], bool]:
     """What to write, and whether tied weights part in it. Reads the adapter into the blueprint's meta model."""
-    model, files = blueprint.model, blueprint.files
-    assert files is not None
-    trained = {name for name, tensor in base_tensors(model).items() if tensor.requires_grad}
-    missing = [name for name in missing_from(files, model) if name not in trained]
-    if missing:
-        raise UserError(
-            f"model.path: {str(files.directory)!r} has no tensor {missing[0]!r} ({len(missing)} missing): merge "
-            "needs files whose names are the model's own (load the model with transformers and save it anew)"
-        )
+    model = blueprint.model
     materialize(model, lambda p: _empty(p) if p.requires_grad else p, torch.device("cpu"))
     load_adapter(model, adapter, _TrainedAlone(), blueprint.config.dora.accept_other_base)
     groups, packed = aliases(model), packed_layers(model)
@@ -75,7 +80,7 @@ def read_plan(blueprint: Blueprint, adapter: Path) -> tuple[list[Entry], bool]:
         layout = packed[tensor].layout if tensor in packed else None
         shape = layout.shape if layout else tuple(tensor.shape)
         kind = layout.dtype if layout else trained_in_full.get(first, tensor.dtype)
-        source = next((name for name in layers if name in files.shapes), first)
+        source = next((name for name in layers if name in weights.shapes), first)
         parts = len(set(layers.values())) > 1
         unties |= parts
         for name in layers if parts else [source]:
@@ -107,7 +112,7 @@ def write_weights(entries: list[Entry], blueprint: Blueprint, out: Path, base: s
     for number, group in enumerate(groups, 1):
         name = f"model-{number:05}-of-{len(groups):05}.safetensors"
         probes: dict[str, Probe] = {}
-        tensors = {entry.name: _values(entry, blueprint.files, base, drift, probes) for entry in group}
+        tensors = {entry.name: merged_values(entry, blueprint.files, base, drift, probes) for entry in group}
         save_file(tensors, out / name, {"format": "pt"})
         where |= dict.fromkeys(tensors, name)
         del tensors  # before the next file's are read
@@ -116,11 +121,7 @@ def write_weights(entries: list[Entry], blueprint: Blueprint, out: Path, base: s
                 probe.check(key, file.get_tensor(key))
     index = {"metadata": {"total_size": sum(entry.bytes for entry in entries)}, "weight_map": where}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    if drift.weights:
-        print(
-            f"original against dequantized base: {drift.weights} merged weights differ by "
-            f"{drift.ratio:.3g} of their norm"
-        )
+    drift.tell()
     return len(groups)
 
 
@@ -134,9 +135,7 @@ def _by_file(entries: list[Entry], limit: int) -> Iterator[list[Entry]]:
     yield group
 
 
-def _values(
-    entry: Entry, files: SafetensorsFiles, base: str, drift: "Drift", probes: "dict[str, Probe]"
-) -> Tensor:
+def merged_values(entry: Entry, files: Weights, base: str, drift: "Drift", probes: "dict[str, Probe]") -> Tensor:
     """The merged tensor. Of an adapted one its probe is left in `probes`."""
     if entry.parameter.requires_grad:
         return entry.parameter.detach().to(entry.dtype, copy=True)
@@ -204,7 +203,7 @@ def _through_4_bits(weight: Tensor, layout: Nf4) -> Tensor:
     return _by_tiles(layout, lambda rows: quantize(weight[rows], layout))
 
 
-def _stored_in_4_bits(entry: Entry, files: SafetensorsFiles) -> Tensor:
+def _stored_in_4_bits(entry: Entry, files: Any) -> Tensor:
     """The same of a base that is in 4 bits in its files."""
     assert entry.layout is not None
     stored = files.four_bit[entry.source]
@@ -233,6 +232,13 @@ class Drift:
         for a, b in zip(values.split(step), reference.split(step), strict=True):
             a, b = a.double(), b.double()
             self._squares += torch.stack([(a - b).square().sum(), b.square().sum()])
+
+    def tell(self) -> None:
+        if self.weights:
+            print(
+                f"original against dequantized base: {self.weights} merged weights differ by "
+                f"{self.ratio:.3g} of their norm"
+            )
 
     @property
     def ratio(self) -> float:

@@ -118,7 +118,8 @@ def test_a_linear_layer_kept_in_fp32_is_neither_packed_nor_written_narrower(
     attention = built.model.model.layers[0].self_attn
     assert attention.k_proj.weight.dtype == torch.float32 and attention.q_proj.weight.dtype == torch.uint8
     save_adapter(built.model, tmp_path / "adapter")
-    entries, _ = read_plan(draw_blueprint(config, tiny_llama), tmp_path / "adapter")
+    blueprint = draw_blueprint(config, tiny_llama)
+    entries, _ = read_plan(blueprint, tmp_path / "adapter", blueprint.files)
     written = {entry.name: entry.dtype for entry in entries}
     for name, dtype in written.items():
         assert dtype == (torch.float32 if "k_proj" in name else torch.bfloat16)

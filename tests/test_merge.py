@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import letter_tokenizer, save_model
 from safetensors.torch import load_file, save_file
 from support_ranks import run_ranks
 from support_rounding import MODEL, assert_near, rounding
+from support_small import small_config, small_model
 
-from dora_dist import decomposition, merge, merge_weights
+from dora_dist import decomposition, merge, merge_loaded, merge_weights
 from dora_dist.adapter import save_adapter
 from dora_dist.backends.process import Processes
 from dora_dist.backends.replicated import Single
@@ -304,17 +306,57 @@ def test_buffers_are_the_checkpoints(run, tiny_llama, tmp_path, monkeypatch):
     assert load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")["model.scale"].item() == 3.0
 
 
-def test_files_with_other_names_are_refused(run, tiny_llama, tmp_path, capsys):
-    path, _ = run()
-    renamed = tmp_path / "renamed"
-    renamed.mkdir()
-    for file in tiny_llama.iterdir():
-        (renamed / file.name).symlink_to(file)
-    os.unlink(renamed / "model.safetensors")
-    tensors = load_file(tiny_llama / "model.safetensors")
-    save_file({n.removeprefix("model."): t for n, t in tensors.items()}, renamed / "model.safetensors")
-    assert main(["merge", "--config", str(path), str(tmp_path / "out"), f"model.path={renamed}"]) == 2
-    assert "has no tensor 'model.embed_tokens.weight'" in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def renamed(tmp_path_factory) -> dict[str, Path]:
+    """Bases whose tensors transformers renames (GPT-2 without its prefix) or fuses (Mixtral's experts)."""
+    found = {}
+    for name in ("gpt2", "mixtral"):
+        torch.manual_seed(0)
+        config = small_config(name)
+        config.initializer_range = 0.3
+        model = type(small_model(name))(config)
+        found[name] = save_model(model, tmp_path_factory.mktemp(name))
+    path = found["gpt2"] / "model.safetensors"
+    tensors = load_file(path)
+    save_file({n.removeprefix("transformer."): t for n, t in tensors.items()}, path, {"format": "pt"})
+    return found
+
+
+RENAMED = {
+    "renamed, tied": ("gpt2", {"rank": 2, "targets": ["c_attn", "c_fc"]}),
+    "renamed, parting": ("gpt2", {"rank": 2, "targets": ["c_attn", "wte"]}),
+    "fused": ("mixtral", {"rank": 2, "targets": ["q_proj", "o_proj"], "modules_to_save": ["mlp.gate"]}),
+    "fused, in 4 bits": ("mixtral", {"rank": 2, "targets": ["q_proj", "o_proj"], "quant": NF4}),
+}
+
+
+@pytest.mark.parametrize("case", RENAMED)
+def test_a_base_that_transformers_renames_is_merged_by_it(run, renamed, tmp_path, capsys, case):
+    name, settings = RENAMED[case]
+    path, adapted = run(renamed[name], **settings)
+    assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    assert "their logits differ by" in capsys.readouterr().out
+    wanted, merged = logits(adapted), load(tmp_path / "out")
+    assert (logits(merged) - wanted).norm() <= rounding(MODEL, torch.float32) * wanted.norm()
+    if name == "mixtral":
+        written, base = (load_file(d / "model.safetensors") for d in (tmp_path / "out", renamed[name]))
+        assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in base.items()}
+        experts = [n for n in base if ".experts." in n]
+        assert experts and all(torch.equal(written[n], base[n]) for n in experts)
+
+
+def test_a_base_that_memory_does_not_hold_is_refused_with_a_way_that_works(
+    run, renamed, tmp_path, monkeypatch, capsys
+):
+    path, _ = run(renamed["mixtral"], rank=2, targets=["q_proj"])
+    monkeypatch.setattr(merge_loaded, "available_memory", lambda: 1000.0)
+    assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 2
+    assert "save_pretrained(DIRECTORY, save_original_format=False)" in capsys.readouterr().err
+    anew = tmp_path / "anew"
+    load(renamed["mixtral"]).save_pretrained(anew, save_original_format=False)
+    letter_tokenizer().save_pretrained(anew)
+    words = ["merge", "--config", str(path), str(tmp_path / "out"), f"model.path={anew}"]
+    assert main([*words, "dora.accept_other_base=true"]) == 0, capsys.readouterr().err
 
 
 def test_a_classifier_with_its_new_head(tiny_llama, tmp_path):
