@@ -138,7 +138,7 @@ def _lost_adapter(problem: str, checkpoint: Path | None) -> str:
     line = f"output_dir: the adapter cannot be written: {problem}"
     if checkpoint is None:
         return f"{line}; nor can a checkpoint"
-    return f"{line}; the checkpoint {checkpoint} holds what was trained, and the same command goes on from there"
+    return f"{line}; the newest checkpoint is {checkpoint}, from which the same command goes on"
 
 
 @contextmanager
