@@ -6,6 +6,7 @@ No test may leave a process behind: see `support_launch.Launch`.
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -152,7 +153,8 @@ def check_stopped(output: str, tmp_path: Path) -> None:
     (line,) = [line for line in output.splitlines() if line.startswith("stopped by ")]
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
-    assert line.startswith(f"stopped by SIGINT after step {step}; its checkpoint is written")
+    # deepspeed's process of the node sends SIGTERM at once; either may come first.
+    assert re.match(rf"stopped by SIG(INT|TERM) after step {step}; its checkpoint is written", line)
 
 
 def test_ctrl_c_saves_and_ends_a_run_of_one_process(endless, tmp_path):
