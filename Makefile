@@ -50,7 +50,7 @@ test: $(STAMP) ## run the tests that guard every change (10 minutes)
 test-all: $(STAMP) ## run all tests (25 minutes)
 	$(PYTEST) $(ARGS)
 
-test-cpus: $(STAMP) ## repeat the numeric tests with older CPUs' instructions and 2 threads, for each of PYTHONS (30 minutes)
+test-cpus: $(STAMP) ## repeat the numeric tests with older CPUs' instructions and 2 threads, for each of PYTHONS
 	.venv/bin/python tests/cpus.py $(PYTHONS)
 
 faults: $(STAMP) ## run the fault suite (20 minutes), and renew the table in docs/reliability.md
