@@ -26,7 +26,7 @@ from dora_dist.config import DataConfig, DoraConfig, ModelConfig, RunConfig, Tra
 from dora_dist.data import GlobalBatch
 from dora_dist.errors import UserError
 from dora_dist.hf_model import resolve_model
-from dora_dist.progress import peak_memory
+from dora_dist.target import peak_memory
 from dora_dist.trainer import Trainer
 from dora_dist.weights import base_tensors
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_dist.target import gpu_is_rehearsed, is_gpu
+from dora_dist.target import gpu_is_rehearsed, is_gpu, to_device
 
 _NAME = "sdpa_causal_documents"
 _packed: "_Packed | None" = None  # of the micro-batch in work
@@ -109,13 +109,6 @@ class _Packed:
             bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
             self._bounds[T, device] = (to_device(bounds, device), max(lengths))
         return self._bounds[T, device]
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor copied without making the host wait: to a GPU from pinned memory."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def _attend(

@@ -22,7 +22,7 @@ from dora_dist.backends.replicated import Ddp, Single
 from dora_dist.backends.zero import Zero
 from dora_dist.config import RunConfig
 from dora_dist.deepspeed_config import Sizes, deepspeed_config
-from dora_dist.engine import Engine
+from dora_dist.engine import Engine, LossScale
 from dora_dist.errors import UserError
 from dora_dist.fingerprint import Base, base_fingerprint
 from dora_dist.hf_model import check_model, classifier_head, load_with_transformers, meta_model
@@ -30,7 +30,7 @@ from dora_dist.inject import inject_dora
 from dora_dist.layers import DoraLayer
 from dora_dist.loss import HeadLoss, attach_head_loss, has_plain_logits
 from dora_dist.norms import attach_norm_refresh, initialize_adapters
-from dora_dist.optim import LossScale, make_optimizer, optimizer_class
+from dora_dist.optim import make_optimizer, optimizer_class
 from dora_dist.pack import pack_linears
 from dora_dist.participation import idle_modules
 from dora_dist.prequantized import check_quantization, find_four_bit
@@ -143,7 +143,7 @@ def build(blueprint: Blueprint, strategy: Strategy) -> Built:
     config, model = blueprint.config, blueprint.model
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    strategy.shard(model)
+    shard(model, strategy, blueprint.head_loss)
     materialize(model, strategy.parameter, strategy.processes.device)
     shards = strategy.shards(model)
     _load(blueprint, shards, strategy.processes)
@@ -159,6 +159,14 @@ def build(blueprint: Blueprint, strategy: Strategy) -> Built:
     loss_scale = LossScale(active=config.model.dtype == "float16")
     engine = strategy.engine(model, optimizer, config.train, loss_scale)
     return Built(model, engine, shards, optimizer, blueprint.head_loss)
+
+
+def shard(model: nn.Module, strategy: Strategy, head_loss: HeadLoss | None) -> None:
+    """Shard a model that is on the meta device."""
+    strategy.shard(model)
+    if head_loss is not None and isinstance(strategy, Fsdp):
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        strategy.gather_in_backward_if(head, head_loss.backward_reads_head)
 
 
 @torch.no_grad()

@@ -11,18 +11,13 @@ from torch.autograd.function import once_differentiable
 
 from dora_dist import kernels
 from dora_dist.quant import Nf4, PackedMatrix
-from dora_dist.target import is_gpu
+from dora_dist.target import is_gpu, wide_dtype
 
 # Scratch of the passes over a weight: on a CPU what its caches hold, on a GPU few launches. Fewer rows than these
 # would read the low-rank factor so often that a product of rank 384 took three times as long.
 _SCRATCH_BYTES = 900_000
 _SCRATCH_BYTES_GPU = 8_000_000
 _LEAST_ROWS = 48
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which norms, ratios and trained tensors of a base of `dtype` are held: fp32, or fp64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def row_tiles(matrix: Tensor | PackedMatrix, dtype: torch.dtype, device: torch.device) -> list[slice]:

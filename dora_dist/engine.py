@@ -1,4 +1,5 @@
-"""One optimizer step: what the training loop asks of an engine, and the engine of the torch strategies."""
+"""One optimizer step: what the training loop asks of an engine, the engine of the torch strategies, and fp16's
+loss scale."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,9 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.config import TrainConfig
-from dora_dist.optim import LossScale
 from dora_dist.optimizer_state import AdamState, adam_state
 from dora_dist.shards import Rectangle, Shards
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16, whose small gradients would underflow: halved when a step overflows (that
+    step is skipped), doubled after 1000 good ones. Always 1 for other dtypes."""
+
+    def __init__(self, active: bool):
+        self.active, self.value, self.good_steps = active, 2.0**14 if active else 1.0, 0
+
+    def accepts(self, grad_norm: Tensor) -> bool:
+        if not self.active:
+            return True
+        finite = bool(torch.isfinite(grad_norm))
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.good_steps % 1000 == 0:
+            self.value *= 2
+        return finite
 
 
 class Engine(Protocol):

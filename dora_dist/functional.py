@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dora_dist import kernels
-from dora_dist.decomposition import norm_ratio, wide_dtype
+from dora_dist.decomposition import norm_ratio
 from dora_dist.kept_output import is_overwritten, keep
 from dora_dist.products import (
     add_low_rank_dx,
@@ -34,6 +34,7 @@ from dora_dist.products import (
     wide_mm,
 )
 from dora_dist.quant import Nf4
+from dora_dist.target import wide_dtype
 
 _LEAST_RATIO = {torch.float16: 1e-4, torch.float64: 1e-100}  # else 1e-20: as far as exponents reach
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dora_dist.decomposition import merge_, norm_ratio, norm_with_gradient, squared_norms, wide_dtype
+from dora_dist.decomposition import merge_, norm_ratio, norm_with_gradient, squared_norms
 from dora_dist.functional import adapted_embedding, adapted_linear
 from dora_dist.packed import BaseWeight
+from dora_dist.target import wide_dtype
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,9 @@ class HeadLoss:
         finally:
             self._asked = None
 
-    @property
-    def leaves_no_backward(self) -> bool:
-        """Whether the head's weight is of no use after a forward now: sharded, it need not be gathered again."""
-        return self._frozen and self._asked is not None
+    def backward_reads_head(self) -> bool:
+        """Whether the backward of a forward now will read the head's weight. Asked where it is sharded."""
+        return not self._frozen or self._asked is None
 
     def _forward(self, hidden: Tensor) -> Tensor:
         if self._asked is None:
@@ -136,12 +135,6 @@ def attach_head_loss(model: nn.Module) -> HeadLoss | None:
     if head._forward_hooks or head._forward_pre_hooks:
         return None
     return HeadLoss(head, config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
-
-
-def head_loss_of(module: nn.Module) -> HeadLoss | None:
-    """The one that is attached to this head, if any."""
-    attached = getattr(module.forward, "__self__", None)
-    return attached if isinstance(attached, HeadLoss) else None
 
 
 def has_plain_logits(model: nn.Module) -> bool:

@@ -1,11 +1,11 @@
-"""The optimizer, its schedule, and loss scaling for fp16."""
+"""The optimizer and its schedule."""
 
 import logging
 import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dora_dist.config import TrainConfig
 from dora_dist.errors import UserError
@@ -70,22 +70,3 @@ def lr_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
         return 1 - progress if config.schedule == "linear" else 1.0
 
     return factor
-
-
-class LossScale:
-    """Dynamic loss scaling for fp16, whose small gradients would underflow: halved when a step overflows (that
-    step is skipped), doubled after 1000 good ones. Always 1 for other dtypes."""
-
-    def __init__(self, active: bool):
-        self.active, self.value, self.good_steps = active, 2.0**14 if active else 1.0, 0
-
-    def accepts(self, grad_norm: Tensor) -> bool:
-        if not self.active:
-            return True
-        finite = bool(torch.isfinite(grad_norm))
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.value /= 2
-        elif self.good_steps % 1000 == 0:
-            self.value *= 2
-        return finite

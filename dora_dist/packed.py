@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from dora_dist.decomposition import wide_dtype
 from dora_dist.functional import adapted_linear
 from dora_dist.quant import Nf4, PackedMatrix, quantize
 from dora_dist.shards import Shards
+from dora_dist.target import wide_dtype
 
 _READ_ELEMENTS = 1 << 20  # quantized at a time while loading
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dora_dist import kernels
-from dora_dist.decomposition import row_tiles, wide_dtype
+from dora_dist.decomposition import row_tiles
 from dora_dist.quant import Nf4
-from dora_dist.target import is_gpu
+from dora_dist.target import is_gpu, wide_dtype
 
 # What a tile of an activation takes in fp32. A pass goes through three such tensors at a time, which a core's L2
 # cache should hold; on a GPU few launches matter more.

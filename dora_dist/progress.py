@@ -2,15 +2,12 @@
 
 import json
 import os
-import resource
-import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -149,45 +146,6 @@ def _cut_back(path: Path, resumed: Resumed) -> None:
             continue
     with replaced(path) as file:
         file.write("".join(kept).encode())
-
-
-class Stopwatch:
-    """Time spent in a `with` block: by events on a GPU, so that nothing waits for it."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._marks: list[Any] = []
-
-    def __enter__(self) -> "Stopwatch":
-        self._marks = [self._mark()]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._marks.append(self._mark())
-
-    def seconds(self) -> float:
-        """Of the latest block; 0 before the first."""
-        if len(self._marks) < 2:
-            return 0.0
-        start, end = self._marks
-        if not self._cuda:
-            return end - start
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device's allocator on a GPU, of the process's resident memory otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class _TensorBoard:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dora_dist.attention import CausalAttention, to_device
+from dora_dist.attention import CausalAttention
 from dora_dist.backends.process import Agreement
 from dora_dist.backends.watchdog import Watchdog
 from dora_dist.build import Built, Strategy
@@ -26,8 +26,9 @@ from dora_dist.loss import summed_loss, supervised_positions
 from dora_dist.norms import dora_layers, refresh_norms
 from dora_dist.optim import lr_factor
 from dora_dist.phases import Phase
-from dora_dist.progress import RunLog, Stopwatch, peak_memory, show
+from dora_dist.progress import RunLog, show
 from dora_dist.rundata import RunData
+from dora_dist.target import Stopwatch, peak_memory, to_device
 
 _SPEED_STEPS = 50  # between two comparisons of the ranks' speeds
 Evaluation = dict[str, float | None]  # by name; None: not finite

@@ -21,6 +21,7 @@ from dora_dist.backends import fsdp, zero
 from dora_dist.backends.fsdp import Fsdp
 from dora_dist.backends.process import Processes
 from dora_dist.backends.replicated import Ddp, Single
+from dora_dist.build import shard
 from dora_dist.loss import HeadLoss
 
 WORDS = 24
@@ -54,7 +55,7 @@ def count(layers: int, method: str, strategy: Single | Fsdp) -> dict[str, dict[s
     model = Model(layers)
     inject_dora(model, DoraConfig(method=method, rank=4, targets="all-linear"))
     head_loss = HeadLoss(model.head, WORDS)
-    strategy.shard(model)
+    shard(model, strategy, head_loss)
     shards = strategy.shards(model)
     attach_norm_refresh(model, None, shards)
     step = step_after_evaluation(model, head_loss)

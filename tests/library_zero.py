@@ -27,8 +27,8 @@ from dora_dist import (
 from dora_dist.backends.process import Processes
 from dora_dist.backends.zero import ZeroEngine, import_deepspeed
 from dora_dist.cli import leave
+from dora_dist.engine import LossScale
 from dora_dist.norms import dora_layers, find_shards, refresh_norms
-from dora_dist.optim import LossScale
 
 RELEASE = {
     f"stage3_{key}": 0

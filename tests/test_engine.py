@@ -6,8 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_dist.config import TrainConfig
-from dora_dist.engine import TorchEngine
-from dora_dist.optim import LossScale
+from dora_dist.engine import LossScale, TorchEngine
 from dora_dist.shards import Whole
 
 

@@ -111,7 +111,8 @@ from dora_dist.backends.process import Processes
 from dora_dist.build import choose_strategy
 from dora_dist.cli import leave
 from dora_dist.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from dora_dist.optim import LossScale, make_optimizer
+from dora_dist.engine import LossScale
+from dora_dist.optim import make_optimizer
 
 processes = Processes()
 processes.start(60, needed=True)

@@ -21,9 +21,10 @@ from dora_dist.config import (
     RunConfig,
     TrainConfig,
 )
+from dora_dist.engine import LossScale
 from dora_dist.errors import UserError
 from dora_dist.inject import inject_dora
-from dora_dist.optim import LossScale, lr_factor, make_optimizer
+from dora_dist.optim import lr_factor, make_optimizer
 from dora_dist.progress import RunLog
 
 

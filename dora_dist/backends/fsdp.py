@@ -5,7 +5,7 @@ rows of W holds the same rows of B and m. Mixed precision is the layer's own bus
 16-bit W): FSDP's `param_dtype` would round the magnitudes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 
@@ -18,10 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dora_dist.backends.process import Processes
 from dora_dist.config import TrainConfig
-from dora_dist.engine import Engine, TorchEngine
+from dora_dist.engine import Engine, LossScale, TorchEngine
 from dora_dist.errors import UserError
-from dora_dist.loss import HeadLoss, head_loss_of
-from dora_dist.optim import LossScale
 from dora_dist.shards import Rectangle, Shards, as_matrix, blocks
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
@@ -174,10 +172,14 @@ class Fsdp:
             fully_shard(module, mesh=self.mesh, offload_policy=offload)
             if module is words and not any(p.requires_grad for p in module.parameters()):
                 module.set_unshard_in_backward(False)  # there is none, but FSDP would prefetch for it
-            head_loss = head_loss_of(module)
-            if head_loss is not None:
-                module.register_forward_pre_hook(partial(_gather_again_if_needed, head_loss))
         fully_shard(model, mesh=self.mesh, offload_policy=offload)
+
+    @staticmethod
+    def gather_in_backward_if(module: nn.Module, needed: Callable[[], bool]) -> None:
+        """Have each forward of a module ask `needed` whether to gather its weights again for the backward. What is
+        not gathered by itself is left as it is."""
+        if isinstance(module, FSDPModule):
+            module.register_forward_pre_hook(lambda head, _: head.set_unshard_in_backward(needed()))
 
     def parameter(self, meta: nn.Parameter) -> nn.Parameter:
         device = torch.device("cpu") if self.cpu_offload else self.processes.device
@@ -203,10 +205,6 @@ def _accumulating(module: FSDPModule) -> Iterator[None]:
         yield
     finally:
         module.set_requires_gradient_sync(True)
-
-
-def _gather_again_if_needed(head_loss: HeadLoss, head: FSDPModule, _: object) -> None:
-    head.set_unshard_in_backward(not head_loss.leaves_no_backward)
 
 
 def _groups(model: nn.Module) -> Iterator[nn.Module]:

@@ -9,8 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dora_dist.backends.process import Processes
 from dora_dist.config import TrainConfig
-from dora_dist.engine import Engine, TorchEngine
-from dora_dist.optim import LossScale
+from dora_dist.engine import Engine, LossScale, TorchEngine
 from dora_dist.shards import RowsOfCopies, Shards, Whole
 
 

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from dora_dist.backends.process import Processes
 from dora_dist.config import TrainConfig
-from dora_dist.engine import Engine, OptimizerState, OptimizerStates
+from dora_dist.engine import Engine, LossScale, OptimizerState, OptimizerStates
 from dora_dist.errors import UserError
-from dora_dist.optim import LossScale
 from dora_dist.optimizer_state import AdamState, adam_state
 from dora_dist.shards import Rectangle, RowsOfCopies, Shards, Whole, as_matrix, flat_rectangles
 
