@@ -59,6 +59,7 @@ class Blueprint:
     head: tuple[str, ...]  # a classifier's head: its modules outside the base model, trained in full
     base: Base
     head_loss: HeadLoss | None = None  # a causal model's, where the loss may take the logits' place
+    all_take_part: bool = True  # in the loss, the trained modules; False: not known yet
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Built:
     shards: Shards
     optimizer: torch.optim.Optimizer
     head_loss: HeadLoss | None = None  # see Blueprint
+    all_take_part: bool = True  # see Blueprint
 
 
 def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from_files: bool = True) -> Blueprint:
@@ -91,12 +93,13 @@ def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from
     plain_logits = causal and has_plain_logits(model)
     head = () if causal else classifier_head(model)
     saved = [*config.dora.modules_to_save, *(h for h in head if h not in config.dora.modules_to_save)]
-    idle = idle_modules(model, config.dora.modules_to_save) or ()
-    inject_dora(model, replace(config.dora, modules_to_save=saved), base, idle)
+    idle = idle_modules(model, config.dora.modules_to_save)
+    inject_dora(model, replace(config.dora, modules_to_save=saved), base, idle or ())
     if config.quant.scheme == "nf4":
         split = world_size if config.parallel.strategy == "zero3" else 1
         pack_linears(model, config.quant, split, files.block_sizes() if files is not None else {})
-    return Blueprint(config, model, files, head, base, attach_head_loss(model) if plain_logits else None)
+    head_loss = attach_head_loss(model) if plain_logits else None
+    return Blueprint(config, model, files, head, base, head_loss, idle is not None)
 
 
 def strategy_for(config: RunConfig, model: nn.Module, world: int, device_memory: float) -> tuple[str, str]:
@@ -158,7 +161,7 @@ def build(blueprint: Blueprint, strategy: Strategy) -> Built:
     optimizer = make_optimizer(model, config.train, shards.shape)
     loss_scale = LossScale(active=config.model.dtype == "float16")
     engine = strategy.engine(model, optimizer, config.train, loss_scale)
-    return Built(model, engine, shards, optimizer, blueprint.head_loss)
+    return Built(model, engine, shards, optimizer, blueprint.head_loss, blueprint.all_take_part)
 
 
 def shard(model: nn.Module, strategy: Strategy, head_loss: HeadLoss | None) -> None:

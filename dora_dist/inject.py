@@ -6,8 +6,7 @@ Works on any nn.Module, on the meta device too. Nothing is changed before everyt
 
 import fnmatch
 import math
-import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +32,7 @@ class Injection:
     saved_dtypes: dict[str, torch.dtype]  # the base's, of their parameters
     casts: tuple[RemovableHandle, ...]  # the hooks around modules trained in fp32 inside a 16-bit model
     base: Base | None = None  # what the model was before, where that is known
-    left_out: tuple[str, ...] = ()  # linear layers that all-linear would mean, but take no part in the loss
+    left_out: tuple[str, ...] = ()  # modules that the configuration means, but which take no part in the loss
 
 
 def inject_dora(
@@ -48,11 +47,11 @@ def inject_dora(
 
     Args:
         base: what the model is; `save_adapter` writes it down, and `load_adapter` refuses adapters of another.
-        idle: modules that take no part in the loss: all-linear leaves them out, and to name them is an error.
+        idle: modules that take no part in the loss: left out, unless a name or glob means nothing else.
 
     Raises:
         UserError: a name matches nothing (the closest names are given), a module is of another kind, a rank
-            exceeds its layer, or the model was injected or sharded before.
+            exceeds its layer, a name means idle modules alone, or the model was injected or sharded before.
     """
     if any(isinstance(m, DoraLayer) for m in model.modules()):
         raise UserError("the model already has DoRA layers; inject_dora works once per model")
@@ -60,7 +59,7 @@ def inject_dora(
         raise UserError(
             "the model is sharded already: call inject_dora first, then fully_shard or deepspeed.initialize"
         )
-    targets, magnitude_only, saved = _choose(model, config, idle)
+    targets, magnitude_only, saved, left_out = _choose(model, config, set(idle))
     specs = {name: _spec(name, module, name in magnitude_only, config) for name, module in targets.items()}
     _check_patterns(targets, config)
     _check_ties(model, saved)
@@ -77,10 +76,7 @@ def inject_dora(
     }
     narrow = {name: _narrowest_dtype(model.get_submodule(name)) for name in saved}
     casts = [h for name, dtype in narrow.items() for h in _train_in_full(model.get_submodule(name), dtype)]
-    left_out: tuple[str, ...] = ()
-    if "all-linear" in config.target_list():
-        left_out = tuple(name for name in sorted(idle) if is_linear(model.get_submodule(name)))
-    injection = Injection(config, tuple(targets), tuple(saved), dtypes, tuple(casts), base, left_out)
+    injection = Injection(config, tuple(targets), tuple(saved), dtypes, tuple(casts), base, tuple(left_out))
     model.dora = injection  # type: ignore[assignment]
     return model
 
@@ -129,25 +125,27 @@ def rank_and_alpha(name: str, config: DoraConfig) -> tuple[int, float]:
 
 
 def _choose(
-    model: nn.Module, config: DoraConfig, idle: Collection[str]
-) -> tuple[dict[str, nn.Module], set[str], list[str]]:
-    """(targets by name, the names of those that train the magnitude alone, modules trained in full)."""
+    model: nn.Module, config: DoraConfig, idle: set[str]
+) -> tuple[dict[str, nn.Module], set[str], list[str], list[str]]:
+    """(targets by name, the names of those that train the magnitude alone, modules trained in full, modules left
+    out as `idle`)."""
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
-    saved = [name for name in modules if matches(name, config.modules_to_save)]
     _require_all_match("dora.modules_to_save", config.modules_to_save, modules)
+    meant = [name for name in modules if matches(name, config.modules_to_save)]
+    saved = _taking_part("dora.modules_to_save", config.modules_to_save, meant, idle)
+    _refuse_idle_parts(saved, idle)
     candidates = [name for name, m in modules.items() if is_target_kind(m)]
     free = [name for name in candidates if not inside(name, saved)]
     magnitude_only = _selected("dora.magnitude_only", config.magnitude_only, modules, free)
     names = [t for t in config.target_list() if t != "all-linear"]
     chosen = _selected("dora.targets", names, modules, free) | magnitude_only
-    for key, patterns, found in (
-        ("dora.modules_to_save", config.modules_to_save, saved),
-        ("dora.targets", [*names, *config.magnitude_only], sorted(chosen)),
-    ):
-        _refuse_idle(key, patterns, found, idle)
+    patterns = [*names, *config.magnitude_only]
+    left_out = {*meant, *chosen}.intersection(idle)
+    chosen = set(_taking_part("dora.targets", patterns, sorted(chosen), idle))
     if "all-linear" in config.target_list():
         head = _output_heads(model)
         linear = {name for name in free if is_linear(modules[name]) and modules[name] not in head}
+        left_out |= linear.intersection(idle)
         chosen |= linear.difference(idle)
     if not chosen:
         raise UserError("dora.targets: nothing to adapt; name at least one module, or all-linear")
@@ -161,22 +159,28 @@ def _choose(
             )
         if inside(name, saved):
             raise UserError(f"dora.targets: {name!r} is trained in full by dora.modules_to_save already")
-    return targets, magnitude_only, saved
+    return targets, magnitude_only - idle, saved, [name for name in modules if name in left_out]
 
 
-def _refuse_idle(key: str, patterns: Iterable[str], found: Sequence[str], idle: Collection[str]) -> None:
-    """UserError: one of the modules that the user named takes no part in the loss."""
-    name = next((name for name in found if name in idle), None)
-    if name is None:
-        return
-    pattern = matches(name, patterns)
-    assert pattern is not None
-    others = [n for n in found if n not in idle and matches(n, [pattern])]
-    hint = "" if others else "; name modules that do"
-    if others:
-        common = os.path.commonprefix(others).rpartition(".")[0]  # noqa: RUF071 - of names
-        hint = f"; those that do are {others[0] if len(others) == 1 else f'{common}.*.{_suffix(pattern)}'!r}"
-    raise UserError(f"{key}: {pattern!r} means {name!r}, which takes no part in the loss of text{hint}")
+def _taking_part(key: str, patterns: Iterable[str], meant: Iterable[str], idle: set[str]) -> list[str]:
+    """Those of the modules `meant` by `patterns` that are not idle. UserError: a pattern means idle ones alone."""
+    names = list(meant)
+    for pattern in patterns:
+        found = [name for name in names if matches(name, [pattern])]
+        if found and idle.issuperset(found):
+            told = f"{found[0]!r}, which takes" if len(found) == 1 else f"{found[0]!r} and other modules that take"
+            raise UserError(f"{key}: {pattern!r} means {told} no part in the loss of text; name modules that do")
+    return [name for name in names if name not in idle]
+
+
+def _refuse_idle_parts(saved: Iterable[str], idle: Iterable[str]) -> None:
+    for name in saved:
+        inner = min((n for n in idle if inside(n, [name])), default=None)
+        if inner is not None:
+            raise UserError(
+                f"dora.modules_to_save: {name!r} holds {inner!r}, which takes no part in the loss of text; name "
+                "the parts that do"
+            )
 
 
 def _selected(key: str, patterns: Iterable[str], modules: Iterable[str], candidates: list[str]) -> set[str]:

@@ -4,9 +4,14 @@ model on fake tensors, with a factor on the output of each layer that could be a
 A layer whose factor no gradient of the output reaches would be trained in vain: the towers for images and sound of
 a model that is given text alone, and layers whose weight the model's code reads without calling them, which passes
 the adapter by. Of many equal blocks one is tried.
+
+Where the model's code asks for values, which fake tensors lack, the run's first forward tells (`refuse_idle`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,15 +19,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from dora_dist.inject import is_target_kind, matches
+from dora_dist.backends.process import Processes
+from dora_dist.errors import UserError
+from dora_dist.inject import injection_of, inside, is_target_kind, matches
 from dora_dist.shards import outermost_lists
 
 _TOKENS = 8  # of the row
+_NAMED = 4  # kinds of modules that a line names
 
 
 def idle_modules(model: nn.Module, saved: Iterable[str] = ()) -> frozenset[str] | None:
-    """The names of the layers that could be adapted, and of the modules that the patterns `saved` mean, which take
-    no part in the loss of text. None: unknown, as the model's code asks for values, which fake tensors lack."""
+    """The names of the layers that could be adapted, and of what is in the modules that the patterns `saved` mean,
+    which take no part in the loss of text. None: unknown, as the model's code asks for values, which fake tensors
+    lack."""
     with _one_of_equal_blocks(model) as tried_as:
         tried = _idle(model, list(saved))
     if tried is None:  # its code may count its blocks
@@ -41,7 +50,8 @@ def idle_modules(model: nn.Module, saved: Iterable[str] = ()) -> frozenset[str] 
 
 def _idle(model: nn.Module, saved: list[str]) -> set[str] | None:
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    in_full = {name for name in modules if matches(name, saved)}
+    roots = [name for name in modules if matches(name, saved)]
+    in_full = [name for name in modules if inside(name, roots)]
     with FakeTensorMode(allow_non_fake_inputs=True), _experts_at_once(model):
         named = dict(model.named_parameters(remove_duplicate=False))
         fake = {p: torch.empty_like(p, device="cpu") for p in named.values()}  # tied ones stay tied
@@ -62,7 +72,69 @@ def _idle(model: nn.Module, saved: list[str]) -> set[str] | None:
                 hook.remove()
     reached = _leaves(logits)
     idle = {name for name, module in modules.items() if module in factors and id(factors[module]) not in reached}
-    return idle | {name for name, own in trained.items() if reached.isdisjoint(map(id, own))}
+    # What is trained in full needs no call: to read its weight is enough.
+    in_vain = {n for n, own in trained.items() if (own or n in roots) and reached.isdisjoint(map(id, own))}
+    return idle.difference(in_full) | in_vain
+
+
+def refuse_idle(model: nn.Module, loss: Callable[[], Tensor], processes: Processes) -> None:
+    """UserError, on every rank: no gradient of `loss()`, a forward of the run's model on rows of its data, reaches
+    some trained module. All ranks call this; no gradient is made, and no random number is used up."""
+    names, reached = _reached(model, loss, processes.device)
+    anywhere = processes.agree([int(flag) for flag in reached]).read()
+    idle = [name for name, flag in zip(names, anywhere, strict=True) if not flag]
+    if not idle:
+        return
+    layers = injection_of(model).layers
+    adapted = [name for name in idle if name in layers]
+    key = "dora.targets" if adapted else "dora.modules_to_save"
+    hint = _others([name for name in layers if name not in idle], idle) if adapted else ""
+    told = summary(adapted or idle)
+    raise UserError(f"{key}: no gradient of the loss of text reaches {told}; name other modules{hint}")
+
+
+def _reached(model: nn.Module, loss: Callable[[], Tensor], device: torch.device) -> tuple[list[str], list[bool]]:
+    """The modules that have trained parameters of their own, and whether a gradient of `loss()` reaches one."""
+    held: dict[str, set[int]] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            held[name] = {id(p) for p in module.parameters(recurse=False)}
+            # FSDP2 has others in their place while the module computes.
+            hooks.append(module.register_forward_pre_hook(_note(held[name])))
+    try:
+        devices = [device] if device.type == "cuda" else []
+        # Compiled graphs do not tell which of a block's parameters they use, and would be made anew without hooks.
+        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), torch.enable_grad():
+            total = loss()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    leaves = _leaves(total)
+    return list(held), [not leaves.isdisjoint(ids) for ids in held.values()]
+
+
+def _note(ids: set[int]) -> Callable[..., None]:
+    def hook(module: nn.Module, _: object) -> None:
+        ids.update(id(p) for p in module.parameters(recurse=False))
+
+    return hook
+
+
+def summary(names: Iterable[str]) -> str:
+    """A few of many names, with the numbers of blocks left open."""
+    alike = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
+    shown = [f"{name} ({count})" if count > 1 else name for name, count in alike.items()]
+    more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
+    return ", ".join(shown[:_NAMED]) + more
+
+
+def _others(good: list[str], idle: Collection[str]) -> str:
+    """A hint: a glob that means modules of `good` and none of `idle`, where there is a plain one."""
+    common = os.path.commonprefix(good).rpartition(".")[0]  # noqa: RUF071 - of names
+    if not common or any(name.startswith(f"{common}.") for name in idle):
+        return ""
+    return f", such as {f'{common}.*'!r}"
 
 
 def _leaves(output: Tensor) -> set[int]:

@@ -4,9 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
-import re
 import signal
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -35,6 +33,7 @@ from dora_dist.health import StopSignals
 from dora_dist.hf_model import resolve_model
 from dora_dist.identity import contradictions, describe_run, free_changes
 from dora_dist.inject import injection_of
+from dora_dist.participation import summary
 from dora_dist.phases import Phase
 from dora_dist.plan import certainly_fits, why_it_does_not_fit
 from dora_dist.progress import Resumed, RunLog
@@ -42,8 +41,6 @@ from dora_dist.rundata import RunData, load_tokenizer
 from dora_dist.schema import difference_between_ranks
 from dora_dist.trainer import Progress, Trainer, evaluates_at
 from dora_dist.weights import packed_layers
-
-_NAMED = 4  # kinds of layers that a line names
 
 
 def run_training(config: RunConfig) -> None:
@@ -255,13 +252,8 @@ def describe(built: Built, strategy: Strategy) -> str:
 
 
 def _left_out(model: nn.Module) -> list[str]:
-    """Which layers all-linear does not mean in this model, by their names with the blocks' numbers left open."""
     names = injection_of(model).left_out
-    alike = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
-    shown = [f"{name} ({count})" if count > 1 else name for name, count in alike.items()]
-    more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
-    told = ", ".join(shown[:_NAMED]) + more
-    return [f"dora.targets: all-linear leaves out what takes no part in the loss of text: {told}"] if names else []
+    return [f"left out, as they take no part in the loss of text: {summary(names)}"] if names else []
 
 
 def _prepare_output(config: RunConfig, processes: Processes, files: Mapping[str, str]) -> Path:

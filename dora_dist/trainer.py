@@ -25,6 +25,7 @@ from dora_dist.health import SpeedCheck, StepCheck, StopSignals
 from dora_dist.loss import summed_loss, supervised_positions
 from dora_dist.norms import dora_layers, refresh_norms
 from dora_dist.optim import lr_factor
+from dora_dist.participation import refuse_idle
 from dora_dist.phases import Phase
 from dora_dist.progress import RunLog, show
 from dora_dist.rundata import RunData
@@ -122,6 +123,8 @@ class Trainer:
         batch = self.data.plan.global_batch(self.progress.step)
         for line in self.data.news():
             self.log.say(line)
+        if self.progress.step == self.first_step and not self.built.all_take_part:
+            self._refuse_idle(batch.micro_batches[0])
         loss, grad_norm = self.train_step(batch)
         self.progress.tokens += batch.tokens
         step = self.progress.step
@@ -145,9 +148,7 @@ class Trainer:
         """One optimizer step. Returns this rank's part of the loss, and the global gradient norm. Where a rank's
         loss or gradient is not finite, no rank changes anything."""
         engine = self.built.engine
-        if not self._is_training:
-            engine.module.train()
-            self._is_training = True
+        self._train_mode()
         compiles = self.config.train.compile and self.progress.step == self.first_step
         factor = self.lr_factor(self.progress.step)
         for group, rate in zip(self.built.optimizer.param_groups, self.base_rates, strict=True):
@@ -171,6 +172,19 @@ class Trainer:
             refresh_norms(self.built.model, self.built.shards, self._layers)
         self.progress.step += 1
         return loss, grad_norm
+
+    def _refuse_idle(self, micro: dict[str, Tensor]) -> None:
+        """See participation.py. In training mode, which holds no more than a training forward does."""
+        self._at(Phase.FORWARD, 1, watched=False)
+        self._train_mode()
+        model = self.built.model
+        with self._attention_over(micro):
+            refuse_idle(model, lambda: self._loss_sum(model, micro)[0], self.processes)
+
+    def _train_mode(self) -> None:
+        if not self._is_training:
+            self.built.engine.module.train()
+            self._is_training = True
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Evaluation:

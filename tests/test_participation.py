@@ -1,18 +1,24 @@
-"""Layers that take no part in the loss of text are found before any weight is read: left out of all-linear with
-one line, refused where they are named, and the others are not touched."""
+"""Layers that take no part in the loss of text are found before any weight is read, or else by the first forward:
+left out with one line, refused where nothing else is meant, and the others are not touched."""
 
+import json
 import re
 
 import pytest
 import torch
 import yaml
 from conftest import save_model
+from safetensors.torch import load_file
+from support_ranks import run_ranks
 from support_small import small_config, small_model
 from torch import nn
 
+from dora_dist import build
 from dora_dist.cli import main
-from dora_dist.config import ModelConfig
+from dora_dist.config import DoraConfig, ModelConfig
+from dora_dist.errors import UserError
 from dora_dist.hf_model import meta_model
+from dora_dist.inject import inject_dora
 from dora_dist.participation import idle_modules
 
 
@@ -79,9 +85,39 @@ class Blocks(nn.Module):
 def test_a_block_of_each_kind_stands_for_the_others():
     with torch.device("meta"):
         model = Blocks()
-    assert idle_modules(model, ["unused", "aside"]) == {"unused"} | {"aside"} | {
-        f"blocks.{i}.b" for i in (1, 3, 5)
-    }
+    thrown_away = {f"blocks.{i}.b" for i in (1, 3, 5)}
+    assert idle_modules(model, ["unused"]) == thrown_away | {"unused", "aside"}
+    # What is trained in full needs no call.
+    assert idle_modules(model, ["unused", "aside"]) == thrown_away | {"unused"}
+
+
+def test_what_a_name_means_is_what_takes_part():
+    def choose(**settings):
+        with torch.device("meta"):
+            model = Blocks()
+        config = DoraConfig(rank=1, **settings)
+        return inject_dora(model, config, None, idle_modules(model, config.modules_to_save)).dora
+
+    thrown_away = tuple(f"blocks.{i}.b" for i in (1, 3, 5))
+    for pattern in ("b", "blocks.*.b"):
+        found = choose(targets=["a", pattern])
+        assert {n for n in found.layers if n.endswith("b")} == {f"blocks.{i}.b" for i in (0, 2, 4)}
+        assert found.left_out == thrown_away
+    assert choose(targets="all-linear").left_out == (*thrown_away, "aside")
+    assert choose(targets=["a"]).left_out == ()
+    found = choose(targets=["a"], magnitude_only=["b"])
+    assert len(found.layers) == 9 and found.left_out == thrown_away
+    found = choose(targets=["a"], modules_to_save=["aside", "b"])
+    assert found.saved == ("blocks.0.b", "blocks.2.b", "blocks.4.b", "aside") and found.left_out == thrown_away
+    for key, pattern, told in (
+        ("targets", "blocks.[135].b", "'blocks.1.b' and other modules that take no part"),
+        ("targets", "^blocks.3.b", "'blocks.3.b', which takes no part"),
+        ("magnitude_only", "aside", "'aside', which takes no part"),
+        ("modules_to_save", "unused", "'unused', which takes no part"),
+        ("modules_to_save", "blocks", "'blocks' holds 'blocks.1.b', which takes no part"),
+    ):
+        with pytest.raises(UserError, match=re.escape(told)):
+            choose(**{"targets": ["a"], key: [pattern]})
 
 
 def test_code_that_asks_for_values_is_unknown():
@@ -115,25 +151,69 @@ def command(gemma3, tiny_rows, tmp_path):
     return ["train", "--config", str(path)]
 
 
-def test_all_linear_leaves_them_out_and_says_so(command, tmp_path, capsys):
-    from safetensors.torch import load_file
-
-    assert main(command) == 0
-    assert "all-linear leaves out what takes no part in the loss of text: " in capsys.readouterr().out
-    names = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    assert names and not any("vision" in name for name in names)
+@pytest.mark.parametrize("targets", ["all-linear", "[q_proj, o_proj]"])
+def test_they_are_left_out_with_one_line(command, tmp_path, capsys, targets):
+    assert main([*command, f"dora.targets={targets}"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "loss of text" in line]
+    assert line.startswith("left out, as they take no part in the loss of text: model.vision_tower.")
+    trained = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    moved = {name for name, tensor in trained.items() if "lora_B" in name and tensor.any()}
+    assert moved == {name for name in trained if "lora_B" in name}
+    assert any(name.endswith("q_proj.lora_B.weight") for name in moved)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("dora.targets", "[q_proj]", "'q_proj' means .*vision.*; those that do are '.*language_model.*q_proj'"),
+        ("dora.targets", "[fc1, q_proj]", "'fc1' means '.*vision.*fc1' and other modules"),
+        ("dora.targets", "['*vision*q_proj']", "vision.*q_proj' and other modules"),
         ("dora.modules_to_save", "[vision_tower]", "dora.modules_to_save: 'vision_tower' means "),
     ],
 )  # fmt: skip
-def test_who_names_them_is_told(command, capsys, key, value, message):
+def test_who_means_them_alone_is_told(command, capsys, key, value, message):
     assert main([*command, f"{key}={value}"]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+TEXT = "dora.targets=['*language_model*_proj']"
+
+
+def test_where_it_is_unknown_the_first_forward_changes_nothing_else(command, tmp_path, capsys, monkeypatch):
+    losses = []
+    for unknown in (False, True):
+        if unknown:
+            monkeypatch.setattr(build, "idle_modules", lambda *_: None)
+        out = tmp_path / str(unknown)
+        assert main([*command, TEXT, "dora.dropout=0.5", "train.steps=3", "log.every=1", f"output_dir={out}"]) == 0
+        metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in metrics if "loss" in line])
+    assert len(losses[0]) == 3 and losses[0] == losses[1]
+
+
+def train_unknowing(command: list[str]) -> None:
+    build.idle_modules = lambda *_: None
+    raise SystemExit(main(command))
+
+
+UNKNOWN = {
+    "ddp": [],
+    "fsdp": ["train.activation_checkpointing=true", "train.accumulation=2"],
+    "zero2": [],
+    "zero3": ["train.accumulation=2"],
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3", pytest.param("zero2", marks=pytest.mark.slow)])
+def test_where_it_is_unknown_the_first_forward_tells(command, strategy):
+    settings = [*command, f"parallel.strategy={strategy}", "train.steps=2", *UNKNOWN[strategy]]
+    ended = run_ranks(2, train_unknowing, settings)
+    assert ended.statuses[0] == 2 and ended.statuses[1] != 0, ended.stderr[-3000:]
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(r"targets: no gradient of the loss of text reaches model\.vision_tower\S+ \(2\), ", line)
+    assert line.endswith("; name other modules, such as 'model.language_model.layers.*'")
+    ended = run_ranks(2, train_unknowing, [*settings, TEXT])
+    assert ended.statuses == [0, 0], ended.stderr[-3000:]
 
 
 def test_an_attention_that_the_model_lacks_is_named(command, tmp_path, capsys):
