@@ -96,6 +96,10 @@ def tiny_gpt2(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_distilbert(tmp_path_factory) -> Path:
+    return make_tiny_distilbert(tmp_path_factory.mktemp("tiny_distilbert"))
+
+
+def make_tiny_distilbert(directory: Path) -> Path:
     """A bare encoder, as on the hub: a classifier's head is new."""
     from transformers import DistilBertConfig, DistilBertForMaskedLM
 
@@ -104,7 +108,7 @@ def tiny_distilbert(tmp_path_factory) -> Path:
         vocab_size=96, dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=32, pad_token_id=0,
         dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, initializer_range=0.2,
     )  # fmt: skip
-    return save_model(DistilBertForMaskedLM(config), tmp_path_factory.mktemp("tiny_distilbert"))
+    return save_model(DistilBertForMaskedLM(config), directory)
 
 
 def save_model(model: torch.nn.Module, directory: Path) -> Path:
