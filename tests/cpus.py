@@ -14,14 +14,17 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NUMERIC = [
-    f"tests/test_{name}.py"
-    for name in """
-    functional layers quant loss attention compile inject peft adapter merge weights prequantized optim
-    optimizer_state data_batches classification cli train
+NUMERIC = """
+    functional layers quant loss attention compile inject peft adapter merge weights prequantized optimizer_state
+    data_batches cli train
     """.split()
+REFUSALS = "mistake or refused or half_way or moved or sampling or test_cli"  # the same everywhere
+COMPUTING = f"not ({REFUSALS}) or first_loss or starts_where_it_ended or runs_learn"
+IN_ONE_PROCESS = (NUMERIC, "not ranks and not gpu", COMPUTING)
+ONCE = [  # These take long: under one setting, after all others. The first two compute with kernels of their own.
+    (["kernels", "optim", "classification"], "not slow and not ranks and not gpu", ""),
+    ([*NUMERIC, "optim", "classification", "strategies"], "ranks and not slow and not gpu", ""),
 ]
-ONCE = ["tests/test_kernels.py", "tests/test_strategies.py"]  # these take long: under one setting
 
 
 def limits(aten: str, onednn: str, **mkl: str) -> dict[str, str]:
@@ -42,10 +45,11 @@ ONCE_UNDER = "AVX2, 1 thread"
 TOOK_HOLD = "import torch as t; print(t.__version__, t.backends.cpu.get_cpu_capability(), t.get_num_threads())"
 
 
-def run(python: str, name: str) -> bool:
-    """Whether all tests pass there; the end of what pytest says is printed."""
+def run(python: str, name: str, files: list[str], marks: str, which: str) -> bool:
+    """Whether all tests of those files pass there; the end of what pytest says is printed."""
     variables, threads, _ = SETTINGS[name]
-    environment = {**os.environ, **variables, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    openmp = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}  # the machine may be busy
+    environment = {**os.environ, **variables, **openmp, "PYTHONPATH": str(ROOT)}
 
     def call(*command: str) -> subprocess.CompletedProcess:
         return subprocess.run([python, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -56,13 +60,12 @@ def run(python: str, name: str) -> bool:
     torch, instructions, count = found.stdout.split()
     held = instructions.lower(), int(count)
     assert held == (variables["ATEN_CPU_CAPABILITY"], threads), f"{name}: {found.stdout}"
-    tests_of = ["not ranks and not gpu", *NUMERIC]
-    if name == ONCE_UNDER:
-        tests_of = ["not slow and not gpu", *NUMERIC, *ONCE]
     begun = time.monotonic()
-    tests = call("-m", "pytest", "-p", "no:cacheprovider", "-m", *tests_of)
+    paths = [f"tests/test_{file}.py" for file in files]
+    tests = call("-m", "pytest", "-p", "no:cacheprovider", "-m", marks, "-k", which, *paths)
     seconds = time.monotonic() - begun
-    print(f"torch {torch}, {name}: {tests.stdout.strip().splitlines()[-1]} [{seconds:.0f} s]", flush=True)
+    about = f"torch {torch}, {name}" + ("" if files == NUMERIC else f", {files[-1]}")
+    print(f"{about}: {tests.stdout.strip().splitlines()[-1]} [{seconds:.0f} s]", flush=True)
     if tests.returncode:
         print(tests.stdout[-8000:] + tests.stderr[-2000:], flush=True)
     return tests.returncode == 0
@@ -71,12 +74,14 @@ def run(python: str, name: str) -> bool:
 def main(pythons: list[str]) -> int:
     flags = set(re.findall(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[0].split())
     good = True
-    for name, (_, _, needed) in SETTINGS.items():
+    runs = [(name, IN_ONE_PROCESS) for name in SETTINGS] + [(ONCE_UNDER, tests) for tests in ONCE]
+    for name, tests in runs:
+        needed = SETTINGS[name][2]
         if not flags.issuperset(needed):
             print(f"{name}: skipped, this CPU has no {', '.join(sorted({*needed} - flags))}")
             continue
         for python in pythons:
-            good = run(python, name) and good
+            good = run(python, name, *tests) and good
     return not good
 
 
