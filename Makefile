@@ -9,8 +9,7 @@ GPU_PYTHON = $(if $(wildcard $(STAMP)),.venv/bin/python,$(PYTHON))
 else
 GPU_PYTHON = $(PYTHON)
 endif
-# Of the others, strategy_memory and block_memory take several minutes each; gpu.py and scaling.py have their targets.
-BENCHMARKS = $(patsubst %,benchmarks/%.py,step_time memory layer norm step_profile)
+BENCHMARKS = $(addprefix benchmarks.step.,step_time layer norm step_profile)
 
 .DEFAULT_GOAL := help
 PYTHONS ?= .venv/bin/python
@@ -69,14 +68,13 @@ gpu: ## run the GPU tests and benchmarks with a Python that has torch; installs 
 	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 bench: $(STAMP) ## run a five-minute selection of the benchmarks, and renew the tables and figures
-	@for script in $(BENCHMARKS); do echo "$$script"; .venv/bin/python "$$script" $(ARGS) || exit; done
-	.venv/bin/python benchmarks/_tables.py
-	.venv/bin/python benchmarks/_plots.py
+	@for module in $(BENCHMARKS); do .venv/bin/python -m "$$module" $(ARGS) || exit; done
+	.venv/bin/python -m benchmarks.report
 
 scaling: $(STAMP) ## measure weak and strong scaling over 1 and 2 processes of this machine, and draw the curves
-	.venv/bin/python benchmarks/scaling.py --ranks 1 2 --strategies ddp fsdp zero3 --mode weak $(ARGS)
-	.venv/bin/python benchmarks/scaling.py --ranks 1 2 --strategies ddp fsdp zero3 --mode strong $(ARGS)
-	.venv/bin/python benchmarks/scaling.py --draw
+	.venv/bin/python -m benchmarks.scaling --ranks 1 2 --strategies ddp fsdp zero3 --mode weak $(ARGS)
+	.venv/bin/python -m benchmarks.scaling --ranks 1 2 --strategies ddp fsdp zero3 --mode strong $(ARGS)
+	.venv/bin/python -m benchmarks.scaling --draw
 
 clean: ## remove .venv, caches and build outputs; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,13 +1,12 @@
 """What `make gpu` runs: the tests that need a GPU, then the benchmarks, within 8 minutes, installing nothing.
 
-Any Python with torch 2.11 or later, transformers and pytest will do; dora_dist need not be installed. What a
-missing package leaves out is named. The numbers go to benchmarks/results/<device>.json, each as it is measured, so
-that a run that is cut short leaves what it had. Without a CUDA device nothing is measured, and the exit status
-is 0.
+Any Python with torch 2.11 or later, transformers and pytest will do. What a missing package leaves out is named.
+The numbers go to benchmarks/results/<device>.json, each as it is measured. Without a CUDA device nothing is
+measured, and the exit status is 0.
 
-The parts run one after the other, the most valuable first, each in a process of its own that is forked from this
-one, which has imported the libraries and never touches the GPU. A part may take what is left of the time, up to
-a limit of its own; one that needs more than is left does not begin.
+The parts run one after the other, the most valuable first, each in a process that is forked from this one, which
+has imported the libraries and never touches the GPU. A part may take what is left of the time, up to a limit of
+its own.
 
     python benchmarks/gpu.py [--seconds 470] [--only step ...] [--device cpu]     (cpu: tiny, to try the script)
 """
@@ -24,12 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORTED = (
-    "torch",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.qwen3.modeling_qwen3",
-    "peft",
-)
+IMPORTED = "torch transformers.models.llama.modeling_llama transformers.models.qwen3.modeling_qwen3 peft".split()
 # No plugin is counted on: pyproject's addopts, written for `make test`, are left aside.
 PYTEST = "-p no:cacheprovider -o addopts= -q -rs -m gpu".split()
 TESTS = [f"tests/test_{name}.py" for name in ("gpu_runs", "gpu", "kernels", "attention", "host_waits")]
@@ -38,7 +32,7 @@ STEP_TINY = "--hidden 64 --layers 1 --tokens 8 --batch 2 --rank 4 --rounds 1"
 
 
 class Part(NamedTuple):
-    script: str  # of this directory, or pytest
+    script: str  # of step/, or pytest
     arguments: str
     needs: int  # seconds: with fewer left it does not begin
     limit: int  # seconds, after which it is stopped
@@ -50,20 +44,17 @@ PARTS = {
     "step": Part("step_time", "", 15, 40),
     "step, activation checkpointing": Part("step_time", "--checkpointing", 15, 40),
     "layer": Part("layer", "--dtypes bfloat16 --ranks 16 384", 15, 40, "--shapes 32x48 --tokens 8 --rounds 1"),
-    "memory": Part("memory", "--checkpointing", 15, 30),
     "norms": Part("norm", "", 15, 40, "--weights 24x16x4 --ranks 1 2 --hidden 256 --intermediate 64 --rounds 1"),
     "published: arXiv 2603.22276": Part("published", "kernels", 30, 80, "--tiny"),
     "published: MetaMathQA": Part("published", "metamathqa", 25, 60, "--tiny"),
     "step, rank 384": Part("step_time", "--rank 384", 15, 40),
     "step, 4-bit": Part("step_time", "--four-bit", 15, 40, f"{STEP_TINY} --dtype bfloat16"),
     "profile": Part("step_profile", "", 15, 30),
-    "memory, not checkpointed": Part("memory", "", 15, 30),
     "compiled tests": Part("pytest", COMPILED, 30, 90, ""),
     "step, compiled": Part("step_time", "--compile", 45, 90),
     "published: arXiv 2603.22276, all layers": Part(
         "published", "kernels --layers 36 --rounds 1 --contenders|ours dora|peft dora", 75, 120, "--tiny"
     ),
-    "memory, 4-bit": Part("memory", "--four-bit", 15, 30),
 }  # fmt: skip
 
 
@@ -74,8 +65,7 @@ def main() -> int:
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT)]
     if find_spec("torch") is None:
-        hint = "name a Python that has it: make gpu PYTHON=..."
-        print(f"gpu: {sys.executable} has no torch; {hint}", file=sys.stderr)
+        print(f"gpu: {sys.executable} has no torch; name a Python with it: make gpu PYTHON=...", file=sys.stderr)
         return 2
     device = name_device() if args.device == "cuda" else "a CPU, to try the script"
     if not device:
@@ -100,9 +90,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="JSON file to add to; default: benchmarks/results/<device>.json")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny, to try the script")
-    parser.add_argument(
-        "--seconds", type=float, default=470, help="for all parts together; stopping the last takes up to 10"
-    )
+    parser.add_argument("--seconds", type=float, default=470, help="for all; stopping the last takes up to 10")
     parser.add_argument("--only", nargs="+", metavar="PART", help="those whose names begin so")
     args = parser.parse_args()
     if args.device == "cpu" and args.out is None:
@@ -139,7 +127,7 @@ def name_device() -> str:
     script = """if True:
         import sys, torch
         if torch.cuda.is_available():
-            sys.path.insert(0, "benchmarks"); from _results import driver_version
+            from benchmarks.common.results import driver_version
             about = torch.cuda.get_device_properties(0)
             print(f"{about.name} (sm_{about.major}{about.minor}, {about.total_memory / 1e9:.0f} GB), driver "
                   f"{driver_version()}, torch {torch.__version__}")
@@ -192,9 +180,8 @@ def be_the_part(script: str, arguments: list[str], device: str) -> None:
     try:
         os.setpgid(0, 0)
         if device == "cuda" and not cuda_begins():
-            what = ["-m", "pytest"] if script == "pytest" else [f"benchmarks/{script}.py"]
-            os.execv(sys.executable, [sys.executable, *what, *arguments])
-        module = importlib.import_module(script)
+            os.execv(sys.executable, [sys.executable, "-m", module_of(script), *arguments])
+        module = importlib.import_module(module_of(script))
         status = int(module.main(arguments) or 0)
     except SystemExit as told:
         if isinstance(told.code, str):
@@ -208,6 +195,10 @@ def be_the_part(script: str, arguments: list[str], device: str) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def module_of(script: str) -> str:
+    return script if script == "pytest" else f"benchmarks.step.{script}"
 
 
 def cuda_begins() -> bool:

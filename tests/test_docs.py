@@ -7,6 +7,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from benchmarks import report
 from dora_dist.config import RunConfig, load_config, parse_yaml
 
 
@@ -35,11 +36,8 @@ def test_links_lead_somewhere(page):
     "name",
     ["README.md", *(f"docs/{page}.md" for page in ("strategies", "quantization", "performance", "scaling"))],
 )
-def test_the_pages_figures_are_those_of_the_result_files(monkeypatch, name):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import _tables
-
-    assert name in _tables.PAGES
+def test_the_pages_figures_are_those_of_the_result_files(name):
+    assert name in report.PAGES
     page = (ROOT / name).read_text()
-    assert "made by benchmarks/_tables.py" in page
-    assert _tables.updated(page) == page
+    assert "made by benchmarks/report.py" in page
+    assert report.updated(page) == page

@@ -1,6 +1,6 @@
 """Two hosts, joined by 1 Gb/s and 5 ms: they train as one does, and where one is gone the other says so and ends.
 
-The hosts are network namespaces of this machine (benchmarks/_hosts.py), which need root.
+The hosts are network namespaces of this machine (benchmarks/scaling/hosts.py), which need root.
 """
 
 import json
@@ -15,9 +15,7 @@ from conftest import ROOT, child_environment
 from support_launch import SECONDS, wait_until
 from support_rounding import TRAINED
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from _hosts import Hosts, available
+from benchmarks.scaling.hosts import Hosts, available
 
 pytestmark = [
     pytest.mark.ranks,

@@ -100,7 +100,7 @@ def allocated(config, steps):
     ids=str,
 )
 def test_a_rehearsal_holds_what_a_real_run_does(settings, tmp_path, rehearse):
-    """One process, to 5 %; benchmarks/plan_memory.py does it for several, whose gloo holds copies unseen here."""
+    """One process, to 5 %; benchmarks/planning/plan_memory.py has several, whose gloo holds more."""
     model = write(tmp_path, num_hidden_layers=3, vocab_size=512, **SIZES)
     config = config_of(model, length=128, **settings)
     planned = rehearse(Job(config, model, 1, 1, gpu=False)).peak(loading=False)

@@ -1,0 +1,1 @@
+"""What the benchmarks share; imports nothing of the other rooms."""
