@@ -159,7 +159,7 @@ def _choose(
             )
         if inside(name, saved):
             raise UserError(f"dora.targets: {name!r} is trained in full by dora.modules_to_save already")
-    return targets, magnitude_only - idle, saved, [name for name in modules if name in left_out]
+    return targets, magnitude_only, saved, [name for name in modules if name in left_out]
 
 
 def _taking_part(key: str, patterns: Iterable[str], meant: Iterable[str], idle: set[str]) -> list[str]:

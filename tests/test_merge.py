@@ -308,12 +308,13 @@ def test_buffers_are_the_checkpoints(run, tiny_llama, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def renamed(tmp_path_factory) -> dict[str, Path]:
-    """Bases whose tensors transformers renames (GPT-2 without its prefix) or fuses (Mixtral's experts)."""
+    """Bases whose tensors transformers renames (GPT-2 without its prefix) or fuses (experts; DeepSeek-V3 also has
+    a buffer, its router's correction bias)."""
     found = {}
-    for name in ("gpt2", "mixtral"):
+    for name in ("gpt2", "mixtral", "deepseek_v3"):
         torch.manual_seed(0)
         config = small_config(name)
-        config.initializer_range = 0.3
+        config.initializer_range, config.num_key_value_heads = 0.3, config.num_attention_heads
         model = type(small_model(name))(config)
         found[name] = save_model(model, tmp_path_factory.mktemp(name))
     path = found["gpt2"] / "model.safetensors"
@@ -326,6 +327,7 @@ RENAMED = {
     "renamed, tied": ("gpt2", {"rank": 2, "targets": ["c_attn", "c_fc"]}),
     "renamed, parting": ("gpt2", {"rank": 2, "targets": ["c_attn", "wte"]}),
     "fused": ("mixtral", {"rank": 2, "targets": ["q_proj", "o_proj"], "modules_to_save": ["mlp.gate"]}),
+    "fused, with a buffer": ("deepseek_v3", {"rank": 2, "targets": ["o_proj"], "magnitude_only": ["down_proj"]}),
     "fused, in 4 bits": ("mixtral", {"rank": 2, "targets": ["q_proj", "o_proj"], "quant": NF4}),
 }
 
@@ -338,11 +340,29 @@ def test_a_base_that_transformers_renames_is_merged_by_it(run, renamed, tmp_path
     assert "their logits differ by" in capsys.readouterr().out
     wanted, merged = logits(adapted), load(tmp_path / "out")
     assert (logits(merged) - wanted).norm() <= rounding(MODEL, torch.float32) * wanted.norm()
-    if name == "mixtral":
+    if name != "gpt2":
         written, base = (load_file(d / "model.safetensors") for d in (tmp_path / "out", renamed[name]))
         assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in base.items()}
         experts = [n for n in base if ".experts." in n]
         assert experts and all(torch.equal(written[n], base[n]) for n in experts)
+
+
+@pytest.mark.parametrize("wrong", [without_magnitude, half_of_B])
+def test_a_wrong_merge_of_a_renamed_base_is_found(run, renamed, tmp_path, monkeypatch, wrong):
+    path, _ = run(renamed["gpt2"], rank=2, targets=["c_attn"])
+    monkeypatch.setattr(merge_weights, "merge_", wrong)
+    with pytest.raises(RuntimeError, match="random vectors"):
+        merge.run_merge(load_config(path), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_renamed_base_in_several_files(run, renamed, tmp_path, capsys):
+    path, _ = run(renamed["mixtral"], rank=2, targets=["q_proj"], quant=NF4)
+    merge.run_merge(load_config(path), tmp_path / "out", base="original", max_shard_bytes=20_000)
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    told = capsys.readouterr().out
+    assert len(files) > 3 and f"in {len(files)} files" in told
+    assert "merged weights differ by" in told
 
 
 def test_a_base_that_memory_does_not_hold_is_refused_with_a_way_that_works(
