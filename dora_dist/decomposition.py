@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dora_dist import kernels
+from dora_dist.nf4_kernels import available
 from dora_dist.quant import Nf4, PackedMatrix
 from dora_dist.target import is_gpu, wide_dtype
 
@@ -44,7 +45,7 @@ def squared_norms(
     (offloaded weights). Direct sums, not the factored form, which cancels (docs/math.md).
     """
     device = device or M_NK.device
-    if M_NK.device == device and kernels.available(device, M_NK.dtype):
+    if M_NK.device == device and available(device, M_NK.dtype):
         return kernels.squared_norms(M_NK, L_NR, U_RK, scaling, dim)
     dtype = wide_dtype(M_NK.dtype)
     out = torch.zeros(M_NK.shape[dim], dtype=dtype, device=device)

@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from dora_dist import kernels
 from dora_dist.decomposition import norm_ratio
 from dora_dist.kept_output import is_overwritten, keep
+from dora_dist.nf4_kernels import dequantize
+from dora_dist.packed import dense, frozen_linear
 from dora_dist.products import (
     add_low_rank_dx,
     column_sums,
     composed,
     decomposed,
-    dense,
     dropped,
     low_rank_dz,
     low_rank_grads,
@@ -56,26 +56,6 @@ def _own(y_TO: Tensor) -> Tensor:
     """A compiled function's output as a tensor of its own, by a copy that the compiler leaves out: where it is an
     alias, or was written in place, torch 2.11 makes every gradient zero."""
     return y_TO.clone() if torch.compiler.is_compiling() else y_TO
-
-
-class _FrozenLinear(Function):
-    """y_TO = x W^T + bias of a 4-bit weight. Keeps its parts alone."""
-
-    @staticmethod
-    def forward(ctx, x_TI, bias, transposed, layout, *parts):
-        W_IO = dense(parts, layout, transposed)
-        ctx.save_for_backward(*parts)
-        ctx.transposed, ctx.layout = transposed, layout
-        return x_TI @ W_IO if bias is None else torch.addmm(bias, x_TI, W_IO)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy_TO):
-        dx_TI = (
-            dy_TO @ dense(ctx.saved_tensors, ctx.layout, ctx.transposed).t() if ctx.needs_input_grad[0] else None
-        )
-        dbias = dy_TO.sum(0) if ctx.needs_input_grad[1] else None
-        return dx_TI, dbias, *[None] * (2 + len(ctx.saved_tensors))
 
 
 class _LoraLinear(Function):
@@ -179,7 +159,7 @@ class _DoraOutFolded(Function):
             dA_RI, dB_OR = low_rank_grads(dy_TO, dz_TR, x_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
             dB_OR.mul_(g_O[:, None])
         if ctx.needs_input_grad[0]:
-            dx_TI = dy_TO @ kernels.dequantize(parts, ctx.layout, g_O)
+            dx_TI = dy_TO @ dequantize(parts, ctx.layout, g_O)
             if dz_TR is not None:
                 add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
@@ -196,7 +176,7 @@ def _folded(
     parts: Sequence[Tensor],
 ) -> Tensor:
     """g h, of x's dtype."""
-    y_TO = x_TI @ kernels.dequantize(parts, layout, g_O).t()
+    y_TO = x_TI @ dequantize(parts, layout, g_O).t()
     if z_TR is not None and B_OR is not None:
         y_TO.addmm_(z_TR, (g_O[:, None] * B_OR).t().to(y_TO.dtype), alpha=scaling)
     return y_TO
@@ -287,7 +267,7 @@ def adapted_linear(
     elif A_RI is not None:
         y_TO = _LoraLinear.apply(x_TI, A_RI, B_OR, *common)
     else:
-        y_TO = _FrozenLinear.apply(x_TI, bias, transposed, layout, *parts)
+        y_TO = frozen_linear(x_TI, parts, bias, layout, transposed)
     return y_TO if x.dim() == 2 else y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
 

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Fused Triton kernels for CUDA devices: the norms in one pass over M, the output in one pass over the product
-x W^T, the backward in one pass over dY. Their references, and what serves every other device, are `squared_norms`
-in decomposition.py and `_DoraOut` in functional.py; the symbols are those of functional.py.
+"""DoRA's fused Triton kernels for CUDA devices: the norms in one pass over M, the output in one pass over the
+product x W^T, the backward in one pass over dY. Their references, and what serves every other device, are
+`squared_norms` in decomposition.py and `_DoraOut` in functional.py; the symbols are those of functional.py.
 
 Nothing is tuned at run time: block sizes follow from the rank, so that all ranks of a sharded model run the same
 programs and a repeated run gives the same bits. Sums across programs go through small buffers, never through
@@ -10,46 +10,16 @@ atomics. All blocks fit in 99 KB of shared memory.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dora_dist import quant
-from dora_dist.quant import CODES, Nf4, PackedMatrix
-from dora_dist.target import constant_when_compiled, gpu_is_rehearsed
+from dora_dist.nf4_kernels import codes, launch, strides
+from dora_dist.quant import PackedMatrix
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHUNK = 512  # elements of a row (or column) that one program of the norms sums
-
-
-def available(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the kernels run on tensors of `device`, for a base of `dtype`."""
-    if gpu_is_rehearsed():
-        return dtype in _DTYPES
-    return dtype in _DTYPES and device.type in ("cuda", "cpu") and _constant_run_on(device.type, device.index)
-
-
-@constant_when_compiled
-def _constant_run_on(kind: str, index: int | None) -> bool:
-    return _run_on(kind, index)
-
-
-@cache
-def _run_on(kind: str, index: int | None) -> bool:
-    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":  # the interpreter, for tests
-        return False
-    if kind == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(index) < (8, 0)):
-        return False  # no bf16 or tf32 products
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 # -------------------------------------------------------------------------------------- the operators around them
@@ -60,9 +30,7 @@ def _run_on(kind: str, index: int | None) -> bool:
 def _launch(name: str, grid: tuple[int, ...], first: Tensor, *arguments: Any, **constants: Any) -> None:
     from dora_dist import triton_kernels  # only here: it needs Triton
 
-    constants["DTYPE"] = getattr(triton_kernels.tl, str(constants["DTYPE"]).removeprefix("torch."))
-    with torch.cuda.device_of(first):
-        getattr(triton_kernels, f"{name}_kernel")[grid](first, *arguments, **constants)
+    launch(getattr(triton_kernels, f"{name}_kernel"), grid, first, *arguments, **constants)
 
 
 def _power_of_2(n: int) -> int:
@@ -79,41 +47,13 @@ def _blocks(rank: int, packed: bool = False) -> tuple[int, int, int, dict[str, i
     return 32 if packed else 64, 128, 32, {"num_warps": 8, "num_stages": 3}
 
 
-def _strides(*tensors: Tensor | None) -> list[int]:
-    """Those of all; two zeros for what is None."""
-    return [step for tensor in tensors for step in ((0, 0) if tensor is None else tensor.stride())]
-
-
-@cache
-def _codes(device: torch.device) -> Tensor:
-    return torch.tensor(CODES, device=device)
-
-
-@custom_op("dora_dist::dequantize", mutates_args=())
-def _dequantize_op(packed: Tensor, scales: Tensor, columns: int, block_size: int, dtype: torch.dtype) -> Tensor:
-    M_NK = packed.new_empty(packed.shape[0], columns, dtype=dtype)
-    BN, BK = 16, 128
-    if M_NK.numel():
-        grid = (-(-M_NK.shape[0] // BN), -(-columns // BK))
-        _launch(
-            "dequantize", grid, packed, scales, _codes(packed.device), M_NK, *M_NK.shape,
-            *_strides(packed, scales), BLOCK=block_size, DTYPE=dtype, BN=BN, BK=BK, num_warps=4,
-        )  # fmt: skip
-    return M_NK
-
-
-@_dequantize_op.register_fake
-def _(packed, scales, columns, block_size, dtype):
-    return packed.new_empty(packed.shape[0], columns, dtype=dtype)
-
-
 @custom_op("dora_dist::squared_norms", mutates_args=())
 def _squared_norms_op(
     parts: list[Tensor], L_NR: Tensor | None, U_RK: Tensor | None, scaling: float, dim: int,
     shape: list[int], block_size: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     M, scales, ranges = parts[0], *[*parts[1:], None, None][:2]
-    codes = _codes(M.device) if block_size else None
+    table = codes(M.device) if block_size else None
     rank = 0 if L_NR is None else L_NR.shape[1]
     BN, BK, BR, options = _blocks(rank, packed=block_size > 0)
     kept, summed = (BN, BK) if dim == 0 else (BK, BN)
@@ -122,8 +62,8 @@ def _squared_norms_op(
     sums = torch.empty(chunks, shape[dim], device=M.device)
     if sums.numel():
         _launch(
-            "norms", (-(-shape[dim] // kept), chunks), M, scales, ranges, codes, L_NR, U_RK, sums, *shape, scaling,
-            *_strides(M, scales, ranges, L_NR, U_RK), DIM=dim, R=rank, BLOCK=block_size, DTYPE=dtype, CHUNK=chunk,
+            "norms", (-(-shape[dim] // kept), chunks), M, scales, ranges, table, L_NR, U_RK, sums, *shape, scaling,
+            *strides(M, scales, ranges, L_NR, U_RK), DIM=dim, R=rank, BLOCK=block_size, DTYPE=dtype, CHUNK=chunk,
             BN=BN, BK=BK, BR=BR, STAGES=3 if rank <= BR and not block_size else None, **options,
         )  # fmt: skip
     return sums.sum(0)
@@ -146,7 +86,7 @@ def _compose_op(
     if y_TO.numel():
         _launch(
             "compose", (-(-T // BT), -(-O // BO)), base_TO, z_TR, B_OR, g_O, bias_O, y_TO,
-            gh_TO if keep_gh else None, T, O, scaling, *_strides(base_TO, z_TR, B_OR, g_O),
+            gh_TO if keep_gh else None, T, O, scaling, *strides(base_TO, z_TR, B_OR, g_O),
             0 if bias_O is None else bias_O.stride(0), DTYPE=out_dtype, R=rank, BT=BT, BO=BO, BR=BR, **options,
         )  # fmt: skip
     return y_TO, gh_TO
@@ -179,7 +119,7 @@ def _backward_op(
     if dy_TO.numel():
         _launch(
             "backward", (blocks * max(1, -(-rank // BR)), chunks), dy_TO, h_TO, B_OR, g_O,
-            dh_TO if keep_dh else None, dz_CTR, totals, T, O, scaling, *_strides(dy_TO, h_TO, B_OR, g_O),
+            dh_TO if keep_dh else None, dz_CTR, totals, T, O, scaling, *strides(dy_TO, h_TO, B_OR, g_O),
             DTYPE=dy_TO.dtype, R=rank, CHUNK=chunk, BT=BT, BO=BO, BR=BR, STAGES=2, num_warps=4, num_stages=2,
         )  # fmt: skip
     return dh_TO, dz_CTR[0] if chunks == 1 else dz_CTR.sum(0), totals.sum(0)
@@ -194,15 +134,6 @@ def _(dy_TO, h_TO, B_OR, g_O, scaling, keep_dh):
 
 
 # ------------------------------------------------------------------------------------------------ what others call
-
-
-def dequantize(parts: Sequence[Tensor], layout: Nf4, row_factors: Tensor | None = None) -> Tensor:
-    """The same as quant.py's, to the bit. On a GPU without bitsandbytes it is made in one pass here: torch's own
-    operators make it by several, through tensors of five times its size."""
-    if quant.has_kernels(layout, parts[0].device) or not available(parts[0].device, layout.dtype):
-        return quant.dequantize(parts, layout, row_factors)
-    packed, scales = quant.codes_and_scales(parts, layout, row_factors)
-    return _dequantize_op(packed, scales, layout.columns, layout.block_size, layout.dtype)
 
 
 def squared_norms(

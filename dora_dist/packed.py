@@ -1,13 +1,15 @@
 """Modules that hold a frozen weight, dense or in 4 bits: the base of DoRA's layers, and a linear layer that is not
 adapted."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-from dora_dist.functional import adapted_linear
+from dora_dist.nf4_kernels import dequantize
 from dora_dist.quant import Nf4, PackedMatrix, quantize
 from dora_dist.shards import Shards
 from dora_dist.target import wide_dtype
@@ -112,10 +114,44 @@ class BaseWeight(nn.Module):
             )
 
 
+def dense(parts: Sequence[Tensor], layout: Nf4 | None, transposed: bool) -> Tensor:
+    """W_IO of a weight that is stored dense (one part) or in 4 bits. Only the parts are kept for the backward."""
+    weight = parts[0] if layout is None else dequantize(parts, layout)
+    return weight if transposed else weight.t()
+
+
 def _pieces(rows: slice, step: int) -> Iterator[tuple[int, int]]:
     """Where pieces of at most `step` rows begin and end."""
     for start in range(rows.start, rows.stop, step):
         yield start, min(start + step, rows.stop)
+
+
+class _FrozenLinear(Function):
+    """y_TO = x W^T + bias of a 4-bit weight. Keeps its parts alone."""
+
+    @staticmethod
+    def forward(ctx, x_TI, bias, transposed, layout, *parts):
+        W_IO = dense(parts, layout, transposed)
+        ctx.save_for_backward(*parts)
+        ctx.transposed, ctx.layout = transposed, layout
+        return x_TI @ W_IO if bias is None else torch.addmm(bias, x_TI, W_IO)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TO):
+        dx_TI = (
+            dy_TO @ dense(ctx.saved_tensors, ctx.layout, ctx.transposed).t() if ctx.needs_input_grad[0] else None
+        )
+        dbias = dy_TO.sum(0) if ctx.needs_input_grad[1] else None
+        return dx_TI, dbias, *[None] * (2 + len(ctx.saved_tensors))
+
+
+def frozen_linear(
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, layout: Nf4 | None, transposed: bool = False
+) -> Tensor:
+    """x W^T + bias, where no gradient goes to W; x is [..., I], in the weight's dtype."""
+    y_TO = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), bias, transposed, layout, *parts)
+    return y_TO if x.dim() == 2 else y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
 
 class PackedLinear(BaseWeight):
@@ -130,10 +166,7 @@ class PackedLinear(BaseWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         self._require_whole()
-        return adapted_linear(
-            x, self.weight_parts, None, None, None, None, self.bias, scaling=1.0, transposed=self.transposed,
-            layout=self.layout,
-        )  # fmt: skip
+        return frozen_linear(x, self.weight_parts, self.bias, self.layout, self.transposed)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, 4 bits"

@@ -1,13 +1,11 @@
 """Matrix products of mixed precision, and the low-rank path's, of which functional.py makes layers."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from dora_dist import kernels
 from dora_dist.decomposition import row_tiles
-from dora_dist.quant import Nf4
+from dora_dist.nf4_kernels import available
 from dora_dist.target import is_gpu, wide_dtype
 
 # What a tile of an activation takes in fp32. A pass goes through three such tensors at a time, which a core's L2
@@ -107,7 +105,7 @@ def composed(
 ) -> tuple[Tensor, Tensor]:
     """y = g h + bias and g h, of `dtype`, with h = x W^T + s z B^T; one tensor where there is no bias.
     `product_TO`, x W^T, may be overwritten."""
-    if kernels.available(product_TO.device, product_TO.dtype):
+    if available(product_TO.device, product_TO.dtype):
         return kernels.compose(product_TO, z_TR, B_OR, g_O, bias, scaling, dtype)
     if z_TR is not None and B_OR is not None:
         product_TO.addmm_(z_TR.to(product_TO.dtype), B_OR.t().to(product_TO.dtype), alpha=scaling)
@@ -132,7 +130,7 @@ def decomposed(
     dy_TO: Tensor, gh_TO: Tensor, B_OR: Tensor | None, g_O: Tensor, scaling: float, keep_dh: bool = True
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """dh = g dy in dy's dtype, where it is kept; dz = s dh B, and sum_T(dy * g h)."""
-    if kernels.available(dy_TO.device, dy_TO.dtype):
+    if available(dy_TO.device, dy_TO.dtype):
         dh_TO, dz_TR, total_O = kernels.backward(dy_TO, gh_TO, B_OR, g_O, scaling, keep_dh)
         assert total_O is not None
         return dh_TO, None if dz_TR is None else dz_TR.to(dy_TO.dtype), total_O
@@ -142,9 +140,3 @@ def decomposed(
     if dh_TO is None:
         return None, low_rank_dz(dy_TO, g_O[:, None] * B_OR, scaling), total_O
     return dh_TO, low_rank_dz(dh_TO, B_OR, scaling), total_O
-
-
-def dense(parts: Sequence[Tensor], layout: Nf4 | None, transposed: bool) -> Tensor:
-    """W_IO of a weight that is stored dense (one part) or in 4 bits. Only the parts are kept for the backward."""
-    weight = parts[0] if layout is None else kernels.dequantize(parts, layout)
-    return weight if transposed else weight.t()

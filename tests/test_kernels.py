@@ -12,7 +12,7 @@ from conftest import ROOT, child_environment
 from support_rounding import assert_sums
 from torch.autograd import Function
 
-from dora_dist import kernels, quant
+from dora_dist import kernels, nf4_kernels, quant
 from dora_dist.quant import Nf4, PackedMatrix, dequantize, quantize
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,19 +41,19 @@ def test_all_of_this_under_the_interpreter():
 def test_where_there_is_no_triton_or_no_gpu_they_are_not_available(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     kernels._run_on.cache_clear()
-    assert not kernels.available(torch.device("cpu"))
-    assert not kernels.available(torch.device("meta"))
+    assert not nf4_kernels.available(torch.device("cpu"))
+    assert not nf4_kernels.available(torch.device("meta"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises
     kernels._run_on.cache_clear()
-    assert not kernels.available(torch.device("cpu"))
+    assert not nf4_kernels.available(torch.device("cpu"))
     kernels._run_on.cache_clear()
 
 
 @on_devices
 def test_available(device):
-    assert kernels.available(torch.device(device))
-    assert not kernels.available(torch.device(device), torch.float64)
+    assert nf4_kernels.available(torch.device(device))
+    assert not nf4_kernels.available(torch.device(device), torch.float64)
 
 
 def normal(*shape, dtype=torch.float32, device="cpu"):
@@ -162,13 +162,13 @@ def test_dequantized_where_there_is_no_bitsandbytes(shape, double_quant, dtype, 
     layout = Nf4(*shape, dtype, double_quant=double_quant)
     parts = quantize(normal(*shape, device=device), layout)
     factors = normal(shape[0], device=device) if with_factors else None
-    launched, launch = [], kernels._launch
-    monkeypatch.setattr(kernels, "_launch", lambda name, *a, **k: launched.append(name) or launch(name, *a, **k))
-    got = kernels.dequantize(parts, layout, factors)
-    assert launched == ["dequantize"]
+    launched, launch = [], nf4_kernels._launch
+    monkeypatch.setattr(nf4_kernels, "_launch", lambda *a, **k: launched.append(a) or launch(*a, **k))
+    got = nf4_kernels.dequantize(parts, layout, factors)
+    assert len(launched) == 1
     assert got.dtype == dtype and torch.equal(got, dequantize(parts, layout, factors))
     torch.library.opcheck(
-        kernels._dequantize_op, (*quant.codes_and_scales(parts, layout), shape[1], 64, dtype),
+        nf4_kernels._dequantize_op, (*quant.codes_and_scales(parts, layout), shape[1], 64, dtype),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 
@@ -298,7 +298,7 @@ def test_backward_of_strided_matrices(dtype, device):
 class Layer(Function):
     @staticmethod
     def forward(ctx, base, z, B, g):
-        assert kernels.available(base.device, base.dtype)
+        assert nf4_kernels.available(base.device, base.dtype)
         norms = kernels.squared_norms(base, z, B.t(), 0.7, 1)
         y, h = kernels.compose(base, z, B, g, norms, 0.7, base.dtype)
         ctx.save_for_backward(h, z, B, g)

@@ -13,7 +13,7 @@ import torch
 from test_kernels import INTERPRETED
 from torch.library import CustomOpDef
 
-from dora_dist import kernels, quant
+from dora_dist import kernels, nf4_kernels, quant
 from dora_dist.quant import Nf4, PackedMatrix
 
 triton = pytest.importorskip("triton")
@@ -48,7 +48,7 @@ def norms(dtype, rank, dim=0, double_quant=None, odd=0, conv1d=False):
 def dequantized(dtype, double_quant=True):
     layout = Nf4(O, I, dtype, double_quant=double_quant)
     packed, scales = quant.codes_and_scales(layout.empty(torch.device("meta")), layout)
-    kernels._dequantize_op(packed, scales, I, layout.block_size, dtype)
+    nf4_kernels._dequantize_op(packed, scales, I, layout.block_size, dtype)
 
 
 def norms_alone(dtype, dim=0):
@@ -141,9 +141,10 @@ def compile_for(monkeypatch, tmp_path):
         compiled = run(self, *args, grid=grid, warmup=True, **options)
         found.append((self.__name__, compiled.metadata.shared, stack_bytes(compiled.asm["cubin"], tmp_path)))
 
-    for attribute, op in vars(kernels).items():
-        if isinstance(op, CustomOpDef):  # called by itself, for meta tensors would get its results' shapes alone
-            monkeypatch.setattr(kernels, attribute, op._init_fn)
+    for module in (kernels, nf4_kernels):
+        for attribute, op in vars(module).items():
+            if isinstance(op, CustomOpDef):  # its call would get no more than shapes for meta tensors
+                monkeypatch.setattr(module, attribute, op._init_fn)
     monkeypatch.setattr(JITFunction, "run", compile_only)
 
     def compile_for(arch, call, **settings):
@@ -177,10 +178,10 @@ def check(compile_for, arch, case):
 
 @pytest.mark.parametrize("arch", SHARED_BYTES)
 def test_usual_launches_compile_and_fit(arch, compile_for):
-    from dora_dist import triton_kernels
+    from dora_dist import nf4_triton, triton_kernels
 
     compiled = set().union(*(check(compile_for, arch, case) for case in USUAL))
-    assert compiled == {n for n in vars(triton_kernels) if n.endswith("_kernel")}
+    assert compiled == {n for n in {**vars(nf4_triton), **vars(triton_kernels)} if n.endswith("_kernel")}
 
 
 @pytest.mark.slow
