@@ -1,12 +1,11 @@
 """The one order in which a run's model is made:
 
-    meta model -> inject DoRA -> shard -> read this rank's weights -> magnitudes -> norms -> optimizer
+    meta model -> inject DoRA -> shard -> read this rank's weights -> magnitudes -> norms
 
 Parameters stay on the meta device until they are sharded, so no rank ever holds more than its own part and the
 tensor it is reading. Buffers (rotary frequencies) are real from the start: they are computed, not loaded.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,11 +17,9 @@ from torch import Tensor, nn
 from dora_dist.adapter import check_adapter_files, load_adapter
 from dora_dist.backends.fsdp import Fsdp
 from dora_dist.backends.process import Processes
-from dora_dist.backends.replicated import Ddp, Single
-from dora_dist.backends.zero import Zero
+from dora_dist.backends.strategy import Strategy
 from dora_dist.config import RunConfig
-from dora_dist.deepspeed_config import Sizes, deepspeed_config
-from dora_dist.engine import Engine, LossScale
+from dora_dist.deepspeed_config import Sizes
 from dora_dist.errors import UserError
 from dora_dist.fingerprint import Base, base_fingerprint
 from dora_dist.hf_model import check_model, classifier_head, load_with_transformers, meta_model
@@ -30,12 +27,10 @@ from dora_dist.inject import inject_dora
 from dora_dist.layers import DoraLayer
 from dora_dist.loss import HeadLoss, attach_head_loss, has_plain_logits
 from dora_dist.norms import attach_norm_refresh, initialize_adapters
-from dora_dist.optim import make_optimizer, optimizer_class
 from dora_dist.pack import pack_linears
 from dora_dist.participation import idle_modules
 from dora_dist.prequantized import check_quantization, find_four_bit
 from dora_dist.shards import Shards, blocks
-from dora_dist.target import is_gpu
 from dora_dist.weights import (
     SafetensorsFiles,
     base_tensors,
@@ -45,8 +40,6 @@ from dora_dist.weights import (
     load_whole,
     missing_from,
 )
-
-Strategy = Single | Ddp | Fsdp | Zero
 
 
 @dataclass(frozen=True)
@@ -63,15 +56,13 @@ class Blueprint:
 
 
 @dataclass(frozen=True)
-class Built:
-    """A model ready to train."""
+class ShardedModel:
+    """This rank's part of the injected model, its weights read."""
 
-    model: nn.Module  # the injected, sharded model
-    engine: Engine
+    model: nn.Module
     shards: Shards
-    optimizer: torch.optim.Optimizer
-    head_loss: HeadLoss | None = None  # see Blueprint
-    all_take_part: bool = True  # see Blueprint
+    head_loss: HeadLoss | None  # see Blueprint
+    all_take_part: bool  # see Blueprint
 
 
 def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from_files: bool = True) -> Blueprint:
@@ -102,47 +93,16 @@ def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from
     return Blueprint(config, model, files, head, base, head_loss, idle is not None)
 
 
-def strategy_for(config: RunConfig, model: nn.Module, world: int, device_memory: float) -> tuple[str, str]:
-    """The name of the strategy that a run of `world` processes takes, and why: what `parallel.strategy` says;
-    `auto`: one process alone, else ddp where the weights take at most half of `device_memory` bytes, else fsdp."""
-    parallel = config.parallel
-    if parallel.strategy != "auto":
-        return parallel.strategy, "parallel.strategy says so"
-    if parallel.cpu_offload or parallel.replicas > 1:
-        return "fsdp", "parallel.cpu_offload and parallel.replicas need it"
-    if world == 1:
-        return "single", "there is one process"
+def sizes_of(model: nn.Module) -> Sizes:
+    """What the choice of a strategy needs to know."""
     weights = sum(t.nbytes for t in base_tensors(model).values())
-    sizes = f"the weights, {weights / 1e9:.1f} GB, take {{}} half of a device's {device_memory / 1e9:.0f} GB"
-    fits = weights <= device_memory / 2
-    return ("ddp", sizes.format("at most")) if fits else ("fsdp", sizes.format("more than"))
+    block = max((sum(p.numel() for p in block.parameters()) for block in blocks(model)), default=0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Sizes(weights, block or sum(p.numel() for p in model.parameters()), trained)
 
 
-def choose_strategy(
-    config: RunConfig, model: nn.Module, processes: Processes, memory: float | None = None
-) -> Strategy:
-    """The strategy that `strategy_for` names. `memory`: a device's bytes; None: as found here."""
-    parallel, world = config.parallel, processes.world_size
-    if parallel.strategy == "single" and world > 1:
-        raise UserError(
-            f"parallel.strategy: single runs in one process, but {world} were launched; use ddp, fsdp or zero3"
-        )
-    name, _ = strategy_for(config, model, world, memory or device_memory(processes))
-    if optimizer_class(config.train) is not torch.optim.AdamW and name == "fsdp":  # as chosen by auto
-        raise UserError(
-            f"train.optimizer: {config.train.optimizer} does not work with fsdp, which parallel.strategy: auto "
-            "chose for this run; use adamw, or set zero1, zero2 or zero3"
-        )
-    if name == "fsdp":
-        return Fsdp(processes, parallel.replicas, parallel.cpu_offload)
-    if name.startswith("zero"):
-        settings = deepspeed_config(config, _sizes(model), world, on_gpu=is_gpu(processes.device))
-        return Zero(processes, settings)
-    return Ddp(processes) if name == "ddp" else Single(processes)
-
-
-def build(blueprint: Blueprint, strategy: Strategy) -> Built:
-    """Shard the blueprint's model, read this rank's weights, and make the optimizer."""
+def build(blueprint: Blueprint, strategy: Strategy) -> ShardedModel:
+    """Shard the blueprint's model, and read this rank's weights."""
     config, model = blueprint.config, blueprint.model
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -158,10 +118,7 @@ def build(blueprint: Blueprint, strategy: Strategy) -> Built:
     if config.train.compile:
         for block in blocks(model):
             block.compile()
-    optimizer = make_optimizer(model, config.train, shards.shape)
-    loss_scale = LossScale(active=config.model.dtype == "float16")
-    engine = strategy.engine(model, optimizer, config.train, loss_scale)
-    return Built(model, engine, shards, optimizer, blueprint.head_loss, blueprint.all_take_part)
+    return ShardedModel(model, shards, blueprint.head_loss, blueprint.all_take_part)
 
 
 def shard(model: nn.Module, strategy: Strategy, head_loss: HeadLoss | None) -> None:
@@ -214,17 +171,3 @@ def _load(blueprint: Blueprint, shards: Shards, processes: Processes) -> None:
     else:
         load = partial(load_with_transformers, config, files, blueprint.head)
         load_whole(model, load, shards, processes)
-
-
-def _sizes(model: nn.Module) -> Sizes:
-    block = max((sum(p.numel() for p in block.parameters()) for block in blocks(model)), default=0)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Sizes(block or sum(p.numel() for p in model.parameters()), trained)
-
-
-def device_memory(processes: Processes) -> float:
-    """Bytes that one process may count on."""
-    if processes.device.type == "cuda":
-        return torch.cuda.get_device_properties(processes.device).total_memory
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return host / processes.local_world_size

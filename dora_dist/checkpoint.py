@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from dora_dist.adapter import adapter_tensors, with_constants
 from dora_dist.adapter_files import CONFIG, TENSORS, base_metadata, config_text
 from dora_dist.backends.process import Processes
-from dora_dist.build import Built
 from dora_dist.config import CheckpointConfig
 from dora_dist.durable import MANIFEST, Damaged, NewDirectory, TensorHead, remove, sweep, verify, write_tensors
 from dora_dist.engine import OptimizerStates
 from dora_dist.errors import RunFailed, UserError
 from dora_dist.inject import injection_of
 from dora_dist.norms import refresh_norms
+from dora_dist.optim import TrainableModel
 from dora_dist.peft_format import to_peft_config, trained_tensors, zero_factors
 from dora_dist.pieces import Piece, gathered, spread
 from dora_dist.shards import Rectangle, as_matrix
@@ -116,7 +116,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        built: Built,
+        built: TrainableModel,
         counters: dict[str, Any],
         base_model: str,
         before: Callable[[], None] = lambda: None,
@@ -169,7 +169,7 @@ class Checkpoints:
         found = self.processes.told_by_main(found)
         return Path(found[0]) if found else None
 
-    def restore(self, found: Found, built: Built) -> None:
+    def restore(self, found: Found, built: TrainableModel) -> None:
         """Read the trained tensors, the optimizer's state and, where the ranks are as many as they were, each
         rank's random state.
 
@@ -193,7 +193,7 @@ class Checkpoints:
         refresh_norms(built.model, built.shards)
         built.engine.loss_scale.value, built.engine.loss_scale.good_steps = found.counters["loss_scale"]
 
-    def _contents(self, built: Built) -> "_Contents":
+    def _contents(self, built: TrainableModel) -> "_Contents":
         shards, engine = built.shards, built.engine
         shards.settle(built.model)
         states = engine.optimizer_states([parameter for _, parameter in _trained(built.model)])
@@ -295,14 +295,14 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(key, parameter) for parameter, key in first.items()]
 
 
-def _adapter_pieces(built: Built) -> Iterator[Piece]:
+def _adapter_pieces(built: TrainableModel) -> Iterator[Piece]:
     shards = built.shards
     named, heads = adapter_tensors(built.model, shards)
     for (_, parameter), (key, dtype, shape) in zip(named, heads, strict=True):
         yield Piece(key, dtype, tuple(shape), shards.rectangles(parameter), shards.counts(parameter))
 
 
-def _optimizer_pieces(built: Built, states: OptimizerStates) -> Iterator[Piece]:
+def _optimizer_pieces(built: TrainableModel, states: OptimizerStates) -> Iterator[Piece]:
     for key, parameter in _trained(built.model):
         state, shape = states.of[parameter], tuple(built.shards.shape(parameter))
         for name, own in state.moments.items():

@@ -103,10 +103,11 @@ def leave(status: int) -> NoReturn:
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)  # before transformers is imported, which takes seconds
     _let_segments_grow(os.environ)
+    from dora_dist.fits import check_fits
     from dora_dist.train import run_training
 
     _quiet_transformers()
-    run_training(config)
+    run_training(config, check_fits)
 
 
 def _let_segments_grow(environment: MutableMapping[str, str]) -> None:

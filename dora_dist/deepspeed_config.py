@@ -53,9 +53,10 @@ _BUCKET = 1 << 24  # elements at most; DeepSpeed's own 5e8 would hold 2 GB for g
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of elements, which buffers are measured by."""
+    """Of a model: what the strategy and its buffers are measured by."""
 
-    block: int  # the largest block's
+    weight_bytes: int  # of the base model
+    block: int  # the largest block's elements
     trained: int  # all that is trained
 
 

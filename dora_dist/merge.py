@@ -109,7 +109,7 @@ class Check:
         )
         self.config, self.processes = config, processes
         self.blueprint = draw_blueprint(config, directory)
-        data = RunData(self.blueprint, load_tokenizer(directory), processes)
+        data = RunData(config, self.blueprint.model, load_tokenizer(directory), processes)
         self.pad_id: int = data.pad_id
         self.batches = [
             {n: t[:, :_TOKENS_TO_CHECK] for n, t in micro.items() if n not in ("targets", "labels")}
@@ -157,9 +157,7 @@ def _alone(config: RunConfig) -> RunConfig:
         config,
         parallel=ParallelConfig(strategy="single"),
         dora=replace(config.dora, init_from=None),
-        train=replace(
-            config.train, activation_checkpointing=False, compile=False, eval_every=None, optimizer="adamw"
-        ),
+        train=replace(config.train, activation_checkpointing=False, compile=False, eval_every=None),
         log=replace(config.log, sample_prompts=[]),
     )
 

@@ -1,14 +1,35 @@
-"""The optimizer and its schedule."""
+"""The optimizer, its schedule, and the model that it trains."""
 
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from dora_dist.backends.strategy import Strategy
+from dora_dist.build import Blueprint, ShardedModel, build
 from dora_dist.config import TrainConfig
+from dora_dist.engine import Engine, LossScale
 from dora_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainableModel(ShardedModel):
+    """The same with what takes its optimizer steps."""
+
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+
+
+def build_to_train(blueprint: Blueprint, strategy: Strategy) -> TrainableModel:
+    """Build a run's model, and make its optimizer."""
+    built, config = build(blueprint, strategy), blueprint.config
+    optimizer = make_optimizer(built.model, config.train, built.shards.shape)
+    loss_scale = LossScale(active=config.model.dtype == "float16")
+    engine = strategy.engine(built.model, optimizer, config.train, loss_scale)
+    return TrainableModel(**vars(built), engine=engine, optimizer=optimizer)
 
 
 def make_optimizer(

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from dora_dist.backends.process import Processes
 from dora_dist.config import ParallelConfig, RunConfig
 from dora_dist.cost import StepTime, step_time
@@ -18,7 +16,6 @@ from dora_dist.hardware import ASSUMPTIONS, GB, GPUS, Cluster
 from dora_dist.phases import Phase
 from dora_dist.rehearse import Job, Rehearsals, Rehearsed
 from dora_dist.trace import HOST
-from dora_dist.weights import base_tensors
 
 
 @dataclass(frozen=True)
@@ -285,15 +282,3 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def _change(change: Change) -> dict[str, Any]:
     return {"settings": dict(change.settings), "peak_bytes": change.peak, "fits": change.fits,
             "step_seconds": change.seconds}  # fmt: skip
-
-
-def certainly_fits(model: nn.Module, config: RunConfig, memory: float) -> bool:
-    """Whether a run is so small that no rehearsal is needed to say that it fits: a bound far above what it
-    holds."""
-    weights = 2 * sum(t.nbytes for t in base_tensors(model).values())
-    trained = 20 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    widths = sum(sum(p.shape) for p in model.parameters() if p.dim() == 2)
-    tokens = config.train.micro_batch_size * config.data.seq_len
-    heads = getattr(model.config, "num_attention_heads", 64) * config.data.seq_len  # attention by its definition
-    blocks = sum(1 for m in model.modules() if isinstance(m, nn.ModuleList) for _ in m)
-    return weights + trained + tokens * 4 * (6 * widths + blocks * heads * 2) < memory / 2

@@ -37,12 +37,14 @@ from dora_dist.backends.rehearsal import (
     shapes_uncounted,
     stay_fake,
 )
-from dora_dist.build import Blueprint, Strategy, build, choose_strategy, draw_blueprint, strategy_for
+from dora_dist.backends.strategy import Strategy, choose_strategy, strategy_for
+from dora_dist.build import Blueprint, draw_blueprint, sizes_of
 from dora_dist.config import RunConfig
-from dora_dist.data import GlobalBatch
+from dora_dist.data.batches import GlobalBatch
 from dora_dist.errors import RunFailed, UserError
 from dora_dist.forked import Forked
 from dora_dist.launcher import end_with_parent
+from dora_dist.optim import build_to_train
 from dora_dist.patches import Patches
 from dora_dist.phases import Phase
 from dora_dist.shards import blocks
@@ -186,7 +188,8 @@ def _rehearsed(job: Job, in_child: Callable[[Job], Any]) -> Rehearsed | UserErro
     drawn = _caught(_draw, job)
     if isinstance(drawn, Exception):
         return drawn
-    name, reason = strategy_for(job.config, drawn.model, job.world_size, job.device_memory)
+    weight_bytes = sizes_of(drawn.model).weight_bytes
+    name, reason = strategy_for(job.config.parallel, weight_bytes, job.world_size, job.device_memory)
     found = [_signature(block) for block in blocks(drawn.model)]
     depths: Sequence[int | None] = [job.blocks]
     first, second = _SHORT.get(name, (3, 4))
@@ -248,7 +251,7 @@ def rehearse_here(job: Job) -> Short:
         blueprint = _draw(job)
         if job.blocks is not None:
             _shorten(blueprint.model, job.blocks)
-        strategy = choose_strategy(job.config, blueprint.model, processes, job.device_memory)
+        strategy = choose_strategy(job.config, sizes_of(blueprint.model), processes, job.device_memory)
         if strategy.name == "fsdp":
             strategy.mesh  # type: ignore[union-attr]  # noqa: B018 - a mesh cannot be made of fake tensors
         tracer = Tracer(collective_of, **({"rounded": rounded} if job.gpu else {"scratch_of": gloo_scratch}))
@@ -283,7 +286,7 @@ def _run(job: Job, blueprint: Blueprint, strategy: Strategy, tracer: Tracer, bat
     weights_at = offloaded if strategy.name in ("fsdp", "zero3") else ""
     tracer.enter(Phase.LOADING, weights_at + BASE)
     blueprint = replace(blueprint, files=Files(blueprint.model, tracer))  # type: ignore[arg-type]
-    built = build(blueprint, strategy)
+    built = build_to_train(blueprint, strategy)
     gc.collect()
     tell_apart(built, tracer, weights_at)
     send_in_python(built.engine.module)

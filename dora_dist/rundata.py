@@ -7,9 +7,11 @@ from typing import Any
 from torch import nn
 
 from dora_dist.backends.process import Processes
-from dora_dist.build import Blueprint
 from dora_dist.config import RunConfig
-from dora_dist.data import BatchPlan, StreamPlan, begins_with_bos, evaluation_batches, load_examples
+from dora_dist.data.batches import BatchPlan, evaluation_batches
+from dora_dist.data.encode import begins_with_bos
+from dora_dist.data.examples import load_examples
+from dora_dist.data.streaming import StreamPlan
 from dora_dist.errors import UserError
 from dora_dist.fingerprint import tokenizer_fingerprint
 
@@ -17,16 +19,15 @@ from dora_dist.fingerprint import tokenizer_fingerprint
 class RunData:
     """A run's tokenizer, its global batches and its evaluation rows."""
 
-    def __init__(self, blueprint: Blueprint, tokenizer: Any, processes: Processes):
-        config = blueprint.config
-        model_config: Any = blueprint.model.config
+    def __init__(self, config: RunConfig, model: nn.Module, tokenizer: Any, processes: Processes):
+        model_config: Any = model.config
         self.tokenizer = tokenizer
         self.causal = config.model.task == "causal_lm"
         self.pad_id = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
         )
         model_config.pad_token_id = self.pad_id  # classifiers on decoders find a row's last token by it
-        self._check_lengths(config, blueprint.model)
+        self._check_lengths(config, model)
         about: dict[str, Any] = {
             "task": config.model.task,
             "label2id": None if self.causal else model_config.label2id,

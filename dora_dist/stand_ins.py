@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_dist.build import Built
 from dora_dist.config import RunConfig
-from dora_dist.data import GlobalBatch
+from dora_dist.data.batches import GlobalBatch
+from dora_dist.optim import TrainableModel
 from dora_dist.phases import Phase
 from dora_dist.shards import Rectangle
 from dora_dist.trace import HOST, REDUCED, Collective, Tracer
@@ -23,7 +23,7 @@ _ALLOCATION = 512  # what torch's CUDA allocator rounds up to
 _PINNED = {HOST + tag for tag in (BASE, SCALES, TRAINED, GRADIENTS)}
 
 
-def tell_apart(built: Built, tracer: Tracer, offloaded: str) -> None:
+def tell_apart(built: TrainableModel, tracer: Tracer, offloaded: str) -> None:
     """What is held once all is loaded, by what it is."""
     tracer.rename(offloaded + BASE, offloaded + OTHER)
     trained = [p for p in built.model.parameters() if p.requires_grad]

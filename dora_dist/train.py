@@ -16,16 +16,9 @@ from torch import nn
 
 from dora_dist.adapter import save_adapter, try_saving
 from dora_dist.backends.process import Processes
+from dora_dist.backends.strategy import Strategy, choose_strategy, device_memory
 from dora_dist.backends.watchdog import Watchdog
-from dora_dist.build import (
-    Blueprint,
-    Built,
-    Strategy,
-    build,
-    choose_strategy,
-    device_memory,
-    draw_blueprint,
-)
+from dora_dist.build import Blueprint, draw_blueprint, sizes_of
 from dora_dist.checkpoint import Checkpoints, Found
 from dora_dist.config import RunConfig
 from dora_dist.errors import RunFailed, Stopped, UserError
@@ -33,19 +26,21 @@ from dora_dist.health import StopSignals
 from dora_dist.hf_model import resolve_model
 from dora_dist.identity import contradictions, describe_run, free_changes
 from dora_dist.inject import injection_of
+from dora_dist.optim import TrainableModel, build_to_train, optimizer_class
 from dora_dist.participation import summary
 from dora_dist.phases import Phase
-from dora_dist.plan import certainly_fits, why_it_does_not_fit
 from dora_dist.progress import Resumed, RunLog
 from dora_dist.rundata import RunData, load_tokenizer
 from dora_dist.schema import difference_between_ranks
 from dora_dist.trainer import Progress, Trainer, evaluates_at
 from dora_dist.weights import packed_layers
 
+CheckFits = Callable[[RunConfig, Path, nn.Module, Processes, float], list[str]]
 
-def run_training(config: RunConfig) -> None:
+
+def run_training(config: RunConfig, check_fits: CheckFits | None = None) -> None:
     """The `train` verb. Everything that can be wrong with the settings, the data and the checkpoint is found
-    before any weight is read.
+    before any weight is read. `check_fits` refuses what a device of so many bytes cannot hold, and gives warnings.
 
     Raises:
         UserError: a mistake of the user's, on every rank alike.
@@ -55,7 +50,7 @@ def run_training(config: RunConfig) -> None:
     processes, stopped = Processes(), None
     try:
         with Watchdog(processes, config.parallel.timeout_s) as watch:
-            _run(config, processes, watch)
+            _run(config, processes, watch, check_fits)
     except Stopped as told:
         stopped = Stopped(*told.args)  # without the frames, which hold the model
     processes.stop()  # once the model is gone: DDP's last breath would wait for a group that waits for it
@@ -63,7 +58,7 @@ def run_training(config: RunConfig) -> None:
         raise stopped
 
 
-def _run(config: RunConfig, processes: Processes, watch: Watchdog) -> None:
+def _run(config: RunConfig, processes: Processes, watch: Watchdog, check_fits: CheckFits | None) -> None:
     watch.at(0, Phase.LOADING, watched=False)
     processes.start(config.parallel.timeout_s, needed=processes.world_size > 1)
     _refuse_different_settings(config, processes)
@@ -73,9 +68,10 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog) -> None:
     processes.wait_for_all()  # one that had to download the model is late
     # Of the smallest device: what follows from it is the same on all ranks.
     memory = -processes.agree([-int(device_memory(processes))]).read()[0]
-    strategy = choose_strategy(config, blueprint.model, processes, memory)
-    unplanned = _refuse_what_does_not_fit(config, directory, blueprint, processes, memory)
-    data = RunData(blueprint, tokenizer, processes)
+    strategy = choose_strategy(config, sizes_of(blueprint.model), processes, memory)
+    optimizer_class(config.train)  # raises UserError where its package is missing
+    unplanned = check_fits(config, directory, blueprint.model, processes, memory) if check_fits is not None else []
+    data = RunData(config, blueprint.model, tokenizer, processes)
     processes.start(config.parallel.timeout_s, needed=strategy.needs_group)
     processes.wait_for_all()  # reading rows takes some longer than others
     output_dir = Path(config.output_dir)
@@ -93,7 +89,7 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog) -> None:
         with RunLog(config.log, output_dir, data.steps, settings, processes.is_main, resumed) as log:
             for line in (*unplanned, *notices, data.describe()):
                 log.say(line)
-            built = build(blueprint, strategy)
+            built = build_to_train(blueprint, strategy)
             adapter = (built.model, output_dir / "adapter", config.model.path, built.shards)
             log.say(describe(built, strategy))
             for line in _left_out(built.model):
@@ -181,28 +177,6 @@ def _refuse_different_settings(config: RunConfig, processes: Processes) -> None:
         raise UserError(problem)
 
 
-def _refuse_what_does_not_fit(
-    config: RunConfig, directory: Path, blueprint: Blueprint, processes: Processes, memory: float
-) -> list[str]:
-    """UserError, on every rank: `plan` says that a device of `memory` bytes, the same on all ranks, cannot hold
-    this run, and what would fit. Returns a warning where it has nothing to say."""
-    if config.parallel.force or certainly_fits(blueprint.model, config, memory):
-        return []
-    refusal = warning = None
-    if processes.is_main:
-        print("looking whether this run fits (not with parallel.force=true) ...", flush=True)
-        try:
-            refusal = why_it_does_not_fit(config, directory, processes, memory)
-        except UserError as error:
-            refusal = str(error)
-        except RunFailed as error:
-            warning = f"warning: {error}"
-    refusal, warning = processes.told_by_main([refusal, warning])
-    if refusal is not None:
-        raise UserError(refusal)
-    return [warning] if warning else []
-
-
 def _describe(blueprint: Blueprint, data: RunData, strategy: Strategy) -> dict[str, Any]:
     """What a checkpoint's manifest says of the run. UserError, on every rank: the ranks read different rows."""
     processes = strategy.processes
@@ -232,7 +206,7 @@ def _compare(found: Found, run: dict[str, Any], config: RunConfig, steps: int) -
     return lines + ([f"changed since then: {'; '.join(changes)}"] if changes else [])
 
 
-def describe(built: Built, strategy: Strategy) -> str:
+def describe(built: TrainableModel, strategy: Strategy) -> str:
     sizes = {p: built.shards.shape(p).numel() for p in built.model.parameters()}
     packed = 0
     for layer in packed_layers(built.model).values():

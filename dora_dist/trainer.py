@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from dora_dist.attention import CausalAttention
 from dora_dist.backends.process import Agreement
+from dora_dist.backends.strategy import Strategy
 from dora_dist.backends.watchdog import Watchdog
-from dora_dist.build import Built, Strategy
 from dora_dist.checkpoint import Checkpoints, Found
 from dora_dist.config import RunConfig
-from dora_dist.data import GlobalBatch, additive_mask, packed_attention
+from dora_dist.data.batches import GlobalBatch
+from dora_dist.data.packing import additive_mask, packed_attention
 from dora_dist.errors import RunFailed, Stopped
 from dora_dist.health import SpeedCheck, StepCheck, StopSignals
 from dora_dist.loss import summed_loss, supervised_positions
 from dora_dist.norms import dora_layers, refresh_norms
-from dora_dist.optim import lr_factor
+from dora_dist.optim import TrainableModel, lr_factor
 from dora_dist.participation import refuse_idle
 from dora_dist.phases import Phase
 from dora_dist.progress import RunLog, show
@@ -62,7 +63,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        built: Built,
+        built: TrainableModel,
         strategy: Strategy,
         data: RunData,
         log: RunLog,

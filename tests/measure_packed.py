@@ -12,9 +12,11 @@ import torch
 from transformers import LlamaConfig
 
 from dora_dist.backends.process import Processes
-from dora_dist.build import build, choose_strategy, draw_blueprint
+from dora_dist.backends.strategy import choose_strategy
+from dora_dist.build import draw_blueprint, sizes_of
 from dora_dist.cli import leave
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, ParallelConfig, QuantConfig, RunConfig
+from dora_dist.optim import build_to_train
 from dora_dist.weights import packed_layers
 
 CONFIG = LlamaConfig(
@@ -38,7 +40,7 @@ def main(out: str, *strategies: str) -> None:
                 parallel=ParallelConfig(strategy=name),
             )
             blueprint = draw_blueprint(config, Path(directory), processes.world_size)
-            built = build(blueprint, choose_strategy(config, blueprint.model, processes))
+            built = build_to_train(blueprint, choose_strategy(config, sizes_of(blueprint.model), processes))
             layers = packed_layers(built.model).values()
             own = sum(
                 rectangle.values.nbytes

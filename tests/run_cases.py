@@ -15,10 +15,12 @@ from torch import nn
 
 from dora_dist.adapter import save_adapter
 from dora_dist.backends.process import Processes
-from dora_dist.build import build, choose_strategy, draw_blueprint
+from dora_dist.backends.strategy import choose_strategy
+from dora_dist.build import draw_blueprint, sizes_of
 from dora_dist.cli import leave
 from dora_dist.config import load_config
 from dora_dist.norms import dora_layers
+from dora_dist.optim import build_to_train
 from dora_dist.progress import RunLog
 from dora_dist.rundata import RunData, load_tokenizer
 from dora_dist.trainer import Trainer
@@ -28,10 +30,10 @@ def run_case(config, processes: Processes, adapter: Path) -> dict:
     """All steps' losses and gradient norms, the first step's gradients, and the norms at the end."""
     directory = Path(config.model.path)
     blueprint = draw_blueprint(config, directory, processes.world_size)
-    strategy = choose_strategy(config, blueprint.model, processes)
-    data = RunData(blueprint, load_tokenizer(directory), processes)
+    strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
+    data = RunData(config, blueprint.model, load_tokenizer(directory), processes)
     processes.start(60, needed=strategy.needs_group)
-    built = build(blueprint, strategy)
+    built = build_to_train(blueprint, strategy)
     shards = built.shards
     layers = dora_layers(built.model)
     magnitudes = shards.gather([layer.magnitude for layer in layers.values()])

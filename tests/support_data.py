@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from dora_dist.config import DataConfig
-from dora_dist.data import Examples, load_examples
+from dora_dist.data.examples import Examples, load_examples
 
 TEXT = [
     "the quick brown fox jumps over the lazy dog",

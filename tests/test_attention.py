@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DogeConfig, GPT2Config, LlamaConf
 
 from dora_dist import attention
 from dora_dist.attention import CausalAttention
-from dora_dist.data import packed_attention
+from dora_dist.data.packing import packed_attention
 
 TINY = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2}
 CONFIGS = {

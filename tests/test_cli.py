@@ -179,6 +179,14 @@ def test_a_mistake_is_one_line_and_status_2(config, tmp_path, capsys, monkeypatc
     assert expected in error
 
 
+def test_a_missing_optimizer_is_told_before_weights_are_read(config, tmp_path, capsys, monkeypatch):
+    config["train"]["optimizer"] = "adamw8bit"
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(SafetensorsFiles, "read", lambda *_: pytest.fail("a weight was read"))
+    assert main(["train", "--config", str(write(config, tmp_path))]) == 2
+    assert "train.optimizer: adamw8bit needs bitsandbytes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

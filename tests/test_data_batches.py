@@ -11,7 +11,8 @@ from support_rounding import MODEL, assert_near
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dora_dist.config import DataConfig, ModelConfig, RunConfig
-from dora_dist.data import BatchPlan, additive_mask, evaluation_batches, pack, packed_attention
+from dora_dist.data.batches import BatchPlan, evaluation_batches
+from dora_dist.data.packing import additive_mask, pack, packed_attention
 from dora_dist.errors import UserError
 from dora_dist.hf_model import check_model
 

@@ -8,7 +8,8 @@ import pytest
 from support_data import learnt, load, make_tokenizer, write_jsonl
 
 from dora_dist.config import DataConfig
-from dora_dist.data import check_vocabulary, load_examples
+from dora_dist.data.encode import check_vocabulary
+from dora_dist.data.examples import load_examples
 from dora_dist.data.sources import is_hub_id
 from dora_dist.errors import UserError
 

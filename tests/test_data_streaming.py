@@ -10,8 +10,8 @@ from support_data import load, make_tokenizer, write_jsonl
 from test_data_batches import contents
 
 from dora_dist.config import DataConfig
-from dora_dist.data import StreamPlan
 from dora_dist.data.encode import Encoder
+from dora_dist.data.streaming import StreamPlan
 from dora_dist.data.worker import Worker
 from dora_dist.errors import RunFailed, UserError
 

@@ -19,8 +19,8 @@ from dora_dist.backends.process import Processes
 from dora_dist.build import draw_blueprint
 from dora_dist.cli import main
 from dora_dist.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from dora_dist.data import StreamPlan
 from dora_dist.data.sources import find_source
+from dora_dist.data.streaming import StreamPlan
 from dora_dist.fingerprint import Base, base_fingerprint, tokenizer_fingerprint
 from dora_dist.rundata import RunData, load_tokenizer
 from dora_dist.weights import SafetensorsFiles
@@ -171,7 +171,8 @@ def test_a_runs_data(tiny_llama, tiny_rows, tmp_path):
         config = RunConfig(ModelConfig(str(tiny_llama)), DataConfig(train=str(tiny_rows), seq_len=48, **data))
         config = dataclasses.replace(config, dora=DoraConfig(rank=2), train=TrainConfig(steps=1))
         tokenizer = load_tokenizer(tiny_llama)
-        return RunData(draw_blueprint(config, tiny_llama), tokenizer, Processes()).fingerprints()
+        model = draw_blueprint(config, tiny_llama).model
+        return RunData(config, model, tokenizer, Processes()).fingerprints()
 
     first, evaluated, streamed = fingerprints(), fingerprints(eval=str(tiny_rows)), fingerprints(streaming=True)
     assert first["tokenizer"] == tokenizer_fingerprint(load_tokenizer(tiny_llama))

@@ -8,8 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_dist import trainer as loop
 from dora_dist.backends.process import Processes
-from dora_dist.build import build, choose_strategy, draw_blueprint
+from dora_dist.backends.strategy import choose_strategy
+from dora_dist.build import draw_blueprint, sizes_of
 from dora_dist.config import DataConfig, DoraConfig, LogConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from dora_dist.optim import build_to_train
 from dora_dist.progress import RunLog
 from dora_dist.rundata import RunData, load_tokenizer
 
@@ -72,10 +74,10 @@ def make_trainer(model, rows, scratch, packing=False, checkpointing=False, dtype
     )
     processes = Processes()
     blueprint = draw_blueprint(config, model)
-    strategy = choose_strategy(config, blueprint.model, processes)
-    data = RunData(blueprint, load_tokenizer(model), processes)
+    strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
+    data = RunData(config, blueprint.model, load_tokenizer(model), processes)
     log = RunLog(config.log, scratch, data.steps, {}, is_main=False)
-    return loop.Trainer(config, build(blueprint, strategy), strategy, data, log)
+    return loop.Trainer(config, build_to_train(blueprint, strategy), strategy, data, log)
 
 
 def watched_step(trainer, monkeypatch):

@@ -40,14 +40,14 @@ def test_all_of_this_under_the_interpreter():
 
 def test_where_there_is_no_triton_or_no_gpu_they_are_not_available(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    kernels._run_on.cache_clear()
+    nf4_kernels._run_on.cache_clear()
     assert not nf4_kernels.available(torch.device("cpu"))
     assert not nf4_kernels.available(torch.device("meta"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises
-    kernels._run_on.cache_clear()
+    nf4_kernels._run_on.cache_clear()
     assert not nf4_kernels.available(torch.device("cpu"))
-    kernels._run_on.cache_clear()
+    nf4_kernels._run_on.cache_clear()
 
 
 @on_devices

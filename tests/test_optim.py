@@ -1,7 +1,6 @@
 """The optimizers of `train.optimizer`: 8-bit ones against AdamW, alone and under ZeRO, and their refusals."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +8,8 @@ from support_ranks import run_ranks
 from torch import nn
 
 from dora_dist.backends.process import Processes
-from dora_dist.build import choose_strategy
+from dora_dist.backends.strategy import choose_strategy
+from dora_dist.build import sizes_of
 from dora_dist.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from dora_dist.errors import UserError
 from dora_dist.optim import make_optimizer, optimizer_class
@@ -86,19 +86,17 @@ def test_without_bitsandbytes(optimizer, monkeypatch):
     with pytest.raises(
         UserError, match=rf"^train\.optimizer: {optimizer} needs bitsandbytes: pip install"
     ) as error:
-        choose_strategy(run_config(optimizer, strategy="single"), nn.Linear(2, 2), Processes())
+        optimizer_class(TrainConfig(optimizer=optimizer))
     assert "\n" not in str(error.value)
     assert optimizer_class(TrainConfig()) is torch.optim.AdamW
 
 
 @pytest.mark.parametrize("optimizer", EIGHT_BIT)
-def test_fsdp_is_refused(optimizer, monkeypatch):
+def test_fsdp_is_refused(optimizer):
     with pytest.raises(UserError, match=rf"^train\.optimizer: {optimizer} .*parallel\.strategy: fsdp"):
         run_config(optimizer, strategy="fsdp")
-    stand_in = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=object, PagedAdamW8bit=object))
-    monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
     with pytest.raises(UserError, match=rf"^train\.optimizer: {optimizer} .*auto chose"):
-        choose_strategy(run_config(optimizer, cpu_offload=True), nn.Linear(2, 2), Processes())
+        choose_strategy(run_config(optimizer, cpu_offload=True), sizes_of(nn.Linear(2, 2)), Processes())
 
 
 SCRIPT = """
@@ -108,7 +106,8 @@ import torch
 from torch import nn
 
 from dora_dist.backends.process import Processes
-from dora_dist.build import choose_strategy
+from dora_dist.backends.strategy import choose_strategy
+from dora_dist.build import sizes_of
 from dora_dist.cli import leave
 from dora_dist.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from dora_dist.engine import LossScale
@@ -127,7 +126,7 @@ for stage in sys.argv[1:]:
         model = nn.Sequential(nn.Linear(128, 96), nn.Linear(96, 128))
         x = torch.randn(64, 128)
         y = 0.1 * x @ torch.randn(128, 16) @ torch.randn(16, 128) / 4
-        strategy = choose_strategy(config, model, processes)
+        strategy = choose_strategy(config, sizes_of(model), processes)
         strategy.shard(model)
         made = make_optimizer(model, train)
         engine = strategy.engine(model, made, train, LossScale(active=False))

@@ -12,13 +12,14 @@ from support_ranks import run_ranks
 from test_rehearse import SHAPE_8B, config_of, write
 
 from dora_dist import rehearse as rehearsals
-from dora_dist import train
 from dora_dist.backends.process import Processes
-from dora_dist.build import device_memory, draw_blueprint
+from dora_dist.backends.strategy import device_memory
+from dora_dist.build import draw_blueprint
 from dora_dist.cli import main
 from dora_dist.errors import UserError
+from dora_dist.fits import certainly_fits, check_fits
 from dora_dist.hardware import GPUS, find_cluster
-from dora_dist.plan import as_json, as_text, certainly_fits, make_plan
+from dora_dist.plan import as_json, as_text, make_plan
 from dora_dist.rehearse import Job
 
 YAML = """
@@ -93,9 +94,7 @@ def test_mistakes(arguments, named, shape_8b, tmp_path, capsys):
 
 def check_as_training_does(config, memory):
     directory = Path(config.model.path)
-    return train._refuse_what_does_not_fit(
-        config, directory, draw_blueprint(config, directory), Processes(), memory
-    )
+    return check_fits(config, directory, draw_blueprint(config, directory).model, Processes(), memory)
 
 
 def raises(_):

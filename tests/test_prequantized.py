@@ -80,7 +80,9 @@ from pathlib import Path
 import torch
 
 from dora_dist.backends.process import Processes
-from dora_dist.build import build, choose_strategy, draw_blueprint
+from dora_dist.backends.strategy import choose_strategy
+from dora_dist.build import draw_blueprint, sizes_of
+from dora_dist.optim import build_to_train
 from dora_dist.cli import leave
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, ParallelConfig, QuantConfig, RunConfig
 from dora_dist.packed import BaseWeight
@@ -97,7 +99,7 @@ for name in names:
         parallel=ParallelConfig(strategy=strategy),
     )
     blueprint = draw_blueprint(config, Path(directory), processes.world_size)
-    built = build(blueprint, choose_strategy(config, blueprint.model, processes))
+    built = build_to_train(blueprint, choose_strategy(config, sizes_of(blueprint.model), processes))
     weights = loaded[name] = {}
     for layer_name, layer in built.model.named_modules():
         if isinstance(layer, BaseWeight) and layer.layout is not None:

@@ -13,7 +13,8 @@ import torch
 
 from dora_dist import rehearse as rehearsals
 from dora_dist.backends.process import Processes
-from dora_dist.build import build, choose_strategy, draw_blueprint
+from dora_dist.backends.strategy import choose_strategy
+from dora_dist.build import draw_blueprint, sizes_of
 from dora_dist.config import (
     DataConfig,
     DoraConfig,
@@ -24,9 +25,10 @@ from dora_dist.config import (
     TrainConfig,
 )
 from dora_dist.cost import step_time
-from dora_dist.data import GlobalBatch
+from dora_dist.data.batches import GlobalBatch
 from dora_dist.errors import RunFailed, UserError
 from dora_dist.hardware import find_cluster
+from dora_dist.optim import build_to_train
 from dora_dist.phases import Phase
 from dora_dist.rehearse import Job
 from dora_dist.stand_ins import Watch
@@ -64,11 +66,11 @@ def allocated(config, steps):
     """The most that torch's CPU allocator holds in the steps of a real run, by the profiler's account."""
     processes = Processes()
     blueprint = draw_blueprint(config, Path(config.model.path))
-    strategy = choose_strategy(config, blueprint.model, processes)
+    strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
     rows, length = config.train.micro_batch_size, config.data.seq_len
     ids = torch.zeros(rows, length, dtype=torch.long)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        built = build(blueprint, strategy)
+        built = build_to_train(blueprint, strategy)
         data = SimpleNamespace(steps=steps, causal=True)
         watch = SimpleNamespace(at=lambda *_, **__: None)
         trainer = Trainer(config, built, strategy, data, log=None, watch=watch)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from dora_dist import build as build_module
 from dora_dist.backends.process import Processes
-from dora_dist.build import choose_strategy, draw_blueprint, materialize
+from dora_dist.backends.strategy import choose_strategy
+from dora_dist.build import draw_blueprint, materialize, sizes_of
 from dora_dist.config import (
     DataConfig,
     DoraConfig,
@@ -50,15 +50,14 @@ def run_config(parallel: dict) -> RunConfig:
         (1, 1e9, {"strategy": "fsdp"}, "fsdp"),
     ],
 )
-def test_auto_goes_by_world_size_and_memory(monkeypatch, world, memory, settings, expected):
-    monkeypatch.setattr(build_module, "device_memory", lambda _: memory)
+def test_auto_goes_by_world_size_and_memory(world, memory, settings, expected):
     model = nn.Sequential(nn.Linear(4, 4, bias=False, device="meta"))
-    assert choose_strategy(run_config(settings), model, processes(world)).name == expected
+    assert choose_strategy(run_config(settings), sizes_of(model), processes(world), memory).name == expected
 
 
 def test_single_refuses_several_processes():
     with pytest.raises(UserError, match="2 were launched"):
-        choose_strategy(run_config({"strategy": "single"}), nn.Linear(1, 1), processes(2))
+        choose_strategy(run_config({"strategy": "single"}), sizes_of(nn.Linear(1, 1)), processes(2))
 
 
 def test_learning_rates_of_magnitudes_and_of_b():

@@ -29,10 +29,12 @@ import torch
 from benchmarks.common.models import add_shape, run_config, sizes, write_model
 from benchmarks.common.results import ROOT, chosen_device, default_path, parser_of, save
 from dora_dist.backends.process import Processes
-from dora_dist.build import build, choose_strategy, draw_blueprint
+from dora_dist.backends.strategy import choose_strategy
+from dora_dist.build import draw_blueprint, sizes_of
 from dora_dist.cli import leave
 from dora_dist.config import RunConfig, load_config
-from dora_dist.data import GlobalBatch
+from dora_dist.data.batches import GlobalBatch
+from dora_dist.optim import build_to_train
 from dora_dist.trainer import Trainer
 from dora_dist.weights import base_tensors
 
@@ -128,10 +130,10 @@ def train(config: RunConfig) -> dict[str, int]:
     processes, steps = Processes(), config.train.steps
     blueprint = draw_blueprint(config, Path(config.model.path))
     base = sum(tensor.nbytes for tensor in base_tensors(blueprint.model).values())
-    strategy = choose_strategy(config, blueprint.model, processes)
+    strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
     gc.collect()
     memory = Memory(processes.device)
-    built = build(blueprint, strategy)
+    built = build_to_train(blueprint, strategy)
     loading_peak = memory.peak()
     gc.collect()
     held = memory.held()

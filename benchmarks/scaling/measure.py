@@ -22,11 +22,13 @@ from benchmarks.common.timing import wall_seconds
 from benchmarks.scaling.exposure import Phases, Waits, profiled_exposure, trained
 from benchmarks.scaling.records import directory_of, link_of, over_ranks, save, summary
 from dora_dist.backends.process import Processes
-from dora_dist.build import build, choose_strategy, draw_blueprint
+from dora_dist.backends.strategy import choose_strategy
+from dora_dist.build import draw_blueprint, sizes_of
 from dora_dist.config import RunConfig, load_config
-from dora_dist.data import GlobalBatch
+from dora_dist.data.batches import GlobalBatch
 from dora_dist.errors import UserError
 from dora_dist.hf_model import resolve_model
+from dora_dist.optim import build_to_train
 from dora_dist.target import peak_memory
 from dora_dist.trainer import Trainer
 from dora_dist.weights import base_tensors
@@ -104,9 +106,9 @@ def measure_strategy(config: RunConfig, args: argparse.Namespace, processes: Pro
     directory = resolve_model(config.model.path, config.model.allow_pickle)
     blueprint = draw_blueprint(config, directory, processes.world_size)
     base = sum(tensor.nbytes for tensor in base_tensors(blueprint.model).values())
-    strategy = choose_strategy(config, blueprint.model, processes)
+    strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
     processes.start(config.parallel.timeout_s, needed=strategy.needs_group)
-    built = build(blueprint, strategy)
+    built = build_to_train(blueprint, strategy)
     phases = Phases()
     total = args.warmup + args.rounds * args.steps + 2
     data = SimpleNamespace(steps=total, causal=True)

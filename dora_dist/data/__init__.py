@@ -13,27 +13,3 @@ streaming       the same from a stream too large to hold
 windows         a stream's rows, of which each rank encodes its share
 worker          the thread that does so ahead of the training
 """
-
-from dora_dist.data.batches import BatchPlan, EvaluationBatches, GlobalBatch, evaluation_batches
-from dora_dist.data.encode import Example, begins_with_bos, check_vocabulary
-from dora_dist.data.examples import Examples, load_examples
-from dora_dist.data.packing import additive_mask, pack, packed_attention
-from dora_dist.data.report import Report
-from dora_dist.data.streaming import StreamPlan
-
-__all__ = [
-    "BatchPlan",
-    "EvaluationBatches",
-    "Example",
-    "Examples",
-    "GlobalBatch",
-    "Report",
-    "StreamPlan",
-    "additive_mask",
-    "begins_with_bos",
-    "check_vocabulary",
-    "evaluation_batches",
-    "load_examples",
-    "pack",
-    "packed_attention",
-]

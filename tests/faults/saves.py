@@ -20,10 +20,12 @@ from case import Case
 from test_durable import in_child
 
 from dora_dist.backends.process import Processes
-from dora_dist.build import build, choose_strategy, draw_blueprint
+from dora_dist.backends.strategy import choose_strategy
+from dora_dist.build import draw_blueprint, sizes_of
 from dora_dist.checkpoint import Checkpoints
 from dora_dist.config import load_config
 from dora_dist.identity import describe_run
+from dora_dist.optim import build_to_train
 from dora_dist.progress import RunLog
 from dora_dist.rundata import RunData, load_tokenizer
 from dora_dist.trainer import Trainer
@@ -36,14 +38,14 @@ def make_trainer(case: Case, place: Path, *overrides: str) -> Trainer:
     config = load_config(case.config, [f"output_dir={place}", "parallel.strategy=single", *overrides])
     directory, processes = Path(config.model.path), Processes()
     blueprint = draw_blueprint(config, directory)
-    strategy = choose_strategy(config, blueprint.model, processes)
-    data = RunData(blueprint, load_tokenizer(directory), processes)
+    strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
+    data = RunData(config, blueprint.model, load_tokenizer(directory), processes)
     place.mkdir(parents=True, exist_ok=True)
     run = describe_run(config, 1, "cpu", strategy.name, {})
     checkpoints = Checkpoints(place / "checkpoints", config.checkpoint, processes, run)
     quiet = dataclasses.replace(config.log, every=10**6)
     log = RunLog(quiet, place, data.steps, {}, is_main=True)
-    return Trainer(config, build(blueprint, strategy), strategy, data, log, checkpoints=checkpoints)
+    return Trainer(config, build_to_train(blueprint, strategy), strategy, data, log, checkpoints=checkpoints)
 
 
 def train_and_save(trainer: Trainer) -> bool:
