@@ -136,5 +136,13 @@ def test_a_slow_rank_warns_at_the_second_time(mine, told, capsys, monkeypatch):
     assert len(lines) == told and all("rank 2: step 100" in line and "0.2" in line for line in lines)
 
 
-def test_the_product_takes_time():
-    assert 0 < SpeedCheck(0, 1, torch.device("cpu"), lambda _: None).measure() < 10
+def test_the_fastest_of_a_few_products_counts(monkeypatch):
+    now, seconds = 0.0, iter([0.5, 0.125, 0.25, 1.0])
+
+    def product(*_):
+        nonlocal now
+        now += next(seconds)
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(health.time, "perf_counter", lambda: now)
+    assert SpeedCheck(0, 1, torch.device("cpu"), lambda _: None).measure() == 0.125

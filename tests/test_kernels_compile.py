@@ -62,10 +62,10 @@ def compose(dtype, rank, bias=False, base=FP32, odd=0):
     kernels.compose(empty(T, o, dtype=base), z, B, empty(o), empty(o, dtype=dtype) if bias else None, 2.0, dtype)
 
 
-def backward(dtype, rank, h=True, odd=0):
+def backward(dtype, rank, h=True, odd=0, keep_dh=True):
     o = O - odd
-    dy = empty(T, o, dtype=dtype)
-    kernels.backward(dy, empty(T, o, dtype=dtype) if h else None, empty(o, rank) if rank else None, empty(o), 2.0)
+    dy, h_TO = empty(T, o, dtype=dtype), empty(T, o, dtype=dtype) if h else None
+    kernels.backward(dy, h_TO, empty(o, rank) if rank else None, empty(o), 2.0, keep_dh)
 
 
 USUAL = [
@@ -75,6 +75,7 @@ USUAL = [
     (dequantized, {"dtype": BF16}),
     (compose, {"dtype": BF16, "rank": 384, "bias": True}),
     (backward, {"dtype": BF16, "rank": 384}),
+    (backward, {"dtype": BF16, "rank": 16, "keep_dh": False}),
 ]
 RARE = [
     *((dequantized, {"dtype": d}) for d in (FP32, FP16)),
@@ -99,6 +100,7 @@ RARE = [
     (compose, {"dtype": BF16, "rank": 17, "bias": True, "odd": 3}),
     *((backward, {"dtype": d, "rank": r}) for d, r in product((FP32, BF16), (16, 32, 64, 128))),
     *((backward, {"dtype": d, "rank": 384, "h": h}) for d, h in [(FP32, True), (FP16, True), (BF16, False)]),
+    *((backward, {"dtype": d, "rank": r, "keep_dh": False}) for d, r in [(FP32, 384), (FP16, 64), (BF16, 0)]),
     (backward, {"dtype": BF16, "rank": 0}),
     (backward, {"dtype": BF16, "rank": 17, "odd": 3}),
 ]  # fmt: skip

@@ -77,6 +77,15 @@ def test_cached_norms_are_renewed_once_per_optimizer_step(kind, count_norms, mon
     assert torch.equal(model(X), fresh_output(model))
 
 
+def test_dropout_ends_with_training():
+    config = DoraConfig(rank=2, alpha=3, targets=["0"], dropout=0.5)
+    model = inject_dora(nn.Sequential(nn.Linear(6, 8)), config)
+    nn.init.normal_(model[0].lora_B)
+    want = nn.functional.linear(X, model[0].merged_weight(), model[0].bias)
+    assert not torch.allclose(model(X), want, atol=1e-2)
+    assert_near(model.eval()(X), want, SMALL)
+
+
 def test_a_cached_norm_is_renewed_on_demand_and_after_a_load(tmp_path):
     model, other = small(), randomized(small())
     attach_norm_refresh(model, None)

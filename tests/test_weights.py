@@ -8,7 +8,9 @@ from conftest import ROOT, save_model
 from safetensors.torch import load_file, save_file
 from support_ranks import run_ranks
 from support_rounding import MODEL, assert_near
+from support_small import small_config
 
+from dora_dist import weights
 from dora_dist.backends.process import Processes
 from dora_dist.backends.replicated import Single
 from dora_dist.build import build, draw_blueprint
@@ -63,6 +65,13 @@ def test_rows_are_read_alone(tiny_llama):
     assert torch.equal(part, whole[4:5, 2:7])
 
 
+def test_large_tensors_are_read_a_few_rows_at_a_time(tiny_llama, monkeypatch):
+    monkeypatch.setattr(weights, "_READ_ELEMENTS", 40)
+    state = built(tiny_llama).state_dict()
+    for name, tensor in load_file(tiny_llama / "model.safetensors").items():
+        assert torch.equal(state[name], tensor), name
+
+
 def test_sharded_files_with_an_index(tiny_llama, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -71,6 +80,21 @@ def test_sharded_files_with_an_index(tiny_llama, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     with torch.no_grad():
         assert_near(built(tmp_path)(input_ids=IDS).logits, model(input_ids=IDS).logits, MODEL)
+
+
+def test_a_tied_tensor_may_go_by_its_other_name(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    config = small_config("llama")
+    config.tie_word_embeddings = True
+    tied = save_model(AutoModelForCausalLM.from_config(config), tmp_path)
+    want = load_file(tied / "model.safetensors")
+    embedding = want.pop("model.embed_tokens.weight") + 1  # what freed memory does not hold by chance
+    assert "lm_head.weight" not in want
+    save_file({**want, "lm_head.weight": embedding}, tied / "model.safetensors", {"format": "pt"})
+    model = built(tied)
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.fixture(scope="module")
