@@ -97,6 +97,16 @@ def test_a_tied_tensor_may_go_by_its_other_name(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("named", [0, 1])
+def test_of_a_tensor_in_two_files_the_index_names_one(named, tmp_path):
+    names = ["one.safetensors", "two.safetensors"]
+    for number, name in enumerate(names):
+        save_file({"both": torch.full((2, 3), number), f"own.{number}": torch.zeros(1)}, tmp_path / name)
+    where = {"both": names[named], "own.0": names[0], "own.1": names[1]}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert (SafetensorsFiles(tmp_path).rows("both", slice(None)) == named).all()
+
+
 @pytest.fixture(scope="module")
 def old_names(tiny_llama, tiny_gpt2, tmp_path_factory):
     """A GPT-2 checkpoint as on the hub: keys without the `transformer.` prefix."""
@@ -154,6 +164,8 @@ def test_random_weights_need_no_files(tiny_llama, tmp_path):
     one, two = built(tmp_path, init="random"), built(tmp_path, init="random")
     state = two.state_dict()
     assert all(torch.equal(t, state[name]) for name, t in one.state_dict().items())
+    blocks = [state[f"model.layers.{block}.mlp.up_proj.weight"] for block in (0, 1)]
+    assert not torch.equal(*blocks)
     logits = one(input_ids=IDS).logits
     assert torch.isfinite(logits).all()
     assert logits.std() > 0
