@@ -3,6 +3,8 @@ left out with one line, refused where nothing else is meant, and the others are 
 
 import json
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from dora_dist.config import DoraConfig, ModelConfig
 from dora_dist.errors import UserError
 from dora_dist.hf_model import meta_model
 from dora_dist.inject import inject_dora
-from dora_dist.participation import idle_modules
+from dora_dist.participation import idle_modules, refuse_idle
 
 
 def drawn(model_type: str, directory, layers: int = 2, dtype: str = "float32") -> nn.Module:
@@ -214,6 +216,23 @@ def test_where_it_is_unknown_the_first_forward_tells(command, strategy):
     assert line.endswith("; name other modules, such as 'model.language_model.layers.*'")
     ended = run_ranks(2, train_unknowing, [*settings, TEXT])
     assert ended.statuses == [0, 0], ended.stderr[-3000:]
+
+
+@pytest.mark.parametrize("reached_elsewhere", [True, False])
+def test_what_the_rows_of_another_rank_reach_takes_part(reached_elsewhere):
+    """As a mixture's expert may."""
+
+    class TwoRanks:
+        device = torch.device("cpu")
+
+        def agree(self, values):
+            return SimpleNamespace(read=lambda: [max(own, int(reached_elsewhere)) for own in values])
+
+    experts = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    model = inject_dora(experts, DoraConfig(rank=1, targets=["a", "b"]))
+    told = nullcontext() if reached_elsewhere else pytest.raises(UserError, match="reaches 'b'|reaches b")
+    with told:
+        refuse_idle(model, lambda: model["a"](torch.ones(1, 2)).sum(), TwoRanks())
 
 
 def test_an_attention_that_the_model_lacks_is_named(command, tmp_path, capsys):
