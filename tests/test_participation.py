@@ -75,13 +75,14 @@ class Blocks(nn.Module):
             block.throws = i % 2 == 1
         self.aside = nn.Linear(4, 4)
         self.unused = nn.LayerNorm(4)
+        self.norms = nn.ModuleDict({"used": nn.LayerNorm(4), "idle": nn.LayerNorm(4)})
 
     def forward(self, input_ids):
         x = self.words(input_ids)
         for block in self.blocks:
             y = block["b"](x)
             x = block["a"](x) + (0 if block.throws else y)
-        return Output(logits=x @ self.aside.weight)
+        return Output(logits=self.norms["used"](x) @ self.aside.weight)
 
 
 def test_a_block_of_each_kind_stands_for_the_others():
@@ -117,9 +118,21 @@ def test_what_a_name_means_is_what_takes_part():
         ("magnitude_only", "aside", "'aside', which takes no part"),
         ("modules_to_save", "unused", "'unused', which takes no part"),
         ("modules_to_save", "blocks", "'blocks' holds 'blocks.1.b', which takes no part"),
+        ("modules_to_save", "norms", "'norms' holds 'norms.idle', which takes no part"),
     ):
         with pytest.raises(UserError, match=re.escape(told)):
             choose(**{"targets": ["a"], key: [pattern]})
+
+
+def test_code_that_counts_its_blocks_is_tried_whole():
+    class Counts(Blocks):
+        def forward(self, input_ids):
+            assert len(self.blocks) == 6
+            return super().forward(input_ids)
+
+    with torch.device("meta"):
+        model = Counts()
+    assert idle_modules(model) == {f"blocks.{i}.b" for i in (1, 3, 5)} | {"aside"}
 
 
 def test_code_that_asks_for_values_is_unknown():
