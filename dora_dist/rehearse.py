@@ -65,8 +65,9 @@ from dora_dist.trainer import Trainer
 T = TypeVar("T")
 
 _last_drawn: tuple[tuple, Blueprint] | None = None  # what about it matters, and the model
-_SHORT = {"zero3": (3, 5)}  # blocks of the two short versions, else 3 and 4: ZeRO-3 is at two blocks at a time
-_STEPS = {"zero3": 3}  # else 2: the second has the optimizer's states, the third ZeRO-3's prefetches
+# Blocks of the two short versions, else 3 and 4. In one process the second adds what every further one adds;
+# ZeRO-3 is at two blocks at a time.
+_SHORT = {"single": (2, 3), "zero3": (3, 5)}
 _UNKNOWN = "this run cannot be rehearsed, so whether it fits is not known: "
 _KILLED = _UNKNOWN + "its process was killed; perhaps the machine has no memory left"
 # What goes through a weight or an activation piece by piece holds the same for each.
@@ -275,6 +276,7 @@ def _replace(patches: Patches, job: Job, model: nn.Module, strategy: str, tracer
         patches.replace(module, name, _first_of)
     every_rank_alike(patches, zero=strategy.startswith("zero"))
     stay_fake(patches, model)
+    patches.replace(torch, "compile", _uncompiled)
     shapes_uncounted(patches, tracer.paused, needed=strategy == "fsdp")
     tracer.follow_resizes(patches)
 
@@ -291,12 +293,19 @@ def _run(job: Job, blueprint: Blueprint, strategy: Strategy, tracer: Tracer, bat
     tell_apart(built, tracer, weights_at)
     send_in_python(built.engine.module)
     tell_head(built.model, tracer)
-    steps = _STEPS.get(strategy.name, 2)
+    steps = 2  # the second has the optimizer's states
     told: Any = SimpleNamespace(steps=steps, causal=config.model.task == "causal_lm")
     trainer = Trainer(config, built, strategy, told, log=None, watch=Watch(tracer, offloaded))  # type: ignore[arg-type]
-    for _ in range(steps):
+    first = replace(batch, micro_batches=batch.micro_batches[:1])
+    for step in range(steps):
         tracer.calls = []
-        trainer.train_step(batch)
+        trainer.train_step(batch if step == steps - 1 else first)
+
+
+def _uncompiled(_: Callable) -> Callable:
+    """Of a library that decorates functions with torch.compile: nothing here computes, and inductor's import takes
+    longer than a step."""
+    return lambda model=None, **_: model or (lambda function: function)
 
 
 def _without_dropout(attend: Callable) -> Callable:

@@ -91,3 +91,17 @@ def test_scratch_of_collectives(blocks, most):
         t.sin_()
     assert sum(tracer.peaks[Phase.FORWARD, False].values()) == most
     assert all(call.collective is not None for call in tracer.calls)
+
+
+@pytest.mark.parametrize("dtypes", [["float32"] * 3, ["float32", "float64", "float32"]])
+def test_parts_of_many_ranks_make_what_torch_makes_of_them(dtypes):
+    with FakeTensorMode(), traced() as tracer:
+        parts = [torch.empty(4 + n, dtype=getattr(torch, dtype))[1:] for n, dtype in enumerate(dtypes)]
+        whole = torch.cat(parts)
+    assert (whole.shape, whole.stride(), whole.dtype) == ((12,), (1,), getattr(torch, max(dtypes)))
+    (call,) = tracer.calls
+    assert (call.name, len(call.reads), call.bytes) == (
+        "cat",
+        3,
+        12 * whole.itemsize + sum(p.nbytes for p in parts),
+    )
