@@ -140,7 +140,9 @@ def test_alpaca_with_system_and_history(tmp_path, tokenizer):
     assert learned == "a fox</s>lazy</s>"
 
 
-@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}])
+@pytest.mark.parametrize(
+    "flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"weight": 0, "train": True}]
+)
 def test_turns_that_are_not_to_be_learned(tmp_path, tokenizer, flag):
     first = {"role": "assistant", "content": "a fox", **flag}
     row = chat(ASKED, first, ASKED, {**ANSWERED, "weight": 1})

@@ -4,7 +4,9 @@ import gc
 import threading
 import time
 from collections import Counter
+from itertools import pairwise
 
+import numpy as np
 import pytest
 from support_data import load, make_tokenizer, write_jsonl
 from test_data_batches import contents
@@ -12,6 +14,7 @@ from test_data_batches import contents
 from dora_dist.config import DataConfig
 from dora_dist.data.encode import Encoder
 from dora_dist.data.streaming import StreamPlan
+from dora_dist.data.windows import Told, units_of
 from dora_dist.data.worker import Worker
 from dora_dist.errors import RunFailed, UserError
 
@@ -35,6 +38,14 @@ def stream(path, rank=0, **changes):
     own = {name: settings.pop(name) for name in ("packing", "on_bad_row", "seq_len") if name in settings}
     config = DataConfig(train=path, streaming=True, **{"seq_len": SEQ_LEN, "on_bad_row": "skip", **own})
     return StreamPlan(path, config, make_tokenizer(), rank=rank, **settings)
+
+
+def test_parts_of_long_rows_are_shuffled_among_the_others():
+    told = [Told([7] * 8, [6] * 8) for _ in range(4)]
+    units = units_of(told, np.arange(4), np.random.default_rng(0), None)
+    rows = [row for unit in units for row, _ in unit.parts]
+    assert sorted(rows) == sorted([*range(4)] * 8)
+    assert sum(a == b for a, b in pairwise(rows)) < 16  # 28 where each row's follow each other, 7 by chance
 
 
 def together(ranks, work, patience=20):

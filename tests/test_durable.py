@@ -101,6 +101,18 @@ def test_killed_before_any_operation_it_is_whole_or_not_there(tmp_path, again):
     assert verify(place / "step-2", FILES)["step"] == 2
 
 
+def test_new_names_are_flushed_last(tmp_path, monkeypatch):
+    done = []
+    for name in ("rename", "replace"):
+        take = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *paths, name=name, take=take: done.append(name) or take(*paths))
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.readlink(f"/proc/self/fd/{handle}")))
+    write_state(tmp_path, 1)
+    assert done[-2:] == ["rename", str(tmp_path)]
+    write_file(tmp_path / "metrics", b"new")
+    assert done[-2:] == ["replace", str(tmp_path)]
+
+
 def test_every_file_missing_truncated_or_flipped_is_named(tmp_path):
     write_state(tmp_path, 1)
     directory = tmp_path / "step-1"

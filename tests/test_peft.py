@@ -159,7 +159,8 @@ def test_names_that_are_suffixes_of_others(targets, pattern, ranks, tmp_path):
 
 
 def test_pefts_patterns_are_regular_expressions(tmp_path):
-    patterns = {"rank_pattern": {r"layers\.0\..*proj": 2, "^model.layers.1.self_attn.q_proj": 4}}
+    fitting = {r"layers\.0\..*proj": 2, "^model.layers.1.self_attn.q_proj": 4, "q_proj": 1}  # the first counts
+    patterns = {"rank_pattern": fitting}
     peft_model = theirs(Case(llama, ["q_proj", "up_proj"], patterns))
     peft_model.save_pretrained(tmp_path)
     model = load_adapter(llama(), tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from dora_dist.build import draw_blueprint
 from dora_dist.cli import main
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, QuantConfig, RunConfig
 from dora_dist.errors import UserError
+from dora_dist.prequantized import find_four_bit
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -147,6 +149,23 @@ def test_values_are_those_of_bitsandbytes(dense, tmp_path):
         assert weights.keys() == expected.keys() and len(weights) == 14
         assert all(torch.equal(weights[n], expected[n]) for n in expected), name
         assert_near(logits, dense_logits(dense, expected), MODEL, about=name)
+
+
+def test_any_rows_find_their_nested_scales():
+    """Of 256 scales each: no weight of the model above has more."""
+    weight = torch.randn(300, 64)
+    codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    tensors = {"w.weight": codes}
+    tensors |= {f"w.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    files = SimpleNamespace(
+        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        rows=lambda name, rows: tensors[name][rows],
+    )
+    stored = find_four_bit(files)["w.weight"]
+    whole = stored.read(files, slice(0, 300))
+    for rows in (slice(200, 290), slice(256, 300), slice(7, 8)):
+        for part, values in zip(stored.read(files, rows), whole, strict=True):
+            assert torch.equal(part, values[rows])
 
 
 def draw(directory, scheme: str = "nf4", skip: tuple[str, ...] = ("lm_head",), **model):
