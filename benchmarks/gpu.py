@@ -26,8 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = "torch transformers.models.llama.modeling_llama transformers.models.qwen3.modeling_qwen3 peft".split()
 # No plugin is counted on: pyproject's addopts, written for `make test`, are left aside.
 PYTEST = "-p no:cacheprovider -o addopts= -q -rs -m gpu".split()
-TESTS = [f"tests/test_{name}.py" for name in ("gpu_runs", "gpu", "kernels", "attention", "host_waits")]
-COMPILED = "tests/test_gpu_runs.py::test_losses_are_those_of_a_cpu[compile-bfloat16]"  # may take a minute
+TESTS = """
+    tests/gpu/test_gpu_runs.py
+    tests/gpu/test_gpu.py
+    tests/unit/dora/test_kernels.py
+    tests/unit/models/test_attention.py
+    tests/unit/training/test_host_waits.py
+""".split()
+COMPILED = "tests/gpu/test_gpu_runs.py::test_losses_are_those_of_a_cpu[compile-bfloat16]"  # may take a minute
 STEP_TINY = "--hidden 64 --layers 1 --tokens 8 --batch 2 --rank 4 --rounds 1"
 
 

@@ -4,23 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dora_dist.adapter import load_adapter, merge_adapter, save_adapter
+    from dora_dist.adapters.adapter import load_adapter, merge_adapter, save_adapter
     from dora_dist.config import DoraConfig
+    from dora_dist.dora.inject import inject_dora
+    from dora_dist.dora.layers import DoraEmbedding, DoraLinear
+    from dora_dist.dora.norm_cache import attach_norm_refresh, refresh_norms
     from dora_dist.errors import UserError
-    from dora_dist.inject import inject_dora
-    from dora_dist.layers import DoraEmbedding, DoraLinear
-    from dora_dist.norms import attach_norm_refresh, refresh_norms
 
 __version__ = "0.1.0"
 
 # Imported when they are asked for: the command line answers --help and a mistake in a YAML without torch.
 _HOMES = {
-    "adapter": ("load_adapter", "merge_adapter", "save_adapter"),
+    "adapters.adapter": ("load_adapter", "merge_adapter", "save_adapter"),
     "config": ("DoraConfig",),
     "errors": ("UserError",),
-    "inject": ("inject_dora",),
-    "layers": ("DoraEmbedding", "DoraLinear"),
-    "norms": ("attach_norm_refresh", "refresh_norms"),
+    "dora.inject": ("inject_dora",),
+    "dora.layers": ("DoraEmbedding", "DoraLinear"),
+    "dora.norm_cache": ("attach_norm_refresh", "refresh_norms"),
 }
 
 __all__ = [

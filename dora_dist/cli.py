@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from dora_dist.config import load_config
 from dora_dist.errors import RunFailed, Stopped, UserError
-from dora_dist.launcher import end_with_launcher
+from dora_dist.parallel.orphans import end_with_launcher
 
 STOPPED = 75  # exit status of a run that a signal ended after a checkpoint: EX_TEMPFAIL, try again
 _SECONDS_FOR_RANK_0 = 10
@@ -103,8 +103,8 @@ def leave(status: int) -> NoReturn:
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)  # before transformers is imported, which takes seconds
     _let_segments_grow(os.environ)
-    from dora_dist.fits import check_fits
-    from dora_dist.train import run_training
+    from dora_dist.planning.fits import check_fits
+    from dora_dist.training.run import run_training
 
     _quiet_transformers()
     run_training(config, check_fits)
@@ -119,7 +119,7 @@ def _let_segments_grow(environment: MutableMapping[str, str]) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
-    from dora_dist.merge import run_merge
+    from dora_dist.models.merge import run_merge
 
     _quiet_transformers()
     run_merge(config, options.out, options.adapter, options.base)
@@ -127,12 +127,12 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
-    from dora_dist.hardware import find_cluster
+    from dora_dist.planning.hardware import find_cluster
 
     cluster = find_cluster(options.gpu, options.gpus, options.nodes, options.net)
-    from dora_dist.known_models import directory_to_plan
-    from dora_dist.plan import as_json, as_text, make_plan
-    from dora_dist.rehearse import Rehearsals
+    from dora_dist.planning.known_models import directory_to_plan
+    from dora_dist.planning.plan import as_json, as_text, make_plan
+    from dora_dist.planning.rehearse import Rehearsals
 
     _quiet_transformers()
     with directory_to_plan(config.model.path) as (directory, built_in), Rehearsals(here=True) as rehearse:

@@ -28,10 +28,10 @@ from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config,
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
-from dora_dist.backends.rendezvous import connect, resolved, source_address
-from dora_dist.backends.watchdog import LOST
 from dora_dist.errors import UserError
-from dora_dist.launcher import children
+from dora_dist.parallel.orphans import children
+from dora_dist.parallel.rendezvous import connect, resolved, source_address
+from dora_dist.parallel.watchdog import LOST
 
 _JOIN_S, _STATIC_S = 600.0, 900.0  # torchrun's own defaults
 _LOOK_S = 0.1

@@ -28,13 +28,15 @@ def pytest_collection_modifyitems(config, items):
 def group_of(item) -> str:
     if item.get_closest_marker("ranks"):
         return "ranks"
-    return "rehearsals" if "rehearse" in item.fixturenames else item.path.stem  # what was rehearsed is shared
+    if "rehearse" in item.fixturenames:
+        return "rehearsals"  # what was rehearsed is shared
+    return item.nodeid.partition("::")[0]
 
 
 @pytest.fixture(scope="session")
 def rehearse():
     """Rehearsals, each of which takes place once in a session."""
-    from dora_dist import rehearse
+    from dora_dist.planning import rehearse
 
     class Shared(rehearse.Rehearsals):
         found: ClassVar[dict] = {}

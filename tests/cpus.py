@@ -15,15 +15,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMERIC = """
-    functional layers quant loss attention compile inject peft adapter merge weights prequantized optimizer_state
-    data_batches cli train
+    unit/dora/test_functional unit/dora/test_layers unit/quant/test_nf4 unit/models/test_head_loss
+    unit/models/test_attention runs/test_compile unit/dora/test_inject unit/adapters/test_peft
+    unit/adapters/test_adapter unit/models/test_merge unit/models/test_weights
+    unit/quant/test_bitsandbytes_files unit/parallel/test_optimizer_state unit/data/test_batches runs/test_cli
+    unit/training/test_train
     """.split()
 REFUSALS = "mistake or refused or half_way or moved or sampling or test_cli"  # the same everywhere
 COMPUTING = f"not ({REFUSALS}) or first_loss or starts_where_it_ended or runs_learn"
 IN_ONE_PROCESS = (NUMERIC, "not ranks and not gpu", COMPUTING)
 ONCE = [  # These take long: under one setting, after all others. The first two compute with kernels of their own.
-    (["kernels", "optim", "classification"], "not slow and not ranks and not gpu", ""),
-    ([*NUMERIC, "optim", "classification", "strategies"], "ranks and not slow and not gpu", ""),
+    (
+        ["unit/dora/test_kernels", "unit/training/test_optim", "runs/test_classification"],
+        "not slow and not ranks and not gpu",
+        "",
+    ),
+    (
+        [*NUMERIC, "unit/training/test_optim", "runs/test_classification", "ranks/test_strategies"],
+        "ranks and not slow and not gpu",
+        "",
+    ),
 ]
 
 
@@ -61,7 +72,7 @@ def run(python: str, name: str, files: list[str], marks: str, which: str) -> boo
     held = instructions.lower(), int(count)
     assert held == (variables["ATEN_CPU_CAPABILITY"], threads), f"{name}: {found.stdout}"
     begun = time.monotonic()
-    paths = [f"tests/test_{file}.py" for file in files]
+    paths = [f"tests/{file}.py" for file in files]
     tests = call("-m", "pytest", "-p", "no:cacheprovider", "-m", marks, "-k", which, *paths)
     seconds = time.monotonic() - begun
     about = f"torch {torch}, {name}" + ("" if files == NUMERIC else f", {files[-1]}")

@@ -5,10 +5,10 @@ import re
 
 import pytest
 import yaml
-from conftest import ROOT
 
 from benchmarks import report
 from dora_dist.config import RunConfig, load_config, parse_yaml
+from tests.conftest import ROOT
 
 
 def test_the_configuration_page_is_the_configuration(tmp_path):

@@ -1,4 +1,4 @@
-"""Imports point downwards: mathematics knows no modules, modules no distribution, backends not each other."""
+"""The rooms of the package: imports go down their list, no circle is inside one, and each says what it is for."""
 
 import ast
 from pathlib import Path
@@ -7,66 +7,25 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "dora_dist"
 
-# Lowest first. A file may import those of the lines above it; files of one line do not import each other.
-LAYERS = [
-    ["errors", "launcher", "patches", "phases", "target"],
-    ["schema", "files", "durable", "forked"],
-    ["config", "fingerprint"],
-    ["quant", "trace", "hardware"],
-    ["nf4_triton"],
-    ["nf4_kernels", "triton_kernels"],
-    ["kernels"],
-    ["decomposition"],
-    ["products", "kept_output", "shards"],
-    ["packed"],
-    [
-        "functional",
-        "optimizer_state",
-        "data",
-        "attention",
-        "loss",
-        "deepspeed_config",
-        "health",
-        "identity",
-        "prequantized",
-        "backends.rendezvous",
-    ],
-    ["backends.process"],
-    ["engine", "backends.watchdog", "backends.rehearsal", "pieces"],
-    ["backends.replicated", "backends.fsdp", "backends.zero", "layers"],
-    ["backends.strategy"],
-    ["weights", "inject", "norms"],
-    ["peft_format", "pack", "participation"],
-    ["adapter_files"],
-    ["adapter"],
-    ["hf_model", "progress"],
-    ["build", "known_models"],
-    ["rundata", "merge_weights", "optim"],
-    ["checkpoint", "merge_loaded"],
-    ["trainer"],
-    ["stand_ins", "merge"],
-    ["rehearse"],
-    ["cost"],
-    ["plan"],
-    ["fits", "train"],
-    ["cli"],
-]
+# The highest first. A room's files may import those of its own and of the rooms below it.
+ROOMS = "cli planning training models adapters dora quant data parallel io settings".split()
+WITHOUT_FOLDER = {"cli": "cli", **dict.fromkeys(["config", "schema", "errors", "device"], "settings")}
+DISTRIBUTED = ("parallel.", "planning.fake_group")
 OPTIONAL = {"deepspeed", "bitsandbytes", "peft", "datasets", "wandb", "tensorboard", "matplotlib", "lm_eval"}
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
-    if path.name != "__init__.py" or path.parent.name == "data"
+    if path.name != "__init__.py"
 }
 
 
-def unit(module: str) -> str:
-    """What the table lists: the files of data/ are one unit, free among themselves."""
-    return "data" if module.split(".")[0] == "data" else module
+def room_of(module: str) -> str:
+    return WITHOUT_FOLDER[module] if module in WITHOUT_FOLDER else module.split(".")[0]
 
 
 def imports(path: Path, everywhere: bool = True) -> list[str]:
-    """Absolute names of what a file imports, anywhere in it or at module level only. `from a import b` gives
-    a and a.b, since b may be a module."""
+    """Absolute names of what a file imports: anywhere in it, in functions and for types too, or at module level
+    only. `from a import b` gives a and a.b, since b may be a module."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     inside = set()
     if not everywhere:
@@ -85,41 +44,57 @@ def imports(path: Path, everywhere: bool = True) -> list[str]:
 
 
 def own(names: list[str]) -> set[str]:
-    """The units of this package among `names`."""
-    short = {name.removeprefix("dora_dist.") for name in names if name.startswith("dora_dist.")}
-    return {unit(name) for name in short if name in FILES or name == "data"}
+    """The files of this package among `names`."""
+    return {name.removeprefix("dora_dist.") for name in names if name.startswith("dora_dist.")} & set(FILES)
 
 
-def test_the_table_names_every_file():
-    units = [name for line in LAYERS for name in line]
-    assert sorted(units) == sorted({unit(name) for name in FILES})
+def circle(modules: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; [] where there is none."""
+    left = dict(modules)
+    while free := [name for name, needed in left.items() if not needed & set(left)]:
+        for name in free:
+            del left[name]
+    return sorted(left)
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_imports_point_downwards(module):
-    height = {name: i for i, line in enumerate(LAYERS) for name in line}
-    me = unit(module)
-    for other in own(imports(FILES[module])) - ({me} if me == "data" else set()):
-        assert height[other] < height[me], f"{module} imports {other}, which is not below it"
+def test_every_file_is_in_a_room():
+    assert {room_of(module) for module in FILES} == set(ROOMS)
+    folders = {path.parent.name for path in PACKAGE.rglob("*.py")} - {PACKAGE.name}
+    assert folders == set(ROOMS) - {"cli", "settings"}
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_only_backends_import_torch_distributed(module):
-    uses = [n for n in imports(FILES[module]) if n.startswith("torch.distributed") or "DistributedData" in n]
-    assert module.startswith("backends.") or not uses
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_down(room):
+    inside = {}
+    for module in (name for name in FILES if room_of(name) == room):
+        others = own(imports(FILES[module]))
+        for other in others:
+            assert ROOMS.index(room_of(other)) >= ROOMS.index(room), f"{module} imports {other}, which is above it"
+        inside[module] = {other for other in others if room_of(other) == room}
+    assert circle(inside) == []
+    if (PACKAGE / room).is_dir():
+        about = ast.parse((PACKAGE / room / "__init__.py").read_text())
+        assert ast.get_docstring(about) and len(about.body) == 1, "it says what the room is for, no more"
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_optional_packages_are_imported_where_they_are_used(module):
-    top = {name.split(".")[0] for name in imports(FILES[module], everywhere=False)}
-    assert not top & OPTIONAL
+def test_only_parallel_uses_torch_distributed():
+    for module, path in FILES.items():
+        uses = [n for n in imports(path) if n.startswith("torch.distributed") or "DistributedData" in n]
+        assert module.startswith(DISTRIBUTED) or not uses, f"{module}: {uses}"
 
 
-def test_this_test_sees_imports(tmp_path):
+def test_optional_packages_are_imported_where_they_are_used():
+    for module, path in FILES.items():
+        assert not {name.split(".")[0] for name in imports(path, everywhere=False)} & OPTIONAL, module
+
+
+def test_this_test_sees_imports_and_circles(tmp_path):
     path = tmp_path / "example.py"
     path.write_text(
-        "import peft\nfrom dora_dist import norms\ndef f():\n    from dora_dist.data.rows import Row\n"
+        "import peft\nfrom dora_dist.dora import norm_cache\ndef f():\n    from dora_dist.data.rows import Row\n"
     )
-    assert own(imports(path)) == {"norms", "data"}
-    assert own(imports(path, everywhere=False)) == {"norms"}
+    assert own(imports(path)) == {"dora.norm_cache", "data.rows"}
+    assert own(imports(path, everywhere=False)) == {"dora.norm_cache"}
     assert "peft" in imports(path, everywhere=False)
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []

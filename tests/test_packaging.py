@@ -82,4 +82,4 @@ def test_the_built_in_shapes_are_packaged():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     files = [path for path in (ROOT / "dora_dist").rglob("*") if path.is_file()]
     others = {path.name for path in files if path.suffix not in (".py", ".pyc")}
-    assert set(data["dora_dist"]) == others
+    assert set(data["dora_dist.planning"]) == others

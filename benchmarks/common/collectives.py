@@ -7,7 +7,7 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dora_dist.backends.rehearsal import collective_of
+from dora_dist.planning.fake_group import collective_of
 
 Counts = dict[str, dict[str, int]]  # collective -> {"count", "bytes"}
 

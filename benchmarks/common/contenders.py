@@ -20,8 +20,8 @@ from benchmarks.common.results import chosen_device, parser_of
 from benchmarks.common.timing import growth
 from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, refresh_norms
 from dora_dist.config import QuantConfig
-from dora_dist.layers import DoraLayer
-from dora_dist.pack import pack_linears
+from dora_dist.dora.layers import DoraLayer
+from dora_dist.models.quantize import pack_linears
 
 try:
     import peft

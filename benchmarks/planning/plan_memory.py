@@ -17,7 +17,7 @@ from benchmarks.common.models import SHAPES, add_shape, run_config, sizes, write
 from benchmarks.common.results import default_path, save
 from benchmarks.planning.strategy_memory import VOCABULARY, measure
 from dora_dist.config import RunConfig
-from dora_dist.rehearse import Job, Rehearsals
+from dora_dist.planning.rehearse import Job, Rehearsals
 
 CASES = [
     "single x1", "single x1 checkpointing", "single x1 4-bit", "ddp x2", "fsdp x2", "fsdp x2 checkpointing",

@@ -21,9 +21,9 @@ from benchmarks.common.models import run_config, sizes, write_model
 from benchmarks.common.results import RESULTS, default_path, environment, show, write
 from benchmarks.planning.tables import SIMULATION
 from benchmarks.scaling.records import link_text
-from dora_dist.cost import step_time
-from dora_dist.hardware import Cluster, Device, Link
-from dora_dist.rehearse import Job, Rehearsals, Rehearsed
+from dora_dist.planning.cost import step_time
+from dora_dist.planning.hardware import Cluster, Device, Link
+from dora_dist.planning.rehearse import Job, Rehearsals, Rehearsed
 
 # The shape of a CPU core's roofline: products, and passes that write new memory, whose pages the system makes. The
 # factor that is fitted makes it this machine's.

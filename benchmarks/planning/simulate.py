@@ -27,11 +27,11 @@ from torch import Tensor
 from benchmarks.common.models import SHAPES, run_config, write_model
 from benchmarks.common.results import show, write
 from benchmarks.planning.tables import SIMULATION
-from dora_dist import trainer
-from dora_dist.cost import step_time
-from dora_dist.hardware import ASSUMPTIONS, Cluster, find_cluster
-from dora_dist.layers import DoraLinear
-from dora_dist.rehearse import Job, Rehearsals, Rehearsed
+from dora_dist.dora.layers import DoraLinear
+from dora_dist.planning.cost import step_time
+from dora_dist.planning.hardware import ASSUMPTIONS, Cluster, find_cluster
+from dora_dist.planning.rehearse import Job, Rehearsals, Rehearsed
+from dora_dist.training import trainer
 
 OUT = SIMULATION / "weak.json"
 TOKENS, ROWS = 4096, 4

@@ -28,15 +28,15 @@ import torch
 
 from benchmarks.common.models import add_shape, run_config, sizes, write_model
 from benchmarks.common.results import ROOT, chosen_device, default_path, parser_of, save
-from dora_dist.backends.process import Processes
-from dora_dist.backends.strategy import choose_strategy
-from dora_dist.build import draw_blueprint, sizes_of
 from dora_dist.cli import leave
 from dora_dist.config import RunConfig, load_config
 from dora_dist.data.batches import GlobalBatch
-from dora_dist.optim import build_to_train
-from dora_dist.trainer import Trainer
-from dora_dist.weights import base_tensors
+from dora_dist.models.build import draw_blueprint, sizes_of
+from dora_dist.models.weights import base_tensors
+from dora_dist.parallel.process import Processes
+from dora_dist.parallel.strategy import choose_strategy
+from dora_dist.training.optim import build_to_train
+from dora_dist.training.trainer import Trainer
 
 RANKS = {
     "ddp": [2], "fsdp": [2, 4], "fsdp+cpu_offload": [2],

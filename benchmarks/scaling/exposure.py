@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from dora_dist.phases import Phase
+from dora_dist.parallel.phases import Phase
 
 PHASES = (Phase.FORWARD, Phase.BACKWARD, Phase.STEP, Phase.NORMS)
 

@@ -14,8 +14,8 @@ from benchmarks.common.results import environment, spread
 from benchmarks.common.timing import wall_seconds
 from benchmarks.scaling.measure import PROBE_PARTS, everyones, probe_seconds
 from benchmarks.scaling.records import directory_of, link_of, save
-from dora_dist.backends.process import Processes
 from dora_dist.errors import UserError
+from dora_dist.parallel.process import Processes
 
 SIZES = [1 << power for power in range(10, 26)]  # 1 KB to 32 MB
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13

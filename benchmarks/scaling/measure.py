@@ -21,17 +21,17 @@ from benchmarks.common.results import environment
 from benchmarks.common.timing import wall_seconds
 from benchmarks.scaling.exposure import Phases, Waits, profiled_exposure, trained
 from benchmarks.scaling.records import directory_of, link_of, over_ranks, save, summary
-from dora_dist.backends.process import Processes
-from dora_dist.backends.strategy import choose_strategy
-from dora_dist.build import draw_blueprint, sizes_of
 from dora_dist.config import RunConfig, load_config
 from dora_dist.data.batches import GlobalBatch
+from dora_dist.device import peak_memory
 from dora_dist.errors import UserError
-from dora_dist.hf_model import resolve_model
-from dora_dist.optim import build_to_train
-from dora_dist.target import peak_memory
-from dora_dist.trainer import Trainer
-from dora_dist.weights import base_tensors
+from dora_dist.models.build import draw_blueprint, sizes_of
+from dora_dist.models.huggingface import resolve_model
+from dora_dist.models.weights import base_tensors
+from dora_dist.parallel.process import Processes
+from dora_dist.parallel.strategy import choose_strategy
+from dora_dist.training.optim import build_to_train
+from dora_dist.training.trainer import Trainer
 
 PROBE_PARTS = 12
 

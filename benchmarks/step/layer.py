@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from benchmarks.common.contenders import peft
 from benchmarks.common.results import chosen_device, default_path, parser_of, ratios, save, spread
 from benchmarks.common.timing import time_rounds
-from dora_dist.decomposition import squared_norms
-from dora_dist.functional import _DoraOut, adapted_linear
-from dora_dist.quant import Nf4, dequantize, quantize
+from dora_dist.dora.functional import _DoraOut, adapted_linear
+from dora_dist.dora.norm_math import squared_norms
+from dora_dist.quant.nf4 import Nf4, dequantize, quantize
 
 SHAPES = {"cpu": ["1024x1024", "2048x768"], "cuda": ["4096x4096", "14336x4096"]}
 RANKS = {"cpu": [16, 64], "cuda": [8, 16, 64, 384]}

@@ -27,14 +27,14 @@ from benchmarks.common.models import add_shape, llama, sizes
 from benchmarks.common.results import chosen_device, default_path, parser_of, ratios, save, spread
 from benchmarks.common.timing import growth, time_rounds
 from dora_dist import DoraConfig, inject_dora, refresh_norms
-from dora_dist.backends.fsdp import Fsdp
-from dora_dist.backends.process import Processes
-from dora_dist.backends.rehearsal import fake_group
-from dora_dist.backends.replicated import Ddp, Single
-from dora_dist.build import materialize
-from dora_dist.decomposition import squared_norms
-from dora_dist.norms import dora_layers
-from dora_dist.shards import Shards
+from dora_dist.dora.norm_cache import dora_layers
+from dora_dist.dora.norm_math import squared_norms
+from dora_dist.models.build import materialize
+from dora_dist.parallel.fsdp import Fsdp
+from dora_dist.parallel.process import Processes
+from dora_dist.parallel.replicated import Ddp, Single
+from dora_dist.parallel.shards import Shards
+from dora_dist.planning.fake_group import fake_group
 
 WEIGHTS = {
     "cpu": ["768x768x16", "2048x768x16", "4096x4096x16", "8192x28672x384"],

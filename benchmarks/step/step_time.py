@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.common import contenders as of
 from benchmarks.common.results import default_path, ratios, save, spread
 from benchmarks.common.timing import Seconds, time_rounds
-from dora_dist.shards import blocks
+from dora_dist.parallel.shards import blocks
 
 RATIOS = [
     ("ours dora", "ours lora"), ("ours dora", "peft lora"), ("ours dora", "peft dora"), ("ours lora", "peft lora"),

@@ -1,4 +1,4 @@
-"""Rows of data to batches of token ids.
+"""Rows of data to batches of token ids. May import parallel and below.
 
 sources, rows   what `data.train` names, to raw rows that know their place
 fields          what a row's fields may be; which ones are used, and which cannot be
@@ -12,4 +12,6 @@ batches         global batches, shared out over ranks; the evaluation pass
 streaming       the same from a stream too large to hold
 windows         a stream's rows, of which each rank encodes its share
 worker          the thread that does so ahead of the training
+report          what was read and what was left out, in words
+run_data        all of a run's rows, as its model and its processes need them
 """

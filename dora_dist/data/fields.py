@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dora_dist.data.rows import Row, describe, is_unicode
-from dora_dist.files import parse_json
+from dora_dist.io.headers import parse_json
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 PREFERENCE = ("chosen", "rejected", "kto_tag", "preferred_output", "non_preferred_output")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dora_dist.errors import UserError
-from dora_dist.files import StrictDecoder
+from dora_dist.io.headers import StrictDecoder
 
 
 class Row(NamedTuple):

@@ -12,8 +12,8 @@ from typing import Any
 
 from dora_dist.data.rows import READERS, Row, as_row, one_line
 from dora_dist.errors import UserError
-from dora_dist.files import check_path
-from dora_dist.fingerprint import ends_digest
+from dora_dist.io.fingerprint import ends_digest
+from dora_dist.io.headers import check_path
 
 KINDS = {
     ".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet",

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from conftest import ROOT, make_rows, make_tiny_llama
-from support_launch import Launch, free_port
-from support_ranks import run_ranks
+from tests.conftest import ROOT, make_rows, make_tiny_llama
+from tests.support.launch import Launch, free_port
+from tests.support.ranks import run_ranks
 
 INJECT = ROOT / "tests" / "faults" / "inject.py"
 STEPS = 12

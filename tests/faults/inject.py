@@ -24,8 +24,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dora_dist import checkpoint, durable
-from dora_dist.trainer import Trainer
+from dora_dist.io import durable
+from dora_dist.training import checkpoint
+from dora_dist.training.trainer import Trainer
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
 VARIABLE = "DORA_DIST_FAULTS"

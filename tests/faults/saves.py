@@ -7,28 +7,24 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from case import Case
-from test_durable import in_child
-
-from dora_dist.backends.process import Processes
-from dora_dist.backends.strategy import choose_strategy
-from dora_dist.build import draw_blueprint, sizes_of
-from dora_dist.checkpoint import Checkpoints
 from dora_dist.config import load_config
-from dora_dist.identity import describe_run
-from dora_dist.optim import build_to_train
-from dora_dist.progress import RunLog
-from dora_dist.rundata import RunData, load_tokenizer
-from dora_dist.trainer import Trainer
+from dora_dist.data.run_data import RunData, load_tokenizer
+from dora_dist.models.build import draw_blueprint, sizes_of
+from dora_dist.parallel.process import Processes
+from dora_dist.parallel.strategy import choose_strategy
+from dora_dist.training.checkpoint import Checkpoints
+from dora_dist.training.optim import build_to_train
+from dora_dist.training.resume_rules import describe_run
+from dora_dist.training.run_log import RunLog
+from dora_dist.training.trainer import Trainer
+from tests.faults.case import Case
+from tests.unit.io.test_durable import in_child
 
 Counted = tuple[int, int, str]  # held, tried, note
 

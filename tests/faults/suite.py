@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from case import Case
-from saves import damaged_checkpoints, full_disks, killed_saves
-from whole_runs import (
+from tests.faults.case import Case
+from tests.faults.saves import damaged_checkpoints, full_disks, killed_saves
+from tests.faults.whole_runs import (
     Count,
     asked_to_stop,
     asked_to_stop_while_saving,

@@ -10,13 +10,9 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from case import STEPS, Case
 
 from dora_dist.cli import STOPPED, main
+from tests.faults.case import STEPS, Case
 
 
 @dataclass
@@ -258,7 +254,7 @@ def moved(case: Case, chains: tuple = ("4 2 1 4", "fsdp zero3 single zero2 fsdp"
 
 
 def mistakes(case: Case) -> Count:
-    from refusals import run_all
+    from tests.refusals.refusals import run_all
 
     count = Count()
     kinds = run_all()

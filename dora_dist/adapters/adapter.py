@@ -1,0 +1,299 @@
+"""Adapters as files in PEFT's format: written from shards without gathering the base, read, and merged.
+
+files.py reads and writes the two files; peft_format.py knows what stands in them.
+"""
+
+import copy
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_dist.adapters.files import (
+    CONFIG,
+    TENSORS,
+    AdapterFiles,
+    check_base,
+    check_replaceable,
+    read_adapter,
+    write_adapter,
+)
+from dora_dist.adapters.peft_format import (
+    PREFIX,
+    adapted_layers,
+    from_peft_config,
+    frozen_tensors,
+    to_peft_config,
+    trained_tensors,
+    value_for,
+    zero_factors,
+)
+from dora_dist.dora.inject import forget_injection, inject_dora, injection_of, is_sharded
+from dora_dist.dora.layers import DoraEmbedding, DoraLayer
+from dora_dist.dora.norm_cache import dora_layers, find_shards, refresh_norms
+from dora_dist.errors import UserError, nearest
+from dora_dist.io.durable import PARTIAL, TensorHead, sweep
+from dora_dist.io.fingerprint import Base
+from dora_dist.io.headers import check_path, read_header
+from dora_dist.parallel.shards import Shards, as_matrix, write_whole
+
+_GATHER_BYTES = 256 << 20  # of whole tensors at a time: a large trained embedding is not all gathered twice
+
+
+@torch.no_grad()
+def save_adapter(
+    model: nn.Module, directory: str | Path, base_model: str | None = None, shards: Shards | None = None
+) -> None:
+    """Write the adapter of an injected model, and what it was trained on where the model's injection knows it.
+    Under sharding every rank calls it, and one writes.
+
+    Args:
+        base_model: what `base_model_name_or_path` shall say; default: what transformers knows the model as.
+    """
+    injection = injection_of(model)
+    shards = shards or find_shards(model)
+    shards.settle(model)
+    named, heads = adapter_tensors(model, shards)
+    values = (whole.cpu() for _, whole in _gathered(named, shards))
+    if shards.is_writer:
+        config = to_peft_config(model, base_model)
+        try:
+            write_adapter(
+                Path(directory), config, *with_constants(heads, values, zero_factors(model)), injection.base
+            )
+        finally:
+            _drain(values)  # the other ranks gather, whatever the disk says
+    _drain(values)
+
+
+def try_saving(
+    model: nn.Module, directory: str | Path, base_model: str | None = None, shards: Shards | None = None
+) -> None:
+    """Write the adapter in trial, to a directory inside `directory` that is removed again: what would fail at the
+    end of training (names, shapes, space on the disk) fails here. Every rank calls it.
+
+    Raises:
+        OSError, UserError: it cannot be written there.
+    """
+    shards = shards or find_shards(model)
+    directory = Path(directory)
+    trial = directory / f"{PARTIAL}trial-{os.getpid()}"
+    try:
+        if shards.is_writer:
+            sweep(directory)  # of a trial that was killed
+        save_adapter(model, trial, base_model, shards)
+        if shards.is_writer:
+            check_replaceable(directory)
+            read_header(trial / TENSORS)
+    finally:
+        if shards.is_writer:
+            shutil.rmtree(trial, ignore_errors=True)
+            with suppress(OSError):  # it holds an adapter, or cannot be made
+                directory.rmdir()
+
+
+def adapter_tensors(model: nn.Module, shards: Shards) -> tuple[list[tuple[str, nn.Parameter]], list[TensorHead]]:
+    """The parameters that an adapter's file holds by name, trained ones and what PEFT wants besides, in the file's
+    order; and their heads in it."""
+    named = [*trained_tensors(model), *frozen_tensors(model)]
+    named.sort(key=lambda pair: -pair[1].dtype.itemsize)
+    return named, [(key, parameter.dtype, tuple(shards.shape(parameter))) for key, parameter in named]
+
+
+def with_constants(
+    heads: list[TensorHead], values: Iterator[Tensor], constants: dict[str, Tensor]
+) -> tuple[list[TensorHead], Iterator[Tensor]]:
+    """Heads and values of a file in order, wider dtypes first, with fp32 constants among them."""
+    wide = sum(dtype.itemsize >= torch.float32.itemsize for _, dtype, _ in heads)
+    more: list[TensorHead] = [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in constants.items()]
+    return heads[:wide] + more + heads[wide:], chain(islice(values, wide), constants.values(), values)
+
+
+@torch.no_grad()
+def load_adapter(
+    model: nn.Module, directory: str | Path, shards: Shards | None = None, accept_other_base: bool = False
+) -> nn.Module:
+    """Read a PEFT adapter into `model`, injecting DoRA as its configuration says where that was not done yet.
+
+    The model is not touched before the whole adapter has been checked. Cached norms are renewed.
+
+    Args:
+        accept_other_base: load also what names another base than the model's injection does.
+
+    Raises:
+        UserError: a file is missing or damaged, or the adapter does not fit the model: the tensor or setting
+            is named.
+    """
+    directory = Path(directory)
+    files = read_adapter(directory)
+    shards = shards or find_shards(model)
+    if dora_layers(model):
+        base = injection_of(model).base
+        check_base(directory, files.metadata, base, accept_other_base, tell=shards.is_writer)
+        _check(directory, files, model, model, shards)
+    else:
+        dora_config = from_peft_config(files.config, files.tensors, model, directory / CONFIG)
+        trial = model if is_sharded(model) else _meta_copy(model)  # inject_dora refuses a sharded one
+        try:
+            inject_dora(trial, dora_config)
+        except UserError as error:
+            raise UserError(f"{directory / CONFIG}: {error}") from None
+        _check(directory, files, trial, model, shards)
+        inject_dora(model, dora_config)
+    shards.settle(model)
+    for key, parameter in trained_tensors(model):
+        write_whole(parameter, files.tensors[key], shards)
+    for layer in dora_layers(model).values():
+        layer.mark_norm_stale()
+    refresh_norms(model, shards)
+    return model
+
+
+def check_adapter_files(directory: str | Path, base: Base, accept_other_base: bool, key: str) -> None:
+    """Raise a UserError that names the setting `key` unless `directory` holds a readable adapter of `base`."""
+    check_path(directory, key)
+    try:
+        metadata = read_adapter(Path(directory)).metadata
+        check_base(Path(directory), metadata, base, accept_other_base, tell=False)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module) -> nn.Module:
+    """Replace every DoRA layer by the plain layer with the merged weight, in place, and return the model.
+
+    A weight tied to another module is merged into a copy: the other keeps the base's. `modules_to_save` go
+    back to the base's dtype.
+
+    Raises:
+        UserError: the model is sharded; merge an unsharded copy (load the base, `load_adapter`, then this).
+    """
+    injection_of(model)
+    if is_sharded(model):
+        raise UserError(
+            "merge_adapter needs whole weights, but this model is sharded: save_adapter, load the base "
+            "model in one process, load_adapter into it, and merge there"
+        )
+    unties = _adapts_a_tied_weight(model)
+    plain = {layer: _plain_layer(layer) for layer in dora_layers(model).values()}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, DoraLayer):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, plain[module])
+    if unties:
+        for module in model.modules():
+            if getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+                module.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    forget_injection(model)
+    return model
+
+
+def _plain_layer(layer: DoraLayer) -> nn.Module:
+    weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
+    plain: nn.Module
+    with torch.device("meta"):
+        if isinstance(layer, DoraEmbedding):
+            plain = nn.Embedding(layer.in_features, layer.out_features, layer.padding_idx)
+        elif layer.transposed:
+            from transformers.pytorch_utils import Conv1D
+
+            plain = Conv1D(layer.out_features, layer.in_features)
+        else:
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    plain.weight = weight
+    if not isinstance(plain, nn.Embedding):
+        plain.register_parameter("bias", layer.bias)
+    return plain.train(layer.training)
+
+
+def _adapts_a_tied_weight(model: nn.Module) -> bool:
+    owners: dict[Tensor, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[parameter] = owners.get(parameter, 0) + 1
+    return any(owners[layer.weight] > 1 for layer in dora_layers(model).values())
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """The model's structure without its values, to try an injection on."""
+    tensors = chain(model.parameters(), model.buffers())
+    empty = {id(t): torch.empty_like(t, device="meta") for t in tensors}
+    for p in model.parameters():
+        empty[id(p)] = nn.Parameter(empty[id(p)], requires_grad=p.requires_grad)
+    return copy.deepcopy(model, empty)
+
+
+def _gathered(named: Iterable[tuple[str, nn.Parameter]], shards: Shards) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors by key, gathered in batches of bounded size."""
+    batch: dict[str, Tensor] = {}
+    held = 0
+    for key, parameter in named:
+        size = shards.shape(parameter).numel() * 4
+        if batch and held + size > _GATHER_BYTES:
+            yield from zip(batch, shards.gather(list(batch.values())), strict=True)
+            batch, held = {}, 0
+        batch[key] = parameter
+        held += size
+    yield from zip(batch, shards.gather(list(batch.values())), strict=True)
+
+
+def _drain(values: Iterator[Tensor]) -> None:
+    for _ in values:
+        pass
+
+
+def _check(directory: Path, files: AdapterFiles, injected: nn.Module, model: nn.Module, shards: Shards) -> None:
+    """That the adapter fits `injected`: `model` or, while that is bare, a trial copy of it without values."""
+    path, tensors = directory / TENSORS, files.tensors
+    wanted = dict(trained_tensors(injected))
+    seen: dict[Tensor, str] = {}
+    for key, parameter in wanted.items():
+        if key not in tensors:
+            raise UserError(f"{path}: {key!r} is missing; {nearest(key, tensors)}")
+        values = tensors[key]
+        needed = shards.shape(parameter)
+        if values.shape != needed:
+            raise UserError(f"{path}: {key!r} is {list(values.shape)}, the model needs {list(needed)}")
+        if not values.is_floating_point() or not torch.isfinite(values).all():
+            raise UserError(f"{path}: {key!r} holds NaN, infinite or whole values")
+        other = seen.setdefault(parameter, key)
+        if not torch.equal(values, tensors[other]):
+            raise UserError(f"{path}: {key!r} and {other!r} differ, but in the model they are one tied weight")
+    zeros = zero_factors(injected)
+    frozen = dict(model.named_parameters(remove_duplicate=False))
+    for key in tensors.keys() - wanted.keys():
+        stands_in = key in zeros and not tensors[key].any()
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")  # PEFT adds frozen weights to its files
+        if not stands_in and not (name in frozen and _equal(frozen[name], tensors[key], shards)):
+            raise UserError(f"{path}: {key!r} belongs to no adapted module of this model, nor is it the base's")
+    _check_settings(directory / CONFIG, files.config, injected)
+
+
+def _check_settings(path: Path, config: dict[str, Any], model: nn.Module) -> None:
+    """An adapter of another scaling or axis would load without complaint and compute something else."""
+    axis = config.get("magnitude_axis", "out")
+    for name, layer in adapted_layers(model).items():
+        rank, alpha = layer.spec.rank, value_for(name, "alpha", config)
+        if layer.magnitude is not None and layer.spec.axis != axis:
+            raise UserError(f"{path}: has magnitudes of axis {axis!r}, the model of {layer.spec.axis!r}")
+        scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank) if rank else layer.spec.scaling
+        if abs(scaling - layer.spec.scaling) > 1e-6 * scaling:
+            raise UserError(
+                f"{path}: scales {name!r} by {scaling:g}, the model by {layer.spec.scaling:g}; set "
+                "dora.alpha, dora.rank and dora.rslora as the adapter has them"
+            )
+
+
+def _equal(parameter: Tensor, values: Tensor, shards: Shards) -> bool:
+    if shards.shape(parameter) != values.shape:
+        return False
+    matrix = as_matrix(values)
+    parts = ((own.values, matrix[own.rows, own.cols]) for own in shards.rectangles(parameter))
+    return all(torch.equal(own, part.to(own)) for own, part in parts)

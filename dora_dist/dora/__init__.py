@@ -1,0 +1,9 @@
+"""DoRA itself: the mathematics, its kernels, the layers and how they get into a model. May import quant and below.
+
+norm_math                   norms by tiles, the ratio m/n, merging: plain functions on tensors
+products, functional        mixed-precision products; a layer's forward and backward
+kept_output                 what the backward reads of an output that a model may write into
+kernels, triton_kernels     the same, fused, on a GPU
+layers, inject              DoraLinear and DoraEmbedding; which modules of a model become them
+norm_cache                  norms, computed once per optimizer step from each rank's own rows
+"""

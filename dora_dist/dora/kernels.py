@@ -1,0 +1,180 @@
+# mypy: disable-error-code="no-untyped-def"
+"""DoRA's fused Triton kernels for CUDA devices: the norms in one pass over M, the output in one pass over the
+product x W^T, the backward in one pass over dY. Their references, and what serves every other device, are
+`squared_norms` in norm_math.py and `_DoraOut` in functional.py; the symbols are those of functional.py.
+
+Nothing is tuned at run time: block sizes follow from the rank, so that all ranks of a sharded model run the same
+programs and a repeated run gives the same bits. Sums across programs go through small buffers, never through
+atomics. All blocks fit in 99 KB of shared memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from dora_dist.quant.kernels import codes, launch, strides
+from dora_dist.quant.nf4 import PackedMatrix
+
+_CHUNK = 512  # elements of a row (or column) that one program of the norms sums
+
+
+# -------------------------------------------------------------------------------------- the operators around them
+# torch.compile takes a custom operator as it is and does not break its graph there. Its results are tensors: where
+# there is none, an empty one.
+
+
+def _launch(name: str, grid: tuple[int, ...], first: Tensor, *arguments: Any, **constants: Any) -> None:
+    from dora_dist.dora import triton_kernels  # only here: it needs Triton
+
+    launch(getattr(triton_kernels, f"{name}_kernel"), grid, first, *arguments, **constants)
+
+
+def _power_of_2(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _blocks(rank: int, packed: bool = False) -> tuple[int, int, int, dict[str, int]]:
+    """Tile sizes in a product's rows, columns and rank, and Triton's options. Up to rank 32 what takes time is
+    memory: small tiles, of which many are under way. Beyond, larger ones, which read the factors less often; of a
+    4-bit matrix half as large, because dequantizing takes registers too, which would not suffice."""
+    if rank <= 32:
+        return 64, 64, max(16, _power_of_2(rank)), {"num_warps": 4, "num_stages": 3}
+    return 32 if packed else 64, 128, 32, {"num_warps": 8, "num_stages": 3}
+
+
+@custom_op("dora_dist::squared_norms", mutates_args=())
+def _squared_norms_op(
+    parts: list[Tensor], L_NR: Tensor | None, U_RK: Tensor | None, scaling: float, dim: int,
+    shape: list[int], block_size: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    M, scales, ranges = parts[0], *[*parts[1:], None, None][:2]
+    table = codes(M.device) if block_size else None
+    rank = 0 if L_NR is None else L_NR.shape[1]
+    BN, BK, BR, options = _blocks(rank, packed=block_size > 0)
+    kept, summed = (BN, BK) if dim == 0 else (BK, BN)
+    chunk = max(summed, min(_CHUNK, _power_of_2(shape[1 - dim])))
+    chunks = -(-shape[1 - dim] // chunk)
+    sums = torch.empty(chunks, shape[dim], device=M.device)
+    if sums.numel():
+        _launch(
+            "norms", (-(-shape[dim] // kept), chunks), M, scales, ranges, table, L_NR, U_RK, sums, *shape, scaling,
+            *strides(M, scales, ranges, L_NR, U_RK), DIM=dim, R=rank, BLOCK=block_size, DTYPE=dtype, CHUNK=chunk,
+            BN=BN, BK=BK, BR=BR, STAGES=3 if rank <= BR and not block_size else None, **options,
+        )  # fmt: skip
+    return sums.sum(0)
+
+
+@_squared_norms_op.register_fake
+def _(parts, L_NR, U_RK, scaling, dim, shape, block_size, dtype):
+    return parts[0].new_empty(shape[dim], dtype=torch.float32)
+
+
+@custom_op("dora_dist::compose", mutates_args=())
+def _compose_op(
+    base_TO: Tensor, z_TR: Tensor | None, B_OR: Tensor | None, g_O: Tensor, bias_O: Tensor | None, scaling: float,
+    out_dtype: torch.dtype, keep_gh: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    T, O = base_TO.shape  # noqa: E741
+    rank = 0 if z_TR is None else z_TR.shape[1]
+    y_TO, gh_TO = _compose_results(base_TO, z_TR, B_OR, g_O, bias_O, scaling, out_dtype, keep_gh)
+    BT, BO, BR, options = _blocks(rank)
+    if y_TO.numel():
+        _launch(
+            "compose", (-(-T // BT), -(-O // BO)), base_TO, z_TR, B_OR, g_O, bias_O, y_TO,
+            gh_TO if keep_gh else None, T, O, scaling, *strides(base_TO, z_TR, B_OR, g_O),
+            0 if bias_O is None else bias_O.stride(0), DTYPE=out_dtype, R=rank, BT=BT, BO=BO, BR=BR, **options,
+        )  # fmt: skip
+    return y_TO, gh_TO
+
+
+@_compose_op.register_fake
+def _compose_results(base_TO, z_TR, B_OR, g_O, bias_O, scaling, out_dtype, keep_gh):
+    shape = base_TO.shape
+    return tuple(base_TO.new_empty(s, dtype=out_dtype) for s in (shape, shape if keep_gh else 0))
+
+
+@custom_op("dora_dist::dora_backward", mutates_args=())
+def _backward_op(
+    dy_TO: Tensor, h_TO: Tensor | None, B_OR: Tensor | None, g_O: Tensor, scaling: float, keep_dh: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    T, O = dy_TO.shape  # noqa: E741
+    rank = 0 if B_OR is None else B_OR.shape[1]
+    # A program keeps its tokens' dz in registers while it walks over a chunk of the features: not over all, since
+    # T / 64 programs leave half of a GPU idle at T = 4096. Each chunk writes a dz of its own, so they are longer
+    # where the rank is large. Beyond BR columns of B are shared out among neighbours in the launch order, which
+    # find dY in the L2 cache.
+    bf16 = dy_TO.dtype == torch.bfloat16
+    BR = min(128 if bf16 else 64, max(16, _power_of_2(rank)))
+    BT, BO = 64, 64 if bf16 and BR <= 64 else 32
+    chunk = max(BO, min(1024 if rank <= 32 else 2048 if rank <= 128 else 4096, _power_of_2(O)))
+    blocks, chunks = -(-T // BT), -(-O // chunk)
+    dh_TO = dy_TO.new_empty((T, O) if keep_dh else 0)
+    dz_CTR = dy_TO.new_empty(chunks, T, rank, dtype=torch.float32)
+    totals = dy_TO.new_empty(blocks, 0 if h_TO is None else O, dtype=torch.float32)
+    if dy_TO.numel():
+        _launch(
+            "backward", (blocks * max(1, -(-rank // BR)), chunks), dy_TO, h_TO, B_OR, g_O,
+            dh_TO if keep_dh else None, dz_CTR, totals, T, O, scaling, *strides(dy_TO, h_TO, B_OR, g_O),
+            DTYPE=dy_TO.dtype, R=rank, CHUNK=chunk, BT=BT, BO=BO, BR=BR, STAGES=2, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return dh_TO, dz_CTR[0] if chunks == 1 else dz_CTR.sum(0), totals.sum(0)
+
+
+@_backward_op.register_fake
+def _(dy_TO, h_TO, B_OR, g_O, scaling, keep_dh):
+    T, O = dy_TO.shape  # noqa: E741
+    dz_TR = dy_TO.new_empty(T, 0 if B_OR is None else B_OR.shape[1], dtype=torch.float32)
+    totals = dy_TO.new_empty(0 if h_TO is None else O, dtype=torch.float32)
+    return dy_TO.new_empty((T, O) if keep_dh else 0), dz_TR, totals
+
+
+# ------------------------------------------------------------------------------------------------ what others call
+
+
+def squared_norms(
+    M_NK: Tensor | PackedMatrix, L_NR: Tensor | None, U_RK: Tensor | None, scaling: float, dim: int
+) -> Tensor:
+    """Squared norms of V = M + s L U in fp32: [N] for `dim` 0, [K] for `dim` 1. All on one device.
+
+    Reads M once (of a 4-bit one N K / 2 bytes and its scales) and writes 4 bytes for every 512 elements; L and U
+    are read again by each block, 64 to 128 rows or columns wide, from the L2 cache.
+    """
+    if L_NR is None or U_RK is None:
+        L_NR = U_RK = None
+    shape, dtype = list(M_NK.shape), M_NK.dtype
+    if isinstance(M_NK, Tensor):
+        return _squared_norms_op([M_NK], L_NR, U_RK, scaling, dim, shape, 0, dtype)
+    return _squared_norms_op(list(M_NK.parts), L_NR, U_RK, scaling, dim, shape, M_NK.layout.block_size, dtype)
+
+
+def compose(
+    base_TO: Tensor, z_TR: Tensor | None, B_OR: Tensor | None, g_O: Tensor, bias_O: Tensor | None, scaling: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y = g h + bias and g h with h = base + s z B^T in fp32, each rounded to `out_dtype` once; one tensor where
+    there is no bias.
+
+    For an fp32 base and 16-bit results 6 T O bytes, or 8 with a bias: base is read, the results are written.
+    Torch's own addmm_, mul_ and conversions move 24 and more.
+    """
+    if z_TR is None or B_OR is None:
+        z_TR = B_OR = None
+    y_TO, gh_TO = _compose_op(base_TO, z_TR, B_OR, g_O, bias_O, scaling, out_dtype, bias_O is not None)
+    return y_TO, y_TO if bias_O is None else gh_TO
+
+
+def backward(
+    dy_TO: Tensor, h_TO: Tensor | None, B_OR: Tensor | None, g_O: Tensor, scaling: float, keep_dh: bool = True
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dh = g * dY in dY's dtype, where it is kept; dz_TR = s dh B and total_O = sum_T(dY * h) in fp32, of any h.
+
+    In 16 bits 6 T O bytes, or 4 without h or without dh: dY and h are read, dh is written; and 8 T R a chunk of
+    features and T O / 8 for partial sums. Torch's own products and sums move 26 T O with h.
+    """
+    dh_TO, dz_TR, total_O = _backward_op(dy_TO, h_TO, B_OR, g_O, scaling, keep_dh)
+    return dh_TO if keep_dh else None, None if B_OR is None else dz_TR, None if h_TO is None else total_O

@@ -1,0 +1,242 @@
+"""DoraLinear and DoraEmbedding: thin modules over the functions of functional.py. They know no distribution.
+
+A layer owns the frozen `weight`, the trained `lora_A`, `lora_B` and `magnitude`, and a norm buffer that is
+not saved. Left alone it computes its norm in every forward: slow, never stale. `attach_norm_refresh`
+(norm_cache.py) sets `norm_is_cached` and renews the buffer after each optimizer step, which is exact with the
+detached norm because the norm depends on weight, A and B alone.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from dora_dist.device import wide_dtype
+from dora_dist.dora.functional import adapted_embedding, adapted_linear
+from dora_dist.dora.norm_math import merge_, norm_ratio, norm_with_gradient, squared_norms
+from dora_dist.quant.modules import BaseWeight
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What one layer's adapter is. `rank` 0: the magnitude alone is trained. `magnitude` False: LoRA."""
+
+    rank: int
+    scaling: float
+    dropout: float = 0.0
+    magnitude: bool = True
+    axis: str = "out"
+    norm_gradient: str = "detached"
+    init: str = "kaiming"
+
+
+class DoraLayer(BaseWeight):
+    """What DoraLinear and DoraEmbedding share.
+
+    `weight` is [out, in], or [in, out] where `transposed` (Conv1D, embeddings: in = vocabulary). A is
+    [r, in], B [out, r], magnitude [out] or [in] by the spec's axis. A, B, magnitude and norm are fp32 (fp64
+    for an fp64 weight) and stay so under `model.to(dtype)`.
+    """
+
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+    magnitude: nn.Parameter | None
+    bias: nn.Parameter | None
+    norm: Tensor | None
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, spec: AdapterSpec):
+        super().__init__()
+        self.spec = spec
+        self.weight, self.bias = weight, bias
+        for p in (weight, bias):
+            if p is not None:
+                p.requires_grad_(False)
+        self.out_features, self.in_features = reversed(weight.shape) if self.transposed else weight.shape
+
+        def trained(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape, dtype=wide_dtype(weight.dtype), device=weight.device))
+
+        self.lora_A = trained(spec.rank, self.in_features) if spec.rank else None
+        self.lora_B = trained(self.out_features, spec.rank) if spec.rank else None
+        features = self.out_features if spec.axis == "out" else self.in_features
+        self.magnitude = trained(features) if spec.magnitude else None
+        norm = torch.zeros_like(self.magnitude, requires_grad=False) if self.magnitude is not None else None
+        self.register_buffer("norm", norm, persistent=False)
+        self.norm_is_cached = False  # set by attach_norm_refresh
+        self._norm_is_stale = True
+        self.register_load_state_dict_post_hook(_after_load)
+
+    @property
+    def magnitude_dim(self) -> int:
+        """The dimension of the stored weight that the magnitude runs along."""
+        return int(self.transposed == (self.spec.axis == "out"))
+
+    def stored_factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """(L, U) with V = weight + s L U in the weight's stored orientation."""
+        return (A.t(), B.t()) if self.transposed else (B, A)
+
+    @property
+    def factors(self) -> tuple[Tensor | None, Tensor | None]:
+        """This layer's own (L, U), or Nones where the magnitude alone is trained."""
+        if self.lora_A is None or self.lora_B is None:
+            return None, None
+        return self.stored_factors(self.lora_A, self.lora_B)
+
+    def initial_factors(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Fresh (A, B), whole, on the generator's device (CPU), B A = 0."""
+        dtype = wide_dtype(self.base_dtype)
+        A = torch.empty(self.spec.rank, self.in_features, dtype=dtype)
+        if self.spec.init == "gaussian":
+            nn.init.normal_(A, std=1 / self.spec.rank, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+        return A, torch.zeros(self.out_features, self.spec.rank, dtype=dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh A and B, and the magnitude that makes the layer equal its base. Needs whole, real weights."""
+        if self.lora_A is not None and self.lora_B is not None:
+            A, B = self.initial_factors()
+            self.lora_A.copy_(A)
+            self.lora_B.copy_(B)
+        if self.magnitude is not None:
+            self.magnitude.copy_(self.current_norm())
+        self.mark_norm_stale()
+
+    @torch.no_grad()
+    def current_norm(self) -> Tensor:
+        """The norm of V, computed here from whole weights."""
+        self._require_whole()
+        return squared_norms(self.matrix, *self.factors, self.spec.scaling, self.magnitude_dim).sqrt_()
+
+    def renew_norm(self, norm: Tensor) -> None:
+        assert self.norm is not None
+        self.norm.copy_(norm)
+        self._norm_is_stale = False
+
+    def mark_norm_stale(self) -> None:
+        """Until the next refresh the norm is computed in each forward."""
+        self._norm_is_stale = True
+
+    def _norm_for_forward(self) -> Tensor | None:
+        if self.magnitude is None:
+            return None
+        norm = self.norm if self.norm_is_cached and not self._norm_is_stale else self.current_norm()
+        assert norm is not None
+        if self.magnitude.dtype != norm.dtype:
+            raise RuntimeError(
+                f"the magnitude came into the forward as {self.magnitude.dtype}, which rounds it (FSDP2's "
+                "MixedPrecisionPolicy(param_dtype=...) does, and DeepSpeed's sections bf16 and fp16); leave them "
+                "unset: the layer mixes precisions"
+            )
+        L, U = self.factors
+        if self.spec.norm_gradient == "exact" and L is not None and U is not None and torch.is_grad_enabled():
+            parts, scaling = self.weight_parts, self.spec.scaling
+            norm = norm_with_gradient(norm, parts, L, U, scaling, self.magnitude_dim, self.layout)
+        return norm
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """(m/n) * (W + s B A) in the weight's dtype and orientation, a new tensor."""
+        self._require_whole()
+        merged = self.matrix[:].detach().clone()
+        ratio = norm_ratio(self.magnitude, self.current_norm()) if self.magnitude is not None else None
+        merge_(merged, *self.factors, self.spec.scaling, ratio, self.magnitude_dim)
+        return merged
+
+    def _kept_wide(self) -> list[Tensor]:
+        trained = [t for t in (self.lora_A, self.lora_B, self.magnitude, self.norm) if t is not None]
+        return trained + super()._kept_wide()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoraLayer":
+        dtype = self.base_dtype
+        super()._apply(fn, recurse)
+        if self.base_dtype != dtype:
+            self.mark_norm_stale()  # a rounded weight has another norm
+        return self
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.norm_is_cached = False  # the original's optimizer does not refresh a copy
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        kind = "lora" if not s.magnitude else "dora" if s.rank else "magnitude only"
+        shape = f"{self.in_features}, {self.out_features}"
+        return f"{shape}, {kind}, rank={s.rank}, scaling={s.scaling:g}, axis={s.axis}"
+
+
+def _after_load(layer: DoraLayer, _: object) -> None:
+    layer.mark_norm_stale()
+
+
+class DoraLinear(DoraLayer):
+    """y = (m/n) * ((W + s B A) x) + bias. Takes over `weight` and `bias` of a linear layer (no copy).
+
+    `transposed` is Conv1D's layout: weight [in, out].
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, spec: AdapterSpec, transposed: bool = False
+    ):
+        self.transposed = transposed
+        super().__init__(weight, bias, spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in the weight's dtype (under autocast, in autocast's)."""
+        self._require_whole()
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            with torch.autocast(x.device.type, enabled=False):
+                return self._adapted(x.to(dtype), dtype)
+        return self._adapted(x, self.base_dtype)
+
+    def _adapted(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        weight: Tensor | list[nn.Parameter] = self.weight_parts
+        layout = None if self.layout is None else replace(self.layout, dtype=dtype)
+        if layout is None:
+            weight = self.weight if self.weight.dtype == dtype else self.weight.to(dtype)
+        return adapted_linear(
+            x,
+            weight,
+            self.lora_A,
+            self.lora_B,
+            self.magnitude,
+            self._norm_for_forward(),
+            self.bias if self.bias is None else self.bias.to(x.dtype),
+            scaling=self.spec.scaling,
+            axis=self.spec.axis,
+            transposed=self.transposed,
+            dropout=self.spec.dropout if self.training else 0.0,
+            layout=layout,
+        )
+
+
+class DoraEmbedding(DoraLayer):
+    """Rows of (m/n) * (W + s (B A)^T), W [vocab, dim], A [r, vocab], B [dim, r]. Tied weights stay tied."""
+
+    transposed = True
+
+    def __init__(self, weight: nn.Parameter, spec: AdapterSpec, padding_idx: int | None = None):
+        super().__init__(weight, None, spec)
+        self.padding_idx = padding_idx  # read by some models; the frozen base needs no special case for it
+
+    def initial_factors(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        A, B = super().initial_factors(generator)  # as in PEFT, A is the zero one: only rows seen are moved
+        return A.zero_(), nn.init.normal_(B, generator=generator)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., dim], in the weight's dtype."""
+        self._require_whole()
+        return adapted_embedding(
+            ids,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.magnitude,
+            self._norm_for_forward(),
+            scaling=self.spec.scaling,
+            axis=self.spec.axis,
+        )

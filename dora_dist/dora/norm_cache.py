@@ -1,0 +1,138 @@
+"""Norms of all layers, each rank from its own shard: one gather of the small factors, one sum, once per step.
+
+Cost per rank: 1/N of one pass over the adapted weights, one gather of the factors that a rank does not have in
+full (A; for transposed weights B too) and one all-reduce of one fp32 vector with every layer's norms. Ranks that
+hold whole copies share the rows likewise, and gather nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dora_dist.dora.layers import DoraLayer
+from dora_dist.dora.norm_math import squared_norms
+from dora_dist.errors import UserError
+from dora_dist.parallel import fsdp, zero
+from dora_dist.parallel.shards import Shards, Whole, named_generator, write_whole
+
+
+def dora_layers(model: nn.Module) -> dict[str, DoraLayer]:
+    """The adapted layers by name; a layer used twice stands once."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, DoraLayer)}
+
+
+def find_shards(model: nn.Module) -> Shards:
+    """The protocol's implementation for however `model` is sharded right now."""
+    return fsdp.find_shards(model) or zero.find_shards(model) or Whole()
+
+
+@torch.no_grad()
+def refresh_norms(
+    model: nn.Module, shards: Shards | None = None, found: Sequence[DoraLayer] | None = None
+) -> None:
+    """Recompute the cached norm of every DoRA layer from the local shards.
+
+    Two collectives whatever the number of layers; none where weights are whole, or one where `shards` divides the
+    rows of copies. Every rank must call it, and never between a forward and its backward. Call it after writing to
+    weights, A or B by hand; after an optimizer step, `load_adapter` or `merge_adapter` it has been called.
+    `found`: the model's layers, where they have been looked for.
+    """
+    shards = shards or find_shards(model)
+    layers = [each for each in found or dora_layers(model).values() if each.magnitude is not None]
+    if not layers:
+        return
+    shards.settle(model)
+    shards = shards.divided()
+    factors = _gather_factors(layers, shards)
+    norms = [layer.norm for layer in layers if layer.norm is not None]
+    flat = torch.zeros(sum(n.numel() for n in norms), dtype=_widest(norms), device=norms[0].device)
+    parts = flat.split([n.numel() for n in norms])
+    for layer, part in zip(layers, parts, strict=True):
+        _add_own_part(layer, part, factors, shards)
+    shards.sum_(flat)
+    flat.sqrt_()
+    for layer, part in zip(layers, parts, strict=True):
+        layer.renew_norm(part)
+
+
+def attach_norm_refresh(
+    model: nn.Module, optimizer: torch.optim.Optimizer | nn.Module | None, shards: Shards | None = None
+) -> None:
+    """Cache the norms of `model` and renew them after each `optimizer.step()` (None: for inference, never).
+
+    Under DeepSpeed pass the engine in the optimizer's place. Exact, because a norm changes only when A or B does.
+    Loading a state dict into a layer falls back to computing in the forward until the next refresh. After writing
+    to parameters by hand call `refresh_norms(model)`.
+
+    Raises:
+        UserError: the model belongs to a DeepSpeed engine, but `optimizer` is not that engine (told at its first
+            step, where the engine comes later), or the engine rounds magnitudes.
+    """
+
+    def refresh(*_: object) -> None:
+        if isinstance(optimizer, torch.optim.Optimizer) and zero.is_managed(model):
+            raise UserError(
+                "attach_norm_refresh: DeepSpeed trains this model; call it after deepspeed.initialize, with the "
+                "engine in the optimizer's place"
+            )
+        refresh_norms(model, shards)
+
+    refresh()
+    if isinstance(optimizer, torch.optim.Optimizer):
+        optimizer.register_step_post_hook(refresh)
+    elif optimizer is not None:
+        zero.after_each_step(optimizer, refresh)
+    for layer in dora_layers(model).values():
+        layer.norm_is_cached = True
+
+
+@torch.no_grad()
+def initialize_adapters(model: nn.Module, seed: int, shards: Shards | None = None) -> None:
+    """Fresh A and B, and m = n by the very arithmetic that makes the forward's norm: step 0 is the base model.
+
+    A layer's values depend on the seed and its name alone, so every strategy and world size starts alike.
+    """
+    shards = shards or find_shards(model)
+    shards.settle(model)
+    for name, layer in dora_layers(model).items():
+        if layer.lora_A is not None and layer.lora_B is not None:
+            A, B = layer.initial_factors(named_generator(seed, name))
+            write_whole(layer.lora_A, A, shards)
+            write_whole(layer.lora_B, B, shards)
+    refresh_norms(model, shards)
+    for layer in dora_layers(model).values():
+        if layer.magnitude is not None and layer.norm is not None:
+            write_whole(layer.magnitude, layer.norm, shards)
+
+
+def _gather_factors(layers: list[DoraLayer], shards: Shards) -> dict[Tensor, Tensor]:
+    """The whole A's and B's that this rank needs for its rows, by one collective."""
+    wanted = list(dict.fromkeys(p for layer in layers for p in _factors_needed_whole(layer, shards)))
+    return dict(zip(wanted, shards.gather(wanted), strict=True)) if wanted else {}
+
+
+def _factors_needed_whole(layer: DoraLayer, shards: Shards) -> Iterator[nn.Parameter]:
+    if layer.lora_A is not None and layer.lora_B is not None:
+        yield layer.lora_A
+        if layer.transposed or not shards.rows_aligned(layer.weight, layer.lora_B):
+            yield layer.lora_B
+
+
+def _add_own_part(layer: DoraLayer, part: Tensor, whole: dict[Tensor, Tensor], shards: Shards) -> None:
+    """Add the squared norms of this rank's rectangles of one layer to `part`."""
+    for matrix, rows, cols in layer.own_rows(shards) if shards.counts(layer.weight) else ():
+        L_NR = U_RK = None
+        if layer.lora_A is not None and layer.lora_B is not None:
+            if layer.lora_B in whole:
+                L_NR, U_RK = layer.stored_factors(whole[layer.lora_A], whole[layer.lora_B])
+                L_NR, U_RK = L_NR[rows], U_RK[:, cols]
+            else:
+                (own_B,) = shards.rectangles(layer.lora_B)
+                L_NR, U_RK = own_B.values, whole[layer.lora_A][:, cols]
+        squares = squared_norms(matrix, L_NR, U_RK, layer.spec.scaling, layer.magnitude_dim, part.device)
+        part[rows if layer.magnitude_dim == 0 else cols] += squares
+
+
+def _widest(tensors: list[Tensor]) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

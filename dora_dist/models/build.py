@@ -1,0 +1,173 @@
+"""The one order in which a run's model is made:
+
+    meta model -> inject DoRA -> shard -> read this rank's weights -> magnitudes -> norms
+
+Parameters stay on the meta device until they are sharded, so no rank ever holds more than its own part and the
+tensor it is reading. Buffers (rotary frequencies) are real from the start: they are computed, not loaded.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dora_dist.adapters.adapter import check_adapter_files, load_adapter
+from dora_dist.config import RunConfig
+from dora_dist.dora.inject import inject_dora
+from dora_dist.dora.layers import DoraLayer
+from dora_dist.dora.norm_cache import attach_norm_refresh, initialize_adapters
+from dora_dist.errors import UserError
+from dora_dist.io.fingerprint import Base, base_fingerprint
+from dora_dist.models.head_loss import HeadLoss, attach_head_loss, has_plain_logits
+from dora_dist.models.huggingface import check_model, classifier_head, load_with_transformers, meta_model
+from dora_dist.models.participation import idle_modules
+from dora_dist.models.quantize import pack_linears
+from dora_dist.models.weights import (
+    SafetensorsFiles,
+    base_tensors,
+    check_shapes,
+    fill_random,
+    load_slices,
+    load_whole,
+    missing_from,
+)
+from dora_dist.parallel.deepspeed_config import Sizes
+from dora_dist.parallel.fsdp import Fsdp
+from dora_dist.parallel.process import Processes
+from dora_dist.parallel.shards import Shards, blocks
+from dora_dist.parallel.strategy import Strategy
+from dora_dist.quant.bitsandbytes_files import check_quantization, find_four_bit
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """The model on the meta device, DoRA in place, everything checked that can be checked without weights."""
+
+    config: RunConfig
+    model: nn.Module
+    files: SafetensorsFiles | None  # None: random weights
+    head: tuple[str, ...]  # a classifier's head: its modules outside the base model, trained in full
+    base: Base
+    head_loss: HeadLoss | None = None  # a causal model's, where the loss may take the logits' place
+    all_take_part: bool = True  # in the loss, the trained modules; False: not known yet
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """This rank's part of the injected model, its weights read."""
+
+    model: nn.Module
+    shards: Shards
+    head_loss: HeadLoss | None  # see Blueprint
+    all_take_part: bool  # see Blueprint
+
+
+def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from_files: bool = True) -> Blueprint:
+    """The injected meta model of a run. Reads config.json and the headers of the weight files, no weight; without
+    `from_files` config.json alone."""
+    from_files = from_files and config.model.init == "pretrained"
+    quantized = from_files and check_quantization(directory, config.quant)
+    model = meta_model(config.model, directory)
+    check_model(config, model)
+    files = SafetensorsFiles(directory, config.model.allow_pickle) if from_files else None
+    if files is not None:
+        if quantized:
+            files.hold_four_bit(find_four_bit(files))
+        check_shapes(files, model)
+    base = Base(base_fingerprint(files, directory, config.train.seed), str(config.quant))
+    if config.dora.init_from is not None and from_files:
+        check_adapter_files(config.dora.init_from, base, config.dora.accept_other_base, "dora.init_from")
+    causal = config.model.task == "causal_lm"
+    plain_logits = causal and has_plain_logits(model)
+    head = () if causal else classifier_head(model)
+    saved = [*config.dora.modules_to_save, *(h for h in head if h not in config.dora.modules_to_save)]
+    idle = idle_modules(model, config.dora.modules_to_save)
+    inject_dora(model, replace(config.dora, modules_to_save=saved), base, idle or ())
+    if config.quant.scheme == "nf4":
+        split = world_size if config.parallel.strategy == "zero3" else 1
+        pack_linears(model, config.quant, split, files.block_sizes() if files is not None else {})
+    head_loss = attach_head_loss(model) if plain_logits else None
+    return Blueprint(config, model, files, head, base, head_loss, idle is not None)
+
+
+def sizes_of(model: nn.Module) -> Sizes:
+    """What the choice of a strategy needs to know."""
+    weights = sum(t.nbytes for t in base_tensors(model).values())
+    block = max((sum(p.numel() for p in block.parameters()) for block in blocks(model)), default=0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Sizes(weights, block or sum(p.numel() for p in model.parameters()), trained)
+
+
+def build(blueprint: Blueprint, strategy: Strategy) -> ShardedModel:
+    """Shard the blueprint's model, and read this rank's weights."""
+    config, model = blueprint.config, blueprint.model
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    shard(model, strategy, blueprint.head_loss)
+    materialize(model, strategy.parameter, strategy.processes.device)
+    shards = strategy.shards(model)
+    _load(blueprint, shards, strategy.processes)
+    strategy.processes.wait_for_all()  # some disks are slower than others
+    initialize_adapters(model, config.train.seed, shards)
+    if config.dora.init_from is not None:
+        load_adapter(model, config.dora.init_from, shards, config.dora.accept_other_base)
+    attach_norm_refresh(model, None, shards)  # the training loop refreshes, and times it
+    if config.train.compile:
+        for block in blocks(model):
+            block.compile()
+    return ShardedModel(model, shards, blueprint.head_loss, blueprint.all_take_part)
+
+
+def shard(model: nn.Module, strategy: Strategy, head_loss: HeadLoss | None) -> None:
+    """Shard a model that is on the meta device."""
+    strategy.shard(model)
+    if head_loss is not None and isinstance(strategy, Fsdp):
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        strategy.gather_in_backward_if(head, head_loss.backward_reads_head)
+
+
+@torch.no_grad()
+def materialize(
+    model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter], buffer_device: torch.device
+) -> None:
+    """Replace meta parameters by what `make` makes of them, keeping ties, and move buffers. Norms and what a
+    checkpoint holds are left without values, to be computed and loaded."""
+    real: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if parameter not in real:
+                    real[parameter] = make(parameter)
+                module._parameters[name] = real[parameter]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                if buffer.is_meta:
+                    computed = isinstance(module, DoraLayer) and name == "norm"
+                    assert computed or name not in module._non_persistent_buffers_set, f"{name} would be garbage"
+                    buffer = torch.empty_like(buffer, device=buffer_device)
+                module._buffers[name] = buffer.to(buffer_device)
+
+
+def _load(blueprint: Blueprint, shards: Shards, processes: Processes) -> None:
+    config, model, files = blueprint.config.model, blueprint.model, blueprint.files
+    std = getattr(model.config, "initializer_range", 0.02)
+    seed = blueprint.config.train.seed
+    if files is None:
+        fill_random(model, base_tensors(model), seed, std, shards)
+        return
+    new = [n for n in missing_from(files, model) if n.startswith(tuple(f"{h}." for h in blueprint.head))]
+    if missing_from(files, model) == new:
+        load_slices(model, files, shards, processes.device)
+        fill_random(model, new, seed, std, shards)
+    elif files.four_bit:
+        missing = missing_from(files, model)[0]
+        raise UserError(
+            f"model.path: {str(files.directory)!r} is in 4 bits and holds no tensor {missing!r}; where names "
+            "differ from the model's, only 16-bit checkpoints can be loaded"
+        )
+    else:
+        load = partial(load_with_transformers, config, files, blueprint.head)
+        load_whole(model, load, shards, processes)

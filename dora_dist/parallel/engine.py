@@ -1,0 +1,153 @@
+"""One optimizer step: what the training loop asks of an engine, the engine of the torch strategies, and fp16's
+loss scale."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dora_dist.config import TrainConfig
+from dora_dist.parallel.optimizer_state import AdamState, adam_state
+from dora_dist.parallel.shards import Rectangle, Shards
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16, whose small gradients would underflow: halved when a step overflows (that
+    step is skipped), doubled after 1000 good ones. Always 1 for other dtypes."""
+
+    def __init__(self, active: bool):
+        self.active, self.value, self.good_steps = active, 2.0**14 if active else 1.0, 0
+
+    def accepts(self, grad_norm: Tensor) -> bool:
+        if not self.active:
+            return True
+        finite = bool(torch.isfinite(grad_norm))
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.good_steps % 1000 == 0:
+            self.value *= 2
+        return finite
+
+
+class Engine(Protocol):
+    """Backward passes, then one step. Every rank calls each method at the same point."""
+
+    module: nn.Module
+    """What to call for a training forward: the model, or a wrapper around it."""
+
+    loss_scale: LossScale
+
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        """Around the forward and the backward of one of the step's micro-batches; `last` of them."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients, which are averaged over the ranks."""
+
+    def step(self) -> Tensor:
+        """Clip and update, on all ranks or, where the gradient is not finite, on none: then nothing changes but
+        the loss scale. Returns the global gradient norm before clipping."""
+
+    def optimizer_states(self, parameters: Sequence[nn.Parameter]) -> "OptimizerStates":
+        """What this rank holds of the optimizer's states, to read, or to write and commit; zeros before the first
+        step."""
+
+    def sum_state_(self, flat: Tensor) -> None:
+        """Sum a vector over the ranks that share one copy of the optimizer's state, in place."""
+
+
+class OptimizerStates(NamedTuple):
+    of: Mapping[nn.Parameter, "OptimizerState"]
+    held: Iterable[AdamState]  # of the tensors that the optimizer updates
+
+    def commit(self) -> None:
+        for state in self.held:
+            state.commit()
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """This rank's part of one parameter's state."""
+
+    step: Tensor  # [] fp32: the steps taken
+    moments: Mapping[str, list[Rectangle]]  # fp32, by name, as rectangles of the parameter
+    counts: bool  # in a sum over the ranks: a whole copy does on one of them only
+
+
+class TorchEngine:
+    """Autograd and a torch optimizer, on each rank's own part of every gradient."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        shards: Shards,
+        config: TrainConfig,
+        loss_scale: LossScale,
+        device: torch.device,
+        accumulating: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        """`accumulating`: around the micro-batches whose gradients are not exchanged yet; their forward, too,
+        because DDP decides there what its backward does."""
+        self.module, self.optimizer, self.shards = module, optimizer, shards
+        self.max_grad_norm, self.loss_scale = config.max_grad_norm, loss_scale
+        self.device, self.accumulating = device, accumulating
+        self.fused = bool(optimizer.defaults.get("fused"))
+        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.counted = [shards.counts(p) for p in self.trained]
+        self.home = self.trained[0].device  # of the parameters, which may be offloaded; `device` computes
+
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last else self.accumulating()
+
+    def backward(self, loss: Tensor) -> None:
+        (loss * self.loss_scale.value).backward()
+
+    def step(self) -> Tensor:
+        grad_norm = self._clip()
+        if self.loss_scale.accepts(grad_norm):
+            if self.fused:  # it changes nothing where this is 1, and no host waits for a device to say so
+                self.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
+                self.optimizer.step()
+            elif torch.isfinite(grad_norm):
+                self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def optimizer_states(self, parameters: Sequence[nn.Parameter]) -> OptimizerStates:
+        held = {p: adam_state(self.optimizer, p) for p in parameters}
+        states = {}
+        for p, state in held.items():
+            moments = {name: self.shards.rectangles(values) for name, values in state.moments.items()}
+            states[p] = OptimizerState(state.step, moments, self.shards.counts(p))
+        return OptimizerStates(states, held.values())
+
+    def sum_state_(self, flat: Tensor) -> None:
+        self.shards.sum_(flat)
+
+    @torch.no_grad()
+    def _clip(self) -> Tensor:
+        """Undo the loss scale and clip to max_grad_norm, on each rank's own part. Returns the global norm, on the
+        parameters' device."""
+        limit, scale = self.max_grad_norm, self.loss_scale.value
+        own: list[Tensor] = []
+        counted: list[Tensor] = []
+        for parameter, counts in zip(self.trained, self.counted, strict=True):
+            if parameter.grad is not None:
+                parts = [part.values for part in self.shards.rectangles(parameter.grad)]
+                own += parts
+                counted += parts if counts else []
+        squares = torch.nn.utils.get_total_norm(counted).square().reshape(1).to(self.device)
+        self.shards.sum_(squares)
+        # From a GPU to the host this waits. The fused optimizer's own copy of found_inf would not: it would read a
+        # value that has not arrived.
+        grad_norm = squares.to(self.home).sqrt().squeeze(0) / scale
+        if own and (limit is not None or scale != 1):
+            factor = torch.ones_like(grad_norm) / scale
+            if limit is not None:
+                factor *= (limit / (grad_norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(own, factor)
+        return grad_norm

@@ -1,0 +1,103 @@
+"""Tensors that lie in pieces on the ranks, brought together and spread out again in batches.
+
+One way for every sharding: it needs only the rectangles of a tensor that a rank holds.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dora_dist.errors import UserError
+from dora_dist.io.durable import SAFETENSORS
+from dora_dist.io.headers import Header, read_header
+from dora_dist.parallel.process import Processes
+from dora_dist.parallel.shards import Rectangle, as_matrix
+
+_BATCH_BYTES = 64 << 20  # of whole tensors at a time
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a file, and this rank's part of it: rectangles to read from or to write to."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    own: list[Rectangle]
+    counts: bool  # in a sum over the ranks: a whole copy does on one of them only
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def gathered(pieces: Iterable[Piece], sum_: Callable[[Tensor], object], device: torch.device) -> Iterator[Tensor]:
+    """The whole tensors, on the host. Each rank lays its part into zeros, and the bytes of all are summed: exact
+    for any dtype, one collective for many tensors, whatever the sharding."""
+    for batch in _batches(pieces):
+        flat, wholes = _buffer(batch, device)
+        for piece, whole in zip(batch, wholes, strict=True):
+            for own in piece.own if piece.counts else ():
+                as_matrix(whole)[own.rows, own.cols].copy_(own.values)
+        sum_(flat)
+        yield from (whole.cpu() for whole in wholes)
+
+
+@torch.no_grad()
+def spread(path: Path, pieces: Sequence[Piece], processes: Processes) -> None:
+    """Fill each rank's part from a file that rank 0 reads."""
+    problem, file = None, None
+    if processes.is_main:
+        try:
+            problem = _misfit(path, read_header(path), pieces)
+            file = safe_open(path, framework="pt")
+        except UserError as error:
+            problem = str(error)
+    problem = processes.told_by_main(problem)
+    if problem is not None:
+        raise UserError(problem)
+    for batch in _batches(pieces):
+        flat, wholes = _buffer(batch, processes.device)
+        if file is not None:
+            for piece, whole in zip(batch, wholes, strict=True):
+                whole.copy_(file.get_tensor(piece.name))
+        processes.broadcast_(flat)
+        for piece, whole in zip(batch, wholes, strict=True):
+            for own in piece.own:
+                own.values.copy_(as_matrix(whole)[own.rows, own.cols])
+
+
+def _misfit(path: Path, header: Header, pieces: Sequence[Piece]) -> str | None:
+    for piece in pieces:
+        stored = header.tensors.get(piece.name)
+        if stored is None:
+            return f"{path}: holds no {piece.name!r}, which this run trains"
+        found, needed = (stored.dtype, list(stored.shape)), (SAFETENSORS[piece.dtype], list(piece.shape))
+        if found != needed:
+            return f"{path}: {piece.name!r} is {found[0]} {found[1]}, this run's is {needed[0]} {needed[1]}"
+    return None
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    held = 0
+    for piece in pieces:
+        if batch and held + piece.bytes > _BATCH_BYTES:
+            yield batch
+            batch, held = [], 0
+        batch.append(piece)
+        held += piece.bytes
+    if batch:
+        yield batch
+
+
+def _buffer(batch: Sequence[Piece], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Zero bytes for a batch, and each tensor's place in them."""
+    lengths = [-(-piece.bytes // 8) * 8 for piece in batch]  # as views of other dtypes must begin
+    flat = torch.zeros(sum(lengths), dtype=torch.uint8, device=device)
+    places = zip(batch, flat.split(lengths), strict=True)
+    return flat, [part[: piece.bytes].view(piece.dtype).view(piece.shape) for piece, part in places]

@@ -1,0 +1,339 @@
+"""A rehearsal of a run: the real build and the real steps of one rank, on fake tensors among absent ranks.
+
+It needs config.json alone: no weights, no GPU, no other process, seconds rather than hours. What it finds is
+counted, not estimated: every tensor that the code holds, every kernel it starts, every collective it sends.
+
+Of a model with many equal blocks two short versions are rehearsed. Each further block adds the same, so what a
+step holds, computes and sends is a straight line in the number of blocks, which is drawn through the two.
+"""
+
+import gc
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dora_dist.config import RunConfig
+from dora_dist.data.batches import GlobalBatch
+from dora_dist.device import rehearsed_gpu
+from dora_dist.dora import norm_math, products
+from dora_dist.errors import RunFailed, UserError
+from dora_dist.models import weights
+from dora_dist.models.build import Blueprint, draw_blueprint, sizes_of
+from dora_dist.parallel.orphans import end_with_parent
+from dora_dist.parallel.phases import Phase
+from dora_dist.parallel.process import Processes
+from dora_dist.parallel.shards import blocks
+from dora_dist.parallel.strategy import Strategy, choose_strategy, strategy_for
+from dora_dist.planning.fake_group import (
+    collective_of,
+    every_rank_alike,
+    fake_group,
+    send_in_python,
+    shapes_uncounted,
+    stay_fake,
+)
+from dora_dist.planning.forked import Forked
+from dora_dist.planning.patches import Patches
+from dora_dist.planning.stand_ins import (
+    BASE,
+    Files,
+    Watch,
+    full_batch,
+    gloo_scratch,
+    rounded,
+    tell_apart,
+    tell_head,
+)
+from dora_dist.planning.trace import HOST, Call, Tracer
+from dora_dist.quant import modules
+from dora_dist.training.optim import build_to_train
+from dora_dist.training.trainer import Trainer
+
+T = TypeVar("T")
+
+_last_drawn: tuple[tuple, Blueprint] | None = None  # what about it matters, and the model
+# Blocks of the two short versions, else 3 and 4. In one process the second adds what every further one adds;
+# ZeRO-3 is at two blocks at a time.
+_SHORT = {"single": (2, 3), "zero3": (3, 5)}
+_UNKNOWN = "this run cannot be rehearsed, so whether it fits is not known: "
+_KILLED = _UNKNOWN + "its process was killed; perhaps the machine has no memory left"
+# What goes through a weight or an activation piece by piece holds the same for each.
+_PIECES = (
+    (modules, "_pieces"), (weights, "_pieces"), (norm_math, "row_tiles"), (products, "row_tiles"),
+    (products, "token_tiles"),
+)  # fmt: skip
+
+Peaks = dict[tuple[Phase, bool], dict[str, float]]  # (phase, on the host) -> what is held at the fullest -> bytes
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to rehearse."""
+
+    config: RunConfig
+    directory: Path  # holds config.json
+    world_size: int
+    ranks_per_node: int
+    gpu: bool = True  # as on GPUs; else as on this machine's CPU, with gloo
+    device_memory: float = float("inf")  # bytes, which parallel.strategy: auto asks for
+    blocks: int | None = None  # of the model's; None: all, as two short versions tell of them
+    around: Callable[[], AbstractContextManager] | None = None  # the rehearsal, for comparisons
+    every_piece: bool = False  # also go through a weight piece by piece, which takes time and holds nothing more
+
+
+@dataclass(frozen=True)
+class Short:
+    """What one rehearsal found, of the last of its steps."""
+
+    strategy: str
+    blocks: int
+    peaks: Peaks  # over all steps
+    calls: list[Call]
+    replaced: dict[str, int]  # what a rehearsal replaces -> how often it was called
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a run's rank does in a step, and holds. `runs` are of fewer blocks than `blocks`, or one of all."""
+
+    job: Job
+    strategy: str
+    reason: str  # for the strategy
+    blocks: int
+    runs: tuple[Short, ...]
+
+    def at_full_depth(self, measure: Callable[[Short], Mapping[Any, float]]) -> dict[Any, float]:
+        """What `measure` finds in each run, drawn on to all blocks. What it leaves out is zero."""
+        found = [measure(run) for run in self.runs]
+        if len(found) == 1:
+            return dict(found[0])
+        first, second = self.runs
+        ahead = (self.blocks - second.blocks) / (second.blocks - first.blocks)
+        keys = dict.fromkeys([*found[0], *found[1]])
+        values = [[f.get(key, 0.0) for f in found] for key in keys]
+        return {key: b + (b - a) * ahead for key, (a, b) in zip(keys, values, strict=True)}
+
+    def peaks(self) -> Peaks:
+        flat = self.at_full_depth(
+            lambda run: {(phase, tag): size for phase, held in run.peaks.items() for tag, size in held.items()}
+        )
+        peaks: Peaks = {}
+        for (phase, tag), size in flat.items():
+            peaks.setdefault(phase, {})[tag] = size
+        return peaks
+
+    def peak(self, on_host: bool = False, loading: bool | None = None) -> float:
+        """Bytes, the most that is held: while `loading`, in a step, or (None) ever."""
+        sums = [
+            sum(held.values())
+            for (phase, host), held in self.peaks().items()
+            if host == on_host and loading in (None, phase is Phase.LOADING)
+        ]
+        return max(sums, default=0.0)
+
+
+class Rehearsals:
+    """Makes rehearsals, each in processes of its own: a fake group stays in a process for its lifetime. They are
+    forked from one that has imported what they need and drawn the model: `here`, from this one, which must then
+    have no threads and no GPU in use; else from one that is started for them.
+
+        with Rehearsals() as rehearse:
+            rehearse(Job(config, directory, world_size=64, ranks_per_node=8)).peak()
+    """
+
+    def __init__(self, here: bool = False):
+        self._pool = None if here else ProcessPoolExecutor(1, get_context("spawn"), initializer=end_with_parent)
+
+    def __enter__(self) -> "Rehearsals":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def __call__(self, job: Job) -> Rehearsed:
+        """
+        Raises:
+            UserError: the configuration is refused, as training would.
+            RunFailed: its code does something that fake tensors cannot.
+        """
+        job = replace(job, config=_plain(job.config))
+        try:
+            found = (
+                _rehearsed(job, _in_child) if self._pool is None
+                else self._pool.submit(_rehearsed, job, _in_child).result()
+            )  # fmt: skip
+        except BrokenProcessPool:
+            raise RunFailed(_KILLED) from None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def _rehearsed(job: Job, in_child: Callable[[Job], Any]) -> Rehearsed | UserError | RunFailed:
+    """Draw the model, and rehearse it in processes forked from this one."""
+    torch.set_num_threads(1)  # nothing here computes, and a fork of a process whose kernels had threads can hang
+    drawn = _caught(_draw, job)
+    if isinstance(drawn, Exception):
+        return drawn
+    weight_bytes = sizes_of(drawn.model).weight_bytes
+    name, reason = strategy_for(job.config.parallel, weight_bytes, job.world_size, job.device_memory)
+    found = [_signature(block) for block in blocks(drawn.model)]
+    depths: Sequence[int | None] = [job.blocks]
+    first, second = _SHORT.get(name, (3, 4))
+    if job.blocks is None and len(set(found)) == 1 and len(found) > second:
+        depths = (first, second)
+    # Of a short model `auto` might make another.
+    parallel = replace(job.config.parallel, strategy=name)  # type: ignore[arg-type]
+    short = replace(job, config=replace(job.config, parallel=parallel))
+    gc.freeze()  # the children's collections need not look at what is here
+    children = [Forked(in_child, replace(short, blocks=n)) for n in depths]
+    gc.unfreeze()
+    results = [child.result(RunFailed(_KILLED)) for child in children]
+    runs = tuple(result for result in results if isinstance(result, Short))
+    if len(runs) < len(results):
+        return next(result for result in results if not isinstance(result, Short))
+    return Rehearsed(job, name, reason, len(found), runs)
+
+
+def _in_child(job: Job) -> Short | UserError | RunFailed:
+    return _caught(rehearse_here, job)
+
+
+def _caught(make: Callable[[Job], T], job: Job) -> T | UserError | RunFailed:
+    """Errors as values: not all that libraries raise can be sent to another process."""
+    try:
+        return make(job)
+    except UserError as error:
+        return UserError(str(error))
+    except Exception as error:  # whatever a model's or a library's code does not do with fake tensors
+        return RunFailed(_UNKNOWN + (str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def _plain(config: RunConfig) -> RunConfig:
+    """Without what changes nothing here: the values of an adapter to go on from, and compilation."""
+    dora, train = replace(config.dora, init_from=None), replace(config.train, compile=False)
+    return replace(config, dora=dora, train=train)
+
+
+def _signature(block: nn.Module) -> tuple:
+    tensors = [(n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters()]
+    return (type(block), *tensors)
+
+
+def rehearse_here(job: Job) -> Short:
+    """In this process, which is of no other use afterwards."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here asks a GPU, whether there is one or not
+    # torch makes its pool of threads anew after a fork; two of autograd's threads that ask at once would fail.
+    torch.set_num_threads(1)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with ExitStack() as around:
+        around.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        around.enter_context(fake_group(job.world_size, job.ranks_per_node))
+        if job.gpu:
+            around.enter_context(rehearsed_gpu())
+        if job.around is not None:
+            around.enter_context(job.around())
+        processes = Processes()
+        blueprint = _draw(job)
+        if job.blocks is not None:
+            _shorten(blueprint.model, job.blocks)
+        strategy = choose_strategy(job.config, sizes_of(blueprint.model), processes, job.device_memory)
+        if strategy.name == "fsdp":
+            strategy.mesh  # type: ignore[union-attr]  # noqa: B018 - a mesh cannot be made of fake tensors
+        tracer = Tracer(collective_of, **({"rounded": rounded} if job.gpu else {"scratch_of": gloo_scratch}))
+        patches = around.enter_context(Patches())
+        _replace(patches, job, blueprint.model, strategy.name, tracer)
+        batch = full_batch(job.config, job.world_size)  # real: the lengths of documents are read
+        around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        around.enter_context(tracer)
+        count = sum(1 for _ in blocks(blueprint.model))
+        _run(job, blueprint, strategy, tracer, batch)
+        patches.check()
+        peaks: Peaks = {key: dict(held) for key, held in tracer.peaks.items()}
+        return Short(strategy.name, count, peaks, tracer.calls, dict(patches.calls))
+
+
+def _replace(patches: Patches, job: Job, model: nn.Module, strategy: str, tracer: Tracer) -> None:
+    """All that is replaced in a rehearsal."""
+    if job.gpu:
+        patches.replace(F, "scaled_dot_product_attention", _without_dropout)
+    for module, name in () if job.every_piece else _PIECES:
+        patches.replace(module, name, _first_of)
+    every_rank_alike(patches, zero=strategy.startswith("zero"))
+    stay_fake(patches, model)
+    patches.replace(torch, "compile", _uncompiled)
+    shapes_uncounted(patches, tracer.paused, needed=strategy == "fsdp")
+    tracer.follow_resizes(patches)
+
+
+def _run(job: Job, blueprint: Blueprint, strategy: Strategy, tracer: Tracer, batch: GlobalBatch) -> None:
+    config = job.config
+    blueprint.model.config.pad_token_id = 0  # type: ignore[union-attr]  # RunData sets one: classifiers ask for it
+    offloaded = HOST if config.parallel.cpu_offload and job.gpu else ""  # states and gradients
+    weights_at = offloaded if strategy.name in ("fsdp", "zero3") else ""
+    tracer.enter(Phase.LOADING, weights_at + BASE)
+    blueprint = replace(blueprint, files=Files(blueprint.model, tracer))  # type: ignore[arg-type]
+    built = build_to_train(blueprint, strategy)
+    gc.collect()
+    tell_apart(built, tracer, weights_at)
+    send_in_python(built.engine.module)
+    tell_head(built.model, tracer)
+    steps = 2  # the second has the optimizer's states
+    told: Any = SimpleNamespace(steps=steps, causal=config.model.task == "causal_lm")
+    trainer = Trainer(config, built, strategy, told, log=None, watch=Watch(tracer, offloaded))  # type: ignore[arg-type]
+    first = replace(batch, micro_batches=batch.micro_batches[:1])
+    for step in range(steps):
+        tracer.calls = []
+        trainer.train_step(batch if step == steps - 1 else first)
+
+
+def _uncompiled(_: Callable) -> Callable:
+    """Of a library that decorates functions with torch.compile: nothing here computes, and inductor's import takes
+    longer than a step."""
+    return lambda model=None, **_: model or (lambda function: function)
+
+
+def _without_dropout(attend: Callable) -> Callable:
+    """GPUs' kernels drop without holding what they drop; a CPU's attention would fall back to its definition."""
+    return lambda *arguments, dropout_p=0.0, **options: attend(*arguments, **options)
+
+
+def _first_of(pieces: Callable) -> Callable:
+    return lambda *arguments: list(islice(pieces(*arguments), 1))
+
+
+def _draw(job: Job) -> Blueprint:
+    """The last one drawn is kept: processes forked from this one find it, and so do other runs of its model."""
+    global _last_drawn
+    config = job.config
+    split = job.world_size if config.parallel.strategy == "zero3" else 1
+    checked = (config.data.packing, config.train.activation_checkpointing)
+    about = (config.model, config.dora, config.quant, job.directory, split, checked)
+    if _last_drawn is None or _last_drawn[0] != about:
+        _last_drawn = about, draw_blueprint(config, job.directory, job.world_size, from_files=False)
+    return replace(_last_drawn[1], config=config)
+
+
+def _shorten(model: nn.Module, count: int) -> None:
+    """Leave the first blocks of it."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ModuleList) and any(True for _ in child.parameters()):
+                setattr(parent, name, child[:count])

@@ -1,0 +1,127 @@
+"""What stands in a rehearsal for weight files, the watchdog and rows, and the names of what it holds and does."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_dist.config import RunConfig
+from dora_dist.data.batches import GlobalBatch
+from dora_dist.models.weights import base_tensors, packed_layers
+from dora_dist.parallel.phases import Phase
+from dora_dist.parallel.shards import Rectangle
+from dora_dist.planning.trace import HOST, REDUCED, Collective, Tracer
+from dora_dist.training.optim import TrainableModel
+
+BASE, SCALES, TRAINED, NORMS = "base weights", "scales of 4-bit weights", "A, B and m", "norms and other buffers"
+STATES, GRADIENTS, ACTIVATIONS = "optimizer states", "gradients", "activations"
+LOGITS, BACKWARD, OTHER, ROWS = "logits and loss", "backward's own tensors", "other", HOST + "rows of files"
+
+_ALLOCATION = 512  # what torch's CUDA allocator rounds up to
+_PINNED = {HOST + tag for tag in (BASE, SCALES, TRAINED, GRADIENTS)}
+
+
+def tell_apart(built: TrainableModel, tracer: Tracer, offloaded: str) -> None:
+    """What is held once all is loaded, by what it is."""
+    tracer.rename(offloaded + BASE, offloaded + OTHER)
+    trained = [p for p in built.model.parameters() if p.requires_grad]
+    scales = [part for layer in packed_layers(built.model).values() for part in layer.weight_parts[1:]]
+    others = {id(p) for p in [*trained, *scales]}
+    base = [p for p in built.model.parameters() if id(p) not in others]
+    for tag, parameters in ((BASE, base), (TRAINED, trained), (SCALES, scales)):
+        tracer.retag(offloaded + tag, _own(parameters))
+    tracer.retag(NORMS, built.model.buffers())
+
+
+def _own(parameters: Sequence[Any]) -> Iterator[Tensor]:
+    """What this rank holds of each."""
+    for parameter in parameters:
+        own = getattr(parameter, "ds_tensor", parameter)
+        yield own.detach().to_local() if hasattr(own, "to_local") else own
+
+
+def tell_head(model: nn.Module, tracer: Tracer) -> None:
+    """What is made inside the output head is logits and their loss."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        return
+    before = []
+
+    def begin(*_: object) -> None:
+        before.append((tracer.phase, tracer.tag))
+        tracer.enter(Phase.HEAD, LOGITS)
+
+    def end(*_: object) -> None:
+        tracer.enter(*before.pop())
+
+    head.register_forward_pre_hook(begin)
+    head.register_forward_hook(end)
+
+
+class Watch:
+    """Told by the training loop what comes next, as the watchdog is."""
+
+    def __init__(self, tracer: Tracer, offloaded: str):
+        self.tracer, self.offloaded = tracer, offloaded
+
+    def at(self, _: int, phase: Phase, number: int = 0, watched: bool = True) -> None:
+        tracer = self.tracer
+        tracer.micro = number
+        if phase is Phase.STEP:
+            for tag in (BACKWARD, REDUCED):
+                tracer.rename(tag, self.offloaded + GRADIENTS)
+        tags = {Phase.FORWARD: ACTIVATIONS, Phase.BACKWARD: BACKWARD, Phase.NORMS: OTHER}
+        tracer.enter(phase, self.offloaded + STATES if phase is Phase.STEP else tags[phase])
+
+
+class Files:
+    """Weight files that hold just what the model needs, and give fake rows of it."""
+
+    pickled: Sequence[Path] = ()
+
+    def __init__(self, model: nn.Module, tracer: Tracer):
+        self.tracer, self.four_bit, self.stored = tracer, {}, {}  # type: ignore[var-annotated]
+        layers = packed_layers(model)
+        self._dtypes: dict[str, torch.dtype] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name, tensor in base_tensors(model).items():
+            layout = layers[tensor].layout if tensor in layers else None
+            self.shapes[name] = layout.shape if layout else tuple(tensor.shape)
+            self._dtypes[name] = layout.dtype if layout else tensor.dtype
+
+    def read(self, name: str, own: Rectangle) -> Tensor:
+        with self.tracer.held_for(ROWS):
+            return torch.empty(own.values.shape, dtype=self._dtypes[name])
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        with self.tracer.held_for(ROWS):
+            return torch.empty(rows.stop - rows.start, self.shapes[name][1], dtype=self._dtypes[name])
+
+
+def full_batch(config: RunConfig, world_size: int) -> GlobalBatch:
+    """One step's full rows: of two micro-batches where there are more, the first stands for all but the last."""
+    B, T = config.train.micro_batch_size, config.data.seq_len
+    ids = torch.zeros(B, T, dtype=torch.long)
+    if config.model.task == "causal_lm":
+        micro = {"input_ids": ids, "targets": ids}
+        if config.data.packing:
+            micro |= {"position_ids": ids, "document_lengths": torch.full((B, 1), T)}
+    else:
+        micro = {"input_ids": ids, "attention_mask": ids, "labels": ids[:, 0]}
+    tokens = B * T * world_size
+    return GlobalBatch([micro] * min(2, config.train.accumulation), tokens, tokens)
+
+
+def rounded(tag: str, size: int) -> int:
+    """What torch's allocators take: of a GPU's memory multiples of 512 bytes, of pinned host memory powers of
+    two."""
+    if tag in _PINNED:
+        return 1 << (size - 1).bit_length() if size else 0
+    return -(-size // _ALLOCATION) * _ALLOCATION
+
+
+def gloo_scratch(collective: Collective) -> int:
+    """gloo gathers into memory of its own first, and reduces a copy."""
+    return collective.bytes if collective.kind in ("all_gather", "reduce_scatter") and collective.ranks > 1 else 0

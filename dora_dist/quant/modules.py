@@ -1,0 +1,172 @@
+"""Modules that hold a frozen weight, dense or in 4 bits: the base of DoRA's layers, and a linear layer that is not
+adapted."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from dora_dist.device import wide_dtype
+from dora_dist.parallel.shards import Shards
+from dora_dist.quant.kernels import dequantize
+from dora_dist.quant.nf4 import Nf4, PackedMatrix, quantize
+
+_READ_ELEMENTS = 1 << 20  # quantized at a time while loading
+
+
+class BaseWeight(nn.Module):
+    """What holds a frozen weight: dense in `weight`, or in 4 bits in `weight`, `weight_scales` and `weight_ranges`
+    (the parts of nf4.py, whose `layout` says what they stand for)."""
+
+    weight: nn.Parameter
+    weight_scales: nn.Parameter | None
+    weight_ranges: nn.Parameter | None
+    layout: Nf4 | None = None
+    transposed = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("weight_scales", None)
+        self.register_parameter("weight_ranges", None)
+
+    def pack(self, layout: Nf4) -> None:
+        """Hold the weight in 4 bits from now on. Real values are quantized, those on the meta device left open."""
+        real = not self.weight.is_meta
+        parts = quantize(self.weight.detach(), layout) if real else layout.empty(self.weight.device)
+        self.layout = layout
+        for name, part in zip(("weight", "weight_scales", "weight_ranges"), parts, strict=False):
+            setattr(self, name, nn.Parameter(part, requires_grad=False))
+
+    @property
+    def weight_parts(self) -> list[nn.Parameter]:
+        parts = (self.weight, self.weight_scales, self.weight_ranges)
+        return [part for part in parts if part is not None]
+
+    @property
+    def matrix(self) -> Tensor | PackedMatrix:
+        """The weight as something to read by rows."""
+        return self.weight if self.layout is None else PackedMatrix(self.weight_parts, self.layout)
+
+    def own_rows(self, shards: Shards) -> list[tuple[Tensor | PackedMatrix, slice, slice]]:
+        """What this rank holds of the weight: matrices to read by rows, and which rows and columns each is."""
+        if self.layout is None:
+            return [(own.values, own.rows, own.cols) for own in shards.rectangles(self.weight)]
+        found: list[tuple[Tensor | PackedMatrix, slice, slice]] = []
+        for owns in zip(*(shards.rectangles(part) for part in self.weight_parts), strict=True):
+            rows = slice(owns[0].row, min(owns[0].rows.stop, self.layout.rows))  # without what fills up
+            assert all(own.rows == owns[0].rows and own.col == 0 for own in owns), (
+                "a 4-bit weight is split by rows"
+            )
+            if rows.start < rows.stop:
+                parts = [own.values[: rows.stop - rows.start] for own in owns]
+                found.append((PackedMatrix(parts, self.layout), rows, slice(0, self.layout.columns)))
+        return found
+
+    def write_rows(
+        self, shards: Shards, read: Callable[[slice], Tensor], device: torch.device | None = None
+    ) -> None:
+        """Quantize this rank's rows, which `read` gives, into its part of the weight, a few at a time. `device` is
+        where to compute when the weight lies elsewhere."""
+        assert self.layout is not None
+        step = max(1, _READ_ELEMENTS // self.layout.columns)
+        for matrix, rows, _ in self.own_rows(shards):
+            assert isinstance(matrix, PackedMatrix)
+            for start, stop in _pieces(rows, step):
+                made = quantize(read(slice(start, stop)).to(device or matrix.device), self.layout)
+                for part, values in zip(matrix.parts, made, strict=True):
+                    part[start - rows.start : stop - rows.start] = values
+        for part in self.weight_parts:
+            shards.written(part)
+
+    def _kept_wide(self) -> list[Tensor]:
+        """What stays fp32 under `model.to(dtype)`: scales, and what a subclass trains."""
+        return [] if self.layout is None else [part for part in self.weight_parts if part.is_floating_point()]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BaseWeight":
+        kept = self._kept_wide()
+
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            wide = wide_dtype(moved.dtype)
+            if moved.dtype != wide and any(tensor is t or tensor is t.grad for t in kept):
+                return tensor.to(moved.device, wide)
+            return moved
+
+        super()._apply(keep_wide, recurse)
+        if self.layout is not None:  # codes do not say what they stand for
+            dtype = fn(torch.empty(0, dtype=self.layout.dtype, device=self.weight.device)).dtype
+            self.layout = replace(self.layout, dtype=dtype)
+        return self
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """What the weight stands for."""
+        return self.weight.dtype if self.layout is None else self.layout.dtype
+
+    def _require_whole(self) -> None:
+        if hasattr(self.weight, "placements") or self.weight.dim() != 2:
+            raise RuntimeError(
+                "this layer's weight is sharded, so the layer cannot run by itself: call the model (the "
+                "module that was sharded), which gathers weights around its forward"
+            )
+
+
+def dense(parts: Sequence[Tensor], layout: Nf4 | None, transposed: bool) -> Tensor:
+    """W_IO of a weight that is stored dense (one part) or in 4 bits. Only the parts are kept for the backward."""
+    weight = parts[0] if layout is None else dequantize(parts, layout)
+    return weight if transposed else weight.t()
+
+
+def _pieces(rows: slice, step: int) -> Iterator[tuple[int, int]]:
+    """Where pieces of at most `step` rows begin and end."""
+    for start in range(rows.start, rows.stop, step):
+        yield start, min(start + step, rows.stop)
+
+
+class _FrozenLinear(Function):
+    """y_TO = x W^T + bias of a 4-bit weight. Keeps its parts alone."""
+
+    @staticmethod
+    def forward(ctx, x_TI, bias, transposed, layout, *parts):
+        W_IO = dense(parts, layout, transposed)
+        ctx.save_for_backward(*parts)
+        ctx.transposed, ctx.layout = transposed, layout
+        return x_TI @ W_IO if bias is None else torch.addmm(bias, x_TI, W_IO)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TO):
+        dx_TI = (
+            dy_TO @ dense(ctx.saved_tensors, ctx.layout, ctx.transposed).t() if ctx.needs_input_grad[0] else None
+        )
+        dbias = dy_TO.sum(0) if ctx.needs_input_grad[1] else None
+        return dx_TI, dbias, *[None] * (2 + len(ctx.saved_tensors))
+
+
+def frozen_linear(
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, layout: Nf4 | None, transposed: bool = False
+) -> Tensor:
+    """x W^T + bias, where no gradient goes to W; x is [..., I], in the weight's dtype."""
+    y_TO = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), bias, transposed, layout, *parts)
+    return y_TO if x.dim() == 2 else y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
+
+
+class PackedLinear(BaseWeight):
+    """A linear layer over a frozen 4-bit weight, not adapted. `transposed` is Conv1D's layout."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, layout: Nf4, transposed: bool = False):
+        super().__init__()
+        self.transposed = transposed
+        self.out_features, self.in_features = reversed(weight.shape) if transposed else weight.shape
+        self.weight, self.bias = weight, bias
+        self.pack(layout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._require_whole()
+        return frozen_linear(x, self.weight_parts, self.bias, self.layout, self.transposed)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, 4 bits"

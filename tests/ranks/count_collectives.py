@@ -1,0 +1,128 @@
+"""Count one training step's collectives at a faked world size: real FSDP2 code, fake tensors, a fake group.
+
+usage: count_collectives.py WORLD_SIZE STRATEGY     prints {"METHOD/LAYERS": {"step": {...}, "refresh": {...}}}
+STRATEGY is single, ddp, fsdp or hybrid (two replicas). Under ddp the step is that of the model alone.
+"""
+
+import json
+import os
+import sys
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, refresh_norms
+from dora_dist.models.build import shard
+from dora_dist.models.head_loss import HeadLoss
+from dora_dist.parallel import fsdp, zero
+from dora_dist.parallel.fsdp import Fsdp
+from dora_dist.parallel.process import Processes
+from dora_dist.parallel.replicated import Ddp, Single
+
+WORDS = 24
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 40), nn.Linear(40, 16)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(layers))
+        self.head = nn.Linear(16, WORDS, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def count(layers: int, method: str, strategy: Single | Fsdp) -> dict[str, dict[str, int]]:
+    model = Model(layers)
+    inject_dora(model, DoraConfig(method=method, rank=4, targets="all-linear"))
+    head_loss = HeadLoss(model.head, WORDS)
+    shard(model, strategy, head_loss)
+    shards = strategy.shards(model)
+    attach_norm_refresh(model, None, shards)
+    step = step_after_evaluation(model, head_loss)
+    with CommDebugMode() as refresh, watch() as received:
+        refresh_norms(model, shards)
+    small = sum(p.numel() for n, p in model.named_parameters() if n.endswith("lora_A"))
+    norms = sum(p.numel() for n, p in model.named_parameters() if n.endswith("magnitude"))
+    return {
+        "step": named(step),
+        "refresh": named(refresh),
+        "bytes": {"received": sum(received), "norms": 4 * norms, "floor": 4 * (small + norms)},
+    }
+
+
+def step_after_evaluation(model: nn.Module, head_loss: HeadLoss) -> CommDebugMode:
+    """The second of two steps with an evaluation before each."""
+    x, positions, targets = torch.zeros(2, 3, 16), torch.arange(2), torch.zeros(2, dtype=torch.long)
+    for _ in range(2):
+        with torch.no_grad():
+            model(x)
+        with CommDebugMode() as step, head_loss.of(positions, targets):
+            model(x).backward()
+    return step
+
+
+@contextmanager
+def watch():
+    """Gives the bytes of each collective's output, in order."""
+    received: list[int] = []
+    all_reduce, gathers = dist.all_reduce, {backend: backend._all_gather for backend in (fsdp, zero)}
+
+    def watched_all_reduce(tensor, **options):
+        received.append(tensor.nbytes)
+        return all_reduce(tensor, **options)
+
+    def watched_all_gather(output, own, **options):
+        received.append(output.nbytes)
+        return gathers[fsdp](output, own, **options)
+
+    dist.all_reduce, fsdp._all_gather, zero._all_gather = (
+        watched_all_reduce,
+        watched_all_gather,
+        watched_all_gather,
+    )
+    yield received
+    dist.all_reduce = all_reduce
+    for backend, gather in gathers.items():
+        backend._all_gather = gather
+
+
+def named(mode: CommDebugMode) -> dict[str, int]:
+    return {str(op).rpartition(".")[2].strip("_"): n for op, n in mode.get_comm_counts().items() if n}
+
+
+def main(world_size: str, name: str) -> None:
+    os.environ.update(RANK="1", WORLD_SIZE=world_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=int(world_size))
+    processes = Processes()
+    if name in ("single", "ddp"):
+        strategy = {"single": Single, "ddp": Ddp}[name](processes)
+    else:
+        strategy = Fsdp(processes, replicas=2 if name == "hybrid" else 1)
+        strategy.mesh  # noqa: B018 - made here, because a mesh cannot be made of fake tensors
+    with FakeTensorMode():
+        counts = {f"{method}/{n}": count(n, method, strategy) for method in ("dora", "lora") for n in (1, 3)}
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

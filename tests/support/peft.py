@@ -1,0 +1,161 @@
+"""The same adapter here and in PEFT: tiny models, configurations of both kinds, values moved between them."""
+
+import copy
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from dora_dist import DoraConfig, inject_dora
+from dora_dist.adapters.peft_format import trained_tensors
+
+IDS = torch.tensor([[5, 17, 3, 90, 41, 41, 8], [1, 2, 60, 11, 77, 30, 95]])
+
+
+def llama(**settings) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    common = {
+        "vocab_size": 96, "hidden_size": 12, "intermediate_size": 17, "num_hidden_layers": 2, "head_dim": 4,
+        "num_attention_heads": 3, "num_key_value_heads": 1, "initializer_range": 0.3, "pad_token_id": 0,
+    }  # fmt: skip
+    return _made(LlamaForCausalLM, LlamaConfig(**{"tie_word_embeddings": False, **common, **settings}))
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=96, n_positions=64, n_embd=10, n_layer=2, n_head=2, initializer_range=0.3)
+    return _made(GPT2LMHeadModel, config)
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=96, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=17,
+        max_position_embeddings=32, initializer_range=0.3, num_labels=3,
+    )  # fmt: skip
+    return _made(BertForSequenceClassification, config)
+
+
+def distilbert() -> nn.Module:
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    config = DistilBertConfig(
+        vocab_size=96, dim=12, n_layers=2, n_heads=2, hidden_dim=17, max_position_embeddings=32,
+        initializer_range=0.3, num_labels=3,
+    )  # fmt: skip
+    return _made(DistilBertForSequenceClassification, config)
+
+
+def _made(cls: type, config) -> nn.Module:
+    """Random weights from one seed, biases among them, in evaluation mode."""
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.2)
+    return model
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapter in both vocabularies: `ours` for DoraConfig, `theirs` for LoraConfig (None: the same)."""
+
+    make: object
+    targets: list[str] | str
+    ours: dict = field(default_factory=dict)
+    theirs: dict | None = None
+    their_targets: list[str] | str | None = None
+
+
+LLAMA_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+DISTIL_TARGETS = "q_lin k_lin v_lin out_lin lin1 lin2".split()
+DISTIL_HEADS = ["pre_classifier", "classifier"]
+PATTERNS = {"rank_pattern": {"k_proj": 2, "layers.1.mlp.down_proj": 5}, "alpha_pattern": {"q_proj": 3.5}}
+FIRST_Q = "model.layers.0.self_attn.q_proj"
+CASES = {
+    "llama": Case(llama, LLAMA_TARGETS),
+    "llama biases": Case(lambda: llama(attention_bias=True, mlp_bias=True), LLAMA_TARGETS),
+    "llama lora": Case(llama, LLAMA_TARGETS, {"method": "lora"}, {"use_dora": False}),
+    "llama patterns": Case(llama, LLAMA_TARGETS, PATTERNS),
+    "llama rslora": Case(llama, LLAMA_TARGETS, {"rslora": True, **PATTERNS}, {"use_rslora": True, **PATTERNS}),
+    "llama one layer": Case(llama, [FIRST_Q]),
+    "llama glob": Case(llama, ["model.layers.1.*_proj"], {}, {}, r"model\.layers\.1\..*_proj"),
+    "llama all-linear": Case(llama, "all-linear"),
+    "llama embedding": Case(llama, ["embed_tokens", "q_proj"]),
+    "llama embedding in full": Case(llama, ["q_proj"], {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "llama tied in full": Case(
+        lambda: llama(tie_word_embeddings=True), ["q_proj"], {"modules_to_save": ["embed_tokens", "lm_head"]}
+    ),
+    "llama tied, both adapted": Case(lambda: llama(tie_word_embeddings=True), ["embed_tokens", "lm_head"]),
+    "gpt2": Case(gpt2, ["c_attn", "c_proj", "c_fc"]),
+    "gpt2 one block": Case(gpt2, ["h.1.mlp.c_proj"]),
+    "gpt2 tied embedding": Case(gpt2, ["wte", "wpe", "c_attn"]),
+    "gpt2 Linear and Conv1D": Case(gpt2, ["lm_head", "c_fc"]),
+    "bert": Case(bert, ["query", "key", "value", "dense"], {"modules_to_save": ["classifier"]}),
+    "bert partly": Case(bert, ["intermediate.dense"], {"modules_to_save": ["classifier"]}),
+    "distilbert": Case(distilbert, DISTIL_TARGETS, {"modules_to_save": DISTIL_HEADS}),
+    "distilbert frozen head": Case(distilbert, DISTIL_TARGETS),
+    # PEFT takes pre_classifier for classifier: our file must hold it although it is frozen here.
+    "distilbert half a head": Case(distilbert, DISTIL_TARGETS, {"modules_to_save": ["classifier"]}),
+}
+
+
+def ours(case: Case) -> nn.Module:
+    return inject_dora(case.make(), DoraConfig(rank=3, alpha=7, targets=case.targets, **case.ours)).eval()
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """Nonzero factors, magnitudes moved by up to half."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in trained_tensors(model):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if key.endswith("lora_magnitude_vector"):
+                parameter.mul_(1 + 0.5 * noise.clamp(-1, 1))
+            else:
+                parameter.copy_(0.3 * noise)
+    return model
+
+
+def theirs(case: Case) -> nn.Module:
+    """The adapter as PEFT itself makes it, before values are set."""
+    from peft import LoraConfig, get_peft_model
+
+    model = case.make()
+    settings = {"use_dora": True, **copy.deepcopy(case.ours if case.theirs is None else case.theirs)}
+    task = "SEQ_CLS" if case.ours.get("modules_to_save") in (["classifier"], DISTIL_HEADS) else None
+    targets = case.their_targets or case.targets
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(r=3, lora_alpha=7, target_modules=targets, task_type=task, **settings)
+        return get_peft_model(model, config).eval()
+
+
+def peft_load(base: nn.Module, directory: Path) -> nn.Module:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(base, directory).eval()
+
+
+def peft_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+def file_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "adapter_model.safetensors")

@@ -1,0 +1,220 @@
+"""Choosing modules by name, what injection changes in a model and what it leaves as it was."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dora_dist import DoraConfig, DoraEmbedding, DoraLinear, UserError, inject_dora
+from dora_dist.dora.norm_cache import attach_norm_refresh, initialize_adapters
+from tests.support.peft import FIRST_Q, IDS, LLAMA_TARGETS, bert, distilbert, gpt2, llama
+
+LINEARS = [f"model.layers.{i}.{part}" for i in (0, 1) for part in (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)]  # fmt: skip
+
+
+def inject(model: nn.Module, targets, **settings) -> nn.Module:
+    return inject_dora(model, DoraConfig(**{"rank": 2, "alpha": 4, "targets": targets, **settings}))
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (LLAMA_TARGETS, LINEARS),
+        ("all-linear", LINEARS),
+        (["all-linear", "lm_head"], [*LINEARS, "lm_head"]),
+        ("q_proj", [n for n in LINEARS if n.endswith("q_proj")]),
+        (["0.self_attn.q_proj"], [FIRST_Q]),
+        ([FIRST_Q], [FIRST_Q]),
+        (["^" + FIRST_Q], [FIRST_Q]),
+        (["model.layers.1.*"], LINEARS[7:]),
+        (["*.[qk]_proj", "mlp.up_proj"], [n for n in LINEARS if n[-6:] in ("q_proj", "k_proj") or "up" in n]),
+        (["embed_tokens"], ["model.embed_tokens"]),
+    ],
+)
+def test_targets(targets, expected):
+    model = inject(llama(), targets)
+    assert list(model.dora.layers) == sorted(expected, key=list(dict(model.named_modules())).index)
+    adapted = {n for n, m in model.named_modules() if isinstance(m, DoraLinear | DoraEmbedding)}
+    assert adapted == set(expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "heads"),
+    [(bert, {"classifier"}), (distilbert, {"classifier", "pre_classifier"}), (gpt2, {"lm_head"})],
+)
+def test_all_linear_leaves_the_head_alone(make, heads):
+    model = inject(make(), "all-linear")
+    plain = {n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
+    assert plain == heads
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": ["q_porj"]}, r"dora.targets: 'q_porj' matches no module; did you mean 'q_proj'"),
+        ({"targets": ["q_proj", "nonsense"]}, r"dora.targets: 'nonsense' matches no module; valid: .*k_proj"),
+        ({"targets": ["layers.0.self_atn.q_proj"]}, r"did you mean 'model.layers.0.self_attn.q_proj'"),
+        ({"targets": ["layers.9.*"]}, r"dora.targets: 'layers.9.\*' matches no module"),
+        ({"targets": ["*norm*"]}, r"dora.targets: '\*norm\*' matches no module"),
+        ({"targets": ["mlp"]}, r"is a LlamaMLP; .*such as 'model.layers.0.mlp.gate_proj'"),
+        ({"targets": ["norm"]}, r"is a LlamaRMSNorm; targets are Linear"),
+        ({"targets": []}, r"dora.targets: nothing to adapt"),
+        ({"rank": 13}, r"dora.rank: 13 is larger than the smaller side of 'model.*' \(.*\); at most"),
+        ({"rank_pattern": {"k_proj": 5}}, r"dora.rank: 5 .*k_proj' \(4, 12\); at most 4"),
+        ({"rank_pattern": {"q_porj": 2}}, r"dora.rank_pattern: 'q_porj' matches no module.*q_proj"),
+        ({"alpha_pattern": {"lm_head": 2}}, r"dora.alpha_pattern: 'lm_head' matches no module"),
+        ({"magnitude_only": ["vproj"]}, r"dora.magnitude_only: 'vproj' .*'v_proj'"),
+        ({"modules_to_save": ["lm_heat"]}, r"dora.modules_to_save: 'lm_heat' .*'lm_head'"),
+        (
+            {"modules_to_save": ["mlp"], "targets": ["up_proj"]},
+            r"'model.layers.0.mlp.up_proj' is trained in full",
+        ),
+        ({"targets": ["all-linear"], "modules_to_save": ["classifier"]}, "matches no module"),
+    ],
+)
+def test_mistakes_are_named_and_leave_the_model_untouched(settings, message):
+    model = llama()
+    modules = dict(model.named_modules())
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=message):
+        inject_dora(model, DoraConfig(**{"rank": 2, "targets": LLAMA_TARGETS, **settings}))
+    assert dict(model.named_modules()) == modules
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+    assert not hasattr(model, "dora")
+
+
+def test_a_glob_means_what_can_be_adapted_and_is_not_trained_in_full():
+    model = inject(llama(), ["model.*"], modules_to_save=["layers.1"], magnitude_only=["*.up_proj"])
+    assert set(model.dora.layers) == {"model.embed_tokens", *LINEARS[:7]}
+    assert model.model.layers[0].mlp.up_proj.lora_A is None
+
+
+def test_subclasses_that_may_compute_something_else_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4))
+    with pytest.raises(UserError, match="'1' is a Doubled"):
+        inject(model, ["1"])
+    assert inject(model, "all-linear").dora.layers == ("0",)
+    with pytest.raises(UserError, match="is a Embedding"):  # it rewrites its weight in each forward
+        inject(nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), ["0"])
+
+
+def test_injecting_twice_is_refused():
+    model = inject(llama(), ["q_proj"])
+    with pytest.raises(UserError, match="once per model"):
+        inject(model, ["k_proj"])
+
+
+def test_a_sharded_model_is_refused():
+    model = llama()
+    model.lm_head.weight.placements = (SimpleNamespace(),)  # what a DTensor has
+    with pytest.raises(UserError, match="sharded already"):
+        inject(model, ["q_proj"])
+    assert not hasattr(model, "dora")
+
+
+def test_weights_are_shared_and_frozen():
+    model = llama(attention_bias=True)
+    before = dict(model.named_parameters())
+    inject(model, ["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    after = dict(model.named_parameters())
+    assert all(after[name] is before[name] for name in before)
+    trained = {n for n, p in after.items() if p.requires_grad}
+    own = {"lora_A", "lora_B", "magnitude"}
+    layers = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)] + ["model.embed_tokens"]
+    assert trained == {f"{layer}.{part}" for layer in layers for part in own} | {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tied_weights_stay_tied(targets):
+    model = inject(llama(tie_word_embeddings=True), targets)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_module_used_twice_is_one_layer():
+    shared = nn.Linear(4, 4)
+    model = inject(nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)}), ["a", "b.0"])
+    assert model["a"] is model["b"][0] and isinstance(model["a"], DoraLinear)
+
+
+def test_the_training_flag_is_kept():
+    assert not inject(llama().eval(), ["q_proj"]).get_submodule(FIRST_Q).training
+
+
+def test_on_the_meta_device_values_come_later():
+    with torch.device("meta"):
+        model = llama()
+    inject(model, ["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    layer = model.get_submodule(FIRST_Q)
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu")
+    model.load_state_dict(dict(llama().named_parameters()), strict=False)
+    initialize_adapters(model, seed=0)
+    assert layer.lora_A.abs().sum() > 0 and torch.equal(layer.magnitude, layer.current_norm())
+
+
+def test_what_it_adapts_depends_on_patterns_in_order():
+    model = inject(
+        llama(), ["q_proj", "v_proj"], rank=3, alpha=6,
+        rank_pattern={"layers.1.self_attn.q_proj": 4, "q_proj": 1}, alpha_pattern={"*.0.*": 12}, rslora=True,
+    )  # fmt: skip
+    specs = {n.removeprefix("model.layers."): model.get_submodule(n).spec for n in model.dora.layers}
+    assert {n: s.rank for n, s in specs.items()} == {
+        "0.self_attn.q_proj": 1, "0.self_attn.v_proj": 3, "1.self_attn.q_proj": 4, "1.self_attn.v_proj": 3,
+    }  # fmt: skip
+    assert specs["0.self_attn.v_proj"].scaling == pytest.approx(12 / 3**0.5)
+    assert specs["1.self_attn.q_proj"].scaling == pytest.approx(6 / 4**0.5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_modules_to_save_train_in_fp32_inside_a_bf16_model(tied):
+    model = llama(tie_word_embeddings=tied).bfloat16()
+    saved = ["embed_tokens", "lm_head"]
+    inject(model, ["q_proj"], modules_to_save=saved)
+    embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+    assert (embedding is head) == tied
+    assert embedding.dtype == head.dtype == torch.float32
+    seen = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    output = model(input_ids=IDS, labels=IDS)
+    assert output.logits.dtype == torch.bfloat16 and seen == [torch.bfloat16]
+    output.loss.backward()
+    assert head.grad.dtype == torch.float32 and head.grad.abs().sum() > 0 and embedding.grad.abs().sum() > 0
+
+
+def test_a_classifier_trained_in_full_follows_a_later_to():
+    """`model.to(bfloat16)` takes the head along, as it does any plain module; it still runs."""
+    model = inject(distilbert().bfloat16(), "all-linear", modules_to_save=["pre_classifier", "classifier"])
+    assert model(input_ids=IDS).logits.dtype == torch.bfloat16
+    model.to(torch.bfloat16)
+    assert model(input_ids=IDS).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_half_of_a_tie_cannot_be_trained_in_full(name):
+    with pytest.raises(UserError, match="is tied to .*; name both"):
+        inject(llama(tie_word_embeddings=True), ["q_proj"], modules_to_save=[name])
+
+
+def test_an_injected_model_trains():
+    model = inject(llama(), "all-linear", rank=3)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.05)
+    attach_norm_refresh(model, optimizer)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]

@@ -1,0 +1,62 @@
+"""What a rehearsal replaces is there and is called, or the rehearsal fails."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dora_dist.planning import fake_group, rehearse
+from dora_dist.planning.patches import Patches
+from dora_dist.planning.rehearse import Job
+from dora_dist.planning.trace import Tracer
+from dora_dist.quant import modules
+
+
+def test_what_is_replaced_is_counted_and_put_back():
+    owner = SimpleNamespace(half=lambda n: n / 2)
+    before = owner.half
+    with Patches() as patches:
+        patches.replace(owner, "half", lambda half: lambda n: half(n) + 1, needed=True)
+        with pytest.raises(LookupError, match="half was replaced in a rehearsal, and nothing called it"):
+            patches.check()
+        assert owner.half(4) == 3.0
+        patches.check()
+        assert list(patches.calls.values()) == [1]
+    assert owner.half is before
+
+
+def replace_all(strategy="single"):
+    with Patches() as patches:
+        job = Job(None, Path(), 1, 1)
+        rehearse._replace(patches, job, nn.Linear(1, 1), strategy, Tracer(lambda *_: None))
+        return dict(patches.calls)
+
+
+def test_all_that_a_rehearsal_replaces_is_there():
+    names = replace_all()
+    assert "dora_dist.quant.modules._pieces" in names
+    assert "ShardingPropagator._propagate_tensor_meta_non_cached" in names
+    assert {"torch.nn.functional.scaled_dot_product_attention", "UntypedStorage.resize_", "Linear.to"} <= set(
+        names
+    )
+
+
+def test_a_target_that_was_renamed_fails_loudly(monkeypatch):
+    monkeypatch.setattr(rehearse, "_PIECES", ((modules, "_chunks"),))
+    with pytest.raises(LookupError, match=r"modules\._chunks is to be replaced in a rehearsal, and is not there"):
+        replace_all()
+    monkeypatch.setattr(rehearse, "_PIECES", ())
+    monkeypatch.setattr(fake_group, "_EVERY_RANK_ALIKE", {"is_bad_grad_norm": lambda norm: False})
+    with pytest.raises(LookupError, match="is_bad_grad_norm of DeepSpeed is to be replaced"):
+        replace_all("zero3")
+
+
+def test_a_collective_that_is_not_known_fails_loudly():
+    known = torch.ops.c10d.allreduce_.default
+    assert fake_group.collective_of(torch.ops.aten.add.Tensor, (), {}) is None
+    assert fake_group.collective_of(torch.ops.c10d.barrier.default, (), {}) is None
+    other = SimpleNamespace(namespace="c10d", _opname="allreduce_in_pieces_", _schema=known._schema)
+    with pytest.raises(LookupError, match=r"cannot count what c10d\.allreduce_in_pieces_ sends"):
+        fake_group.collective_of(other, (), {})

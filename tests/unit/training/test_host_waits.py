@@ -1,0 +1,146 @@
+"""A training step never makes the host wait for the device: nothing is read back from it."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dora_dist.config import DataConfig, DoraConfig, LogConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from dora_dist.data.run_data import RunData, load_tokenizer
+from dora_dist.models.build import draw_blueprint, sizes_of
+from dora_dist.parallel.process import Processes
+from dora_dist.parallel.strategy import choose_strategy
+from dora_dist.training import trainer as loop
+from dora_dist.training.optim import build_to_train
+from dora_dist.training.run_log import RunLog
+
+READS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_consecutive",
+    "equal",
+    "is_nonzero",
+}
+SETTINGS = {
+    "plain": {},
+    "packed": {"packing": True},
+    "checkpointed": {"packing": True, "checkpointing": True},
+    "bf16": {"dtype": "bfloat16"},
+}
+
+
+class Watch(TorchDispatchMode):
+    """Notes what reads a value: operators by themselves, and methods that read memory without one."""
+
+    def __init__(self, host):
+        super().__init__()
+        self.reads, self._host = [], {id(t) for t in host}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masked = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if (name in READS or masked) and id(args[0]) not in self._host:
+            self.reads.append(name)
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def also_methods(self, monkeypatch):
+        def watched(name, method):
+            def call(tensor, *args, **kwargs):
+                if id(tensor) not in self._host:
+                    self.reads.append(name)
+                return method(tensor, *args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch, self:
+            for name in ("tolist", "numpy", "cpu"):
+                patch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
+            yield
+
+
+def make_trainer(model, rows, scratch, packing=False, checkpointing=False, dtype="float32"):
+    config = RunConfig(
+        model=ModelConfig(path=str(model), dtype=dtype),
+        data=DataConfig(train=str(rows), seq_len=48, packing=packing),
+        dora=DoraConfig(rank=2, targets="all-linear"),
+        train=TrainConfig(steps=4, micro_batch_size=2, accumulation=2, activation_checkpointing=checkpointing),
+        parallel=ParallelConfig(strategy="single"),
+        log=LogConfig(),
+        output_dir=str(scratch),
+    )
+    processes = Processes()
+    blueprint = draw_blueprint(config, model)
+    strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
+    data = RunData(config, blueprint.model, load_tokenizer(model), processes)
+    log = RunLog(config.log, scratch, data.steps, {}, is_main=False)
+    return loop.Trainer(config, build_to_train(blueprint, strategy), strategy, data, log)
+
+
+def watched_step(trainer, monkeypatch):
+    """What a step, not the first, reads. The batch and the optimizer's count of steps are the host's own."""
+    trainer.train_step(trainer.data.plan.global_batch(0))
+    batch = trainer.data.plan.global_batch(1)
+    counts = [state["step"] for state in trainer.built.optimizer.state.values()]
+    watch = Watch([*counts, *(t for micro in batch.micro_batches for t in micro.values())])
+    find = loop.supervised_positions
+
+    def on_the_host(targets):
+        assert any(targets is micro["targets"] for micro in batch.micro_batches)
+        with torch.utils._python_dispatch._disable_current_modes():
+            return find(targets)
+
+    monkeypatch.setattr(loop, "supervised_positions", on_the_host)
+    with watch.also_methods(monkeypatch):
+        trainer.train_step(batch)
+    return watch.reads
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_step_reads_nothing_back(name, tiny_llama, tiny_rows, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_llama, tiny_rows, tmp_path, **SETTINGS[name])
+    assert watched_step(trainer, monkeypatch) == []
+
+
+def test_a_step_does_not_walk_over_the_modules(tiny_llama, tiny_rows, tmp_path, monkeypatch):
+    """Thousands in a large model, in Python."""
+    trainer = make_trainer(tiny_llama, tiny_rows, tmp_path)
+    trainer.train_step(trainer.data.plan.global_batch(0))
+    walks = []
+    for name in ("train", "modules", "named_modules"):
+        method = getattr(torch.nn.Module, name)
+
+        def noted(module, *args, name=name, method=method, **kwargs):
+            if module is trainer.built.model:
+                walks.append(name)
+            return method(module, *args, **kwargs)
+
+        monkeypatch.setattr(torch.nn.Module, name, noted)
+    trainer.train_step(trainer.data.plan.global_batch(1))
+    assert walks == []
+    trainer.sample()
+    trainer.train_step(trainer.data.plan.global_batch(2))
+    assert walks.count("train") == 2 and trainer.built.model.training  # eval is train(False)
+
+
+def test_the_watch_sees_what_transformers_reads(tiny_llama, tiny_rows, tmp_path, monkeypatch):
+    """Left to make masks, transformers looks into the position ids in each forward."""
+    trainer = make_trainer(tiny_llama, tiny_rows, tmp_path)
+    trainer.attention = None
+    assert len(watched_step(trainer, monkeypatch)) == 2  # once in each micro-batch
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_step_on_a_gpu_does_not_synchronize(name, tiny_llama, tiny_rows, tmp_path):
+    trainer = make_trainer(tiny_llama, tiny_rows, tmp_path, **SETTINGS[name])
+    trainer.train_step(trainer.data.plan.global_batch(0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step(trainer.data.plan.global_batch(1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
