@@ -7,7 +7,7 @@ import torch
 
 from dora_dist.errors import UserError
 from dora_dist.planning.cost import collective_parts, kernel_time, simulate, step_time
-from dora_dist.planning.hardware import GPUS, Cluster, Link, find_cluster
+from dora_dist.planning.hardware import ASSUMPTIONS, GPUS, Cluster, Link, find_cluster
 from dora_dist.planning.rehearse import Rehearsed, Short
 from dora_dist.planning.trace import Call, Collective
 
@@ -26,6 +26,13 @@ def send(kind, seconds, reads=(), writes=(), blocks=True):
     """A collective of 8 ranks of one machine that takes `seconds`."""
     size = round(seconds * 1e9 * 8 / 7)
     return Call(kind, "forward", tuple(reads), tuple(writes), collective=Collective(kind, size, 8, 1, blocks))
+
+
+def test_a_part_of_each_gpu_is_not_for_the_run():
+    told = "1.2 GB of each GPU and 3 % of its memory are not for the run"
+    assert any(line.startswith(told) for line in ASSUMPTIONS)
+    for gpu in GPUS.values():
+        assert gpu.usable() == pytest.approx(gpu.memory * (1 - 0.03) - 1.2e9)
 
 
 def test_kernels_take_the_slower_of_arithmetic_and_memory():
