@@ -42,6 +42,16 @@ def test_host_memory_is_apart_and_pinned_blocks_round_up():
     assert away.numel() + near.numel()
 
 
+def test_bytes_that_lie_in_host_memory_are_told():
+    with FakeTensorMode(), traced() as tracer:
+        tracer.enter(Phase.FORWARD, HOST + "x")
+        away = torch.ones(3)
+        with tracer.held_for("here"):
+            near = away * 2
+            near + near
+    assert [call.host_bytes for call in tracer.calls] == [12, 12, 0]
+
+
 def test_storages_that_are_resized_are_followed():
     with Patches() as patches, FakeTensorMode(), traced() as tracer:
         tracer.follow_resizes(patches)
