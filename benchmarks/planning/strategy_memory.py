@@ -31,7 +31,7 @@ from benchmarks.common.results import ROOT, chosen_device, default_path, parser_
 from dora_dist.cli import leave
 from dora_dist.config import RunConfig, load_config
 from dora_dist.data.batches import GlobalBatch
-from dora_dist.models.build import draw_blueprint, sizes_of
+from dora_dist.models.build import make_blueprint, sizes_of
 from dora_dist.models.weights import base_tensors
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import choose_strategy
@@ -128,7 +128,7 @@ def be_a_rank(path: Path) -> None:
 def train(config: RunConfig) -> dict[str, int]:
     """Builds the model and takes the steps. Returns what was held, in bytes."""
     processes, steps = Processes(), config.train.steps
-    blueprint = draw_blueprint(config, Path(config.model.path))
+    blueprint = make_blueprint(config, Path(config.model.path))
     base = sum(tensor.nbytes for tensor in base_tensors(blueprint.model).values())
     strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
     gc.collect()

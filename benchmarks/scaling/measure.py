@@ -25,7 +25,7 @@ from dora_dist.config import RunConfig, load_config
 from dora_dist.data.batches import GlobalBatch
 from dora_dist.device import peak_memory
 from dora_dist.errors import UserError
-from dora_dist.models.build import draw_blueprint, sizes_of
+from dora_dist.models.build import make_blueprint, sizes_of
 from dora_dist.models.huggingface import resolve_model
 from dora_dist.models.weights import base_tensors
 from dora_dist.parallel.process import Processes
@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace) -> None:
 def measure_strategy(config: RunConfig, args: argparse.Namespace, processes: Processes) -> dict[str, Any] | None:
     """One strategy's record, on rank 0."""
     directory = resolve_model(config.model.path, config.model.allow_pickle)
-    blueprint = draw_blueprint(config, directory, processes.world_size)
+    blueprint = make_blueprint(config, directory, processes.world_size)
     base = sum(tensor.nbytes for tensor in base_tensors(blueprint.model).values())
     strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
     processes.start(config.parallel.timeout_s, needed=strategy.needs_group)

@@ -58,7 +58,7 @@ def save_adapter(
     """
     injection = injection_of(model)
     shards = shards or find_shards(model)
-    shards.settle(model)
+    shards.reshard(model)
     named, heads = adapter_tensors(model, shards)
     values = (whole.cpu() for _, whole in _gathered(named, shards))
     if shards.is_writer:
@@ -146,7 +146,7 @@ def load_adapter(
             raise UserError(f"{directory / CONFIG}: {error}") from None
         _check(directory, files, trial, model, shards)
         inject_dora(model, dora_config)
-    shards.settle(model)
+    shards.reshard(model)
     for key, parameter in trained_tensors(model):
         write_whole(parameter, files.tensors[key], shards)
     for layer in dora_layers(model).values():

@@ -39,7 +39,7 @@ class Encoded(NamedTuple):
     examples: list[Example]  # several of a long text, and of a conversation that one text cannot show
     problem: str = ""  # why there are none
     truncated: bool = False  # to data.seq_len
-    divided: bool = False  # a conversation whose turns became examples of their own
+    split_into_turns: bool = False  # a conversation whose turns became examples of their own
 
 
 class _Tokens(NamedTuple):
@@ -128,7 +128,7 @@ class Encoder:
         encoded = self.encode_chunk(chunk)
         report.unused |= self.unused
         for row, made in zip(chunk, encoded, strict=True):
-            report.add(row.place, made.problem, made.truncated, made.divided)
+            report.add(row.place, made.problem, made.truncated, made.split_into_turns)
             yield from made.examples
 
     def begin(self, row: Row) -> bool:

@@ -17,11 +17,11 @@ class Report:
     rows_skipped: int = 0
     rows_truncated: int = 0  # to data.seq_len
     supervised_tokens: int = 0  # that are predicted; for classification, rows with a label
-    rows_divided: int = 0  # conversations whose turns became examples of their own
+    rows_split: int = 0  # conversations whose turns became examples of their own
     problems: list[str] = field(default_factory=list)  # of the first skipped rows, each with its place
     unused: set[str] = field(default_factory=set)  # names of fields that nothing reads
 
-    def add(self, place: str, problem: str, truncated: bool = False, divided: bool = False) -> None:
+    def add(self, place: str, problem: str, truncated: bool = False, split_into_turns: bool = False) -> None:
         """Note a row that was read.
 
         Raises:
@@ -29,7 +29,7 @@ class Report:
         """
         self.rows_read += 1
         self.rows_truncated += truncated
-        self.rows_divided += divided
+        self.rows_split += split_into_turns
         if not problem:
             return
         message = f"{place}: {problem}"
@@ -44,9 +44,9 @@ class Report:
             f"{self.rows_read:,} rows read, {self.rows_skipped:,} skipped, "
             f"{self.rows_truncated:,} truncated; {self.supervised_tokens:,} supervised tokens"
         )
-        if self.rows_divided:
+        if self.rows_split:
             head += (
-                f"; {self.rows_divided:,} conversations became one example a turn, because the chat template "
+                f"; {self.rows_split:,} conversations became one example a turn, because the chat template "
                 "renders earlier turns anew"
             )
         more = self.rows_skipped - len(self.problems)

@@ -145,7 +145,7 @@ class StreamPlan:
         """Count a window's rows. UserError, on every rank: one is bad, or a whole pass holds no good one."""
         report = self.report if self._first_pass else Report(self._config.on_bad_row)  # the same rows again
         for row, about in zip(window.rows, told, strict=True):
-            report.add(row.place, about.problem, about.truncated, about.divided)
+            report.add(row.place, about.problem, about.truncated, about.split_into_turns)
             report.supervised_tokens += sum(about.targets)
             self._pass_examples += len(about.lengths)
         self.report.unused |= unused

@@ -26,12 +26,12 @@ class Told(NamedTuple):
     targets: list[int]  # of each of its examples
     problem: str = ""
     truncated: bool = False
-    divided: bool = False
+    split_into_turns: bool = False
 
     @staticmethod
     def of(made: Encoded) -> "Told":
         lengths, targets = [len(e.ids) for e in made.examples], [e.targets for e in made.examples]
-        return Told(lengths, targets, made.problem, made.truncated, made.divided)
+        return Told(lengths, targets, made.problem, made.truncated, made.split_into_turns)
 
 
 class Unit(NamedTuple):

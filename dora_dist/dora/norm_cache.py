@@ -42,8 +42,8 @@ def refresh_norms(
     layers = [each for each in found or dora_layers(model).values() if each.magnitude is not None]
     if not layers:
         return
-    shards.settle(model)
-    shards = shards.divided()
+    shards.reshard(model)
+    shards = shards.split_rows()
     factors = _gather_factors(layers, shards)
     norms = [layer.norm for layer in layers if layer.norm is not None]
     flat = torch.zeros(sum(n.numel() for n in norms), dtype=_widest(norms), device=norms[0].device)
@@ -94,7 +94,7 @@ def initialize_adapters(model: nn.Module, seed: int, shards: Shards | None = Non
     A layer's values depend on the seed and its name alone, so every strategy and world size starts alike.
     """
     shards = shards or find_shards(model)
-    shards.settle(model)
+    shards.reshard(model)
     for name, layer in dora_layers(model).items():
         if layer.lora_A is not None and layer.lora_B is not None:
             A, B = layer.initial_factors(named_generator(seed, name))
@@ -121,7 +121,7 @@ def _factors_needed_whole(layer: DoraLayer, shards: Shards) -> Iterator[nn.Param
 
 def _add_own_part(layer: DoraLayer, part: Tensor, whole: dict[Tensor, Tensor], shards: Shards) -> None:
     """Add the squared norms of this rank's rectangles of one layer to `part`."""
-    for matrix, rows, cols in layer.own_rows(shards) if shards.counts(layer.weight) else ():
+    for matrix, rows, cols in layer.own_rows(shards) if shards.owns(layer.weight) else ():
         L_NR = U_RK = None
         if layer.lora_A is not None and layer.lora_B is not None:
             if layer.lora_B in whole:

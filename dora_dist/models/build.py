@@ -65,7 +65,7 @@ class ShardedModel:
     all_take_part: bool  # see Blueprint
 
 
-def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from_files: bool = True) -> Blueprint:
+def make_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from_files: bool = True) -> Blueprint:
     """The injected meta model of a run. Reads config.json and the headers of the weight files, no weight; without
     `from_files` config.json alone."""
     from_files = from_files and config.model.init == "pretrained"
@@ -75,7 +75,7 @@ def draw_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from
     files = SafetensorsFiles(directory, config.model.allow_pickle) if from_files else None
     if files is not None:
         if quantized:
-            files.hold_four_bit(find_four_bit(files))
+            files.take_four_bit(find_four_bit(files))
         check_shapes(files, model)
     base = Base(base_fingerprint(files, directory, config.train.seed), str(config.quant))
     if config.dora.init_from is not None and from_files:

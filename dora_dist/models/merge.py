@@ -21,7 +21,7 @@ from dora_dist.config import ParallelConfig, QuantConfig, RunConfig
 from dora_dist.data.run_data import RunData, load_tokenizer
 from dora_dist.errors import UserError
 from dora_dist.io.headers import check_link, read_header, read_json
-from dora_dist.models.build import Blueprint, build, draw_blueprint
+from dora_dist.models.build import Blueprint, build, make_blueprint
 from dora_dist.models.huggingface import resolve_model
 from dora_dist.models.merge_loaded import load_renamed, write_loaded
 from dora_dist.models.merge_weights import read_plan, write_weights
@@ -62,7 +62,7 @@ def run_merge(
     _refuse_existing(out)
     config = _alone(config)
     directory = resolve_model(config.model.path, config.model.allow_pickle)
-    blueprint = draw_blueprint(config, directory)
+    blueprint = make_blueprint(config, directory)
     if base == "original" and blueprint.files is not None and blueprint.files.four_bit:
         raise UserError(f"--base original: {str(directory)!r} is in 4 bits itself; leave --base out")
     assert blueprint.files is not None
@@ -108,7 +108,7 @@ class Check:
             train=replace(config.train, micro_batch_size=1, accumulation=1, steps=_ROWS_TO_CHECK),
         )
         self.config, self.processes = config, processes
-        self.blueprint = draw_blueprint(config, directory)
+        self.blueprint = make_blueprint(config, directory)
         data = RunData(config, self.blueprint.model, load_tokenizer(directory), processes)
         self.pad_id: int = data.pad_id
         self.batches = [

@@ -90,7 +90,7 @@ class SafetensorsFiles:
             rows = tensor[own.rows] if self.shapes[name] else tensor[...]
         return as_matrix(rows)[:, own.cols]
 
-    def hold_four_bit(self, found: Mapping[str, FourBit]) -> None:
+    def take_four_bit(self, found: Mapping[str, FourBit]) -> None:
         """Take these for the matrices that they stand for."""
         self.four_bit = dict(found)
         self.shapes.update({name: (stored.rows, stored.columns) for name, stored in found.items()})
@@ -163,7 +163,7 @@ def load_slices(model: nn.Module, files: SafetensorsFiles, shards: Shards, devic
         for own in shards.rectangles(tensor):
             for piece in _pieces(own):
                 piece.values.copy_(files.read(source, piece))
-        shards.written(tensor)
+        shards.after_write(tensor)
 
 
 def _pieces(own: Rectangle) -> Iterator[Rectangle]:
@@ -180,7 +180,7 @@ def _copy_four_bit(layer: BaseWeight, files: SafetensorsFiles, source: str, shar
         for part, values in zip(matrix.parts, files.four_bit[source].read(files, rows), strict=True):
             part.copy_(values)
     for part in layer.weight_parts:
-        shards.written(part)
+        shards.after_write(part)
 
 
 @torch.no_grad()
@@ -193,7 +193,7 @@ def load_whole(model: nn.Module, load: Callable[[], nn.Module], shards: Shards, 
             source = load().state_dict()
         except UserError as error:
             failure = str(error)
-    failure = processes.told_by_main(failure)  # which may take any time; all ranks end alike
+    failure = processes.from_main(failure)  # which may take any time; all ranks end alike
     if failure is not None:
         raise UserError(failure)
     packed = packed_layers(model)

@@ -74,7 +74,7 @@ class OptimizerState:
 
     step: Tensor  # [] fp32: the steps taken
     moments: Mapping[str, list[Rectangle]]  # fp32, by name, as rectangles of the parameter
-    counts: bool  # in a sum over the ranks: a whole copy does on one of them only
+    owned: bool  # in a sum over the ranks: a whole copy does on one of them only
 
 
 class TorchEngine:
@@ -97,7 +97,7 @@ class TorchEngine:
         self.device, self.accumulating = device, accumulating
         self.fused = bool(optimizer.defaults.get("fused"))
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
-        self.counted = [shards.counts(p) for p in self.trained]
+        self.counted = [shards.owns(p) for p in self.trained]
         self.home = self.trained[0].device  # of the parameters, which may be offloaded; `device` computes
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
@@ -122,7 +122,7 @@ class TorchEngine:
         states = {}
         for p, state in held.items():
             moments = {name: self.shards.rectangles(values) for name, values in state.moments.items()}
-            states[p] = OptimizerState(state.step, moments, self.shards.counts(p))
+            states[p] = OptimizerState(state.step, moments, self.shards.owns(p))
         return OptimizerStates(states, held.values())
 
     def sum_state_(self, flat: Tensor) -> None:

@@ -39,7 +39,7 @@ class FsdpShards:
         self.is_writer = dist.get_rank() == 0
         self._managed: tuple[nn.Module, list[FSDPModule]] | None = None  # what FSDP manages of a model
 
-    def settle(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         if self._managed is None or self._managed[0] is not model:
             self._managed = model, list(_managed(model))
         for module in self._managed[1]:
@@ -54,10 +54,10 @@ class FsdpShards:
         local = as_matrix(_local(parameter))
         return [Rectangle(local, row=self.index * self._chunk(parameter))] if local.numel() else []
 
-    def written(self, parameter: Tensor) -> None:
+    def after_write(self, parameter: Tensor) -> None:
         pass
 
-    def counts(self, parameter: Tensor) -> bool:
+    def owns(self, parameter: Tensor) -> bool:
         return isinstance(parameter, DTensor) or self.index == 0
 
     def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
@@ -73,7 +73,7 @@ class FsdpShards:
     def sum_(self, flat: Tensor) -> None:
         dist.all_reduce(flat, group=self.group)
 
-    def divided(self) -> Shards:
+    def split_rows(self) -> Shards:
         return self
 
     def _gather_sharded(self, parameters: list[DTensor]) -> list[Tensor]:

@@ -21,34 +21,36 @@ _BATCH_BYTES = 64 << 20  # of whole tensors at a time
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardedTensor:
     """One tensor of a file, and this rank's part of it: rectangles to read from or to write to."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     own: list[Rectangle]
-    counts: bool  # in a sum over the ranks: a whole copy does on one of them only
+    owned: bool  # in a sum over the ranks: a whole copy does on one of them only
 
     @property
     def bytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-def gathered(pieces: Iterable[Piece], sum_: Callable[[Tensor], object], device: torch.device) -> Iterator[Tensor]:
+def gathered(
+    pieces: Iterable[ShardedTensor], sum_: Callable[[Tensor], object], device: torch.device
+) -> Iterator[Tensor]:
     """The whole tensors, on the host. Each rank lays its part into zeros, and the bytes of all are summed: exact
     for any dtype, one collective for many tensors, whatever the sharding."""
     for batch in _batches(pieces):
         flat, wholes = _buffer(batch, device)
         for piece, whole in zip(batch, wholes, strict=True):
-            for own in piece.own if piece.counts else ():
+            for own in piece.own if piece.owned else ():
                 as_matrix(whole)[own.rows, own.cols].copy_(own.values)
         sum_(flat)
         yield from (whole.cpu() for whole in wholes)
 
 
 @torch.no_grad()
-def spread(path: Path, pieces: Sequence[Piece], processes: Processes) -> None:
+def spread(path: Path, pieces: Sequence[ShardedTensor], processes: Processes) -> None:
     """Fill each rank's part from a file that rank 0 reads."""
     problem, file = None, None
     if processes.is_main:
@@ -57,7 +59,7 @@ def spread(path: Path, pieces: Sequence[Piece], processes: Processes) -> None:
             file = safe_open(path, framework="pt")
         except UserError as error:
             problem = str(error)
-    problem = processes.told_by_main(problem)
+    problem = processes.from_main(problem)
     if problem is not None:
         raise UserError(problem)
     for batch in _batches(pieces):
@@ -71,7 +73,7 @@ def spread(path: Path, pieces: Sequence[Piece], processes: Processes) -> None:
                 own.values.copy_(as_matrix(whole)[own.rows, own.cols])
 
 
-def _misfit(path: Path, header: Header, pieces: Sequence[Piece]) -> str | None:
+def _misfit(path: Path, header: Header, pieces: Sequence[ShardedTensor]) -> str | None:
     for piece in pieces:
         stored = header.tensors.get(piece.name)
         if stored is None:
@@ -82,8 +84,8 @@ def _misfit(path: Path, header: Header, pieces: Sequence[Piece]) -> str | None:
     return None
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
+def _batches(pieces: Iterable[ShardedTensor]) -> Iterator[list[ShardedTensor]]:
+    batch: list[ShardedTensor] = []
     held = 0
     for piece in pieces:
         if batch and held + piece.bytes > _BATCH_BYTES:
@@ -95,7 +97,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _buffer(batch: Sequence[Piece], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+def _buffer(batch: Sequence[ShardedTensor], device: torch.device) -> tuple[Tensor, list[Tensor]]:
     """Zero bytes for a batch, and each tensor's place in them."""
     lengths = [-(-piece.bytes // 8) * 8 for piece in batch]  # as views of other dtypes must begin
     flat = torch.zeros(sum(lengths), dtype=torch.uint8, device=device)

@@ -157,7 +157,7 @@ class Processes:
         dist.all_gather(parts, padded)
         return [part.numpy().tobytes()[:n] for part, n in zip(parts, lengths, strict=True)]
 
-    def told_by_main(self, value: Any) -> Any:
+    def from_main(self, value: Any) -> Any:
         """Rank 0's small value (JSON) on every rank, however long it takes to come to this point: the others wait
         for the run's store, not in a collective, which has a time limit."""
         if self.world_size == 1:

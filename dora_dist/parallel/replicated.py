@@ -48,8 +48,8 @@ class Ddp(Single):
     needs_group = True
 
     def shards(self, model: nn.Module) -> Shards:
-        divided = RowsOfCopies(self.processes.rank, self.processes.world_size, self.processes.sum_)
-        return Whole(self.processes.is_main, divided)
+        by_rows = RowsOfCopies(self.processes.rank, self.processes.world_size, self.processes.sum_)
+        return Whole(self.processes.is_main, by_rows)
 
     def engine(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, loss_scale: LossScale

@@ -39,7 +39,7 @@ class Shards(Protocol):
     is_writer: bool
     """True on the one rank that writes files."""
 
-    def settle(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         """Bring every parameter into its sharded state."""
 
     def shape(self, parameter: Tensor) -> torch.Size:
@@ -48,10 +48,10 @@ class Shards(Protocol):
     def rectangles(self, parameter: Tensor) -> list[Rectangle]:
         """What this rank holds of a parameter or buffer; may be nothing."""
 
-    def written(self, parameter: Tensor) -> None:
+    def after_write(self, parameter: Tensor) -> None:
         """Called once the rectangles of `parameter` were written to: what was made from them is old now."""
 
-    def counts(self, parameter: Tensor) -> bool:
+    def owns(self, parameter: Tensor) -> bool:
         """Whether what this rank holds counts in a sum over the ranks: a whole copy does on one of them only."""
 
     def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
@@ -63,18 +63,18 @@ class Shards(Protocol):
     def sum_(self, flat: Tensor) -> None:
         """Sum a vector over the ranks that share one copy of the model, in place, by one collective."""
 
-    def divided(self) -> "Shards":
+    def split_rows(self) -> "Shards":
         """The same for reading alone, where ranks that hold whole copies share the work: each has some rows."""
 
 
 class Whole:
-    """Every parameter is whole on this rank: one process, or data parallelism without sharding (`divided` says how
-    its ranks share work)."""
+    """Every parameter is whole on this rank: one process, or data parallelism without sharding (`by_rows`: how its
+    ranks share work)."""
 
-    def __init__(self, is_writer: bool = True, divided: "RowsOfCopies | None" = None):
-        self.is_writer, self._divided = is_writer, divided
+    def __init__(self, is_writer: bool = True, by_rows: "RowsOfCopies | None" = None):
+        self.is_writer, self._by_rows = is_writer, by_rows
 
-    def settle(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         pass
 
     def shape(self, parameter: Tensor) -> torch.Size:
@@ -83,10 +83,10 @@ class Whole:
     def rectangles(self, parameter: Tensor) -> list[Rectangle]:
         return [Rectangle(as_matrix(parameter.detach()))]
 
-    def written(self, parameter: Tensor) -> None:
+    def after_write(self, parameter: Tensor) -> None:
         pass
 
-    def counts(self, parameter: Tensor) -> bool:
+    def owns(self, parameter: Tensor) -> bool:
         return True
 
     def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
@@ -98,8 +98,8 @@ class Whole:
     def sum_(self, flat: Tensor) -> None:
         pass
 
-    def divided(self) -> Shards:
-        return self._divided or self
+    def split_rows(self) -> Shards:
+        return self._by_rows or self
 
 
 class RowsOfCopies(Whole):
@@ -168,7 +168,7 @@ def write_whole(parameter: Tensor, values: Tensor, shards: Shards) -> None:
     matrix = as_matrix(values)
     for own in shards.rectangles(parameter):
         own.values.copy_(matrix[own.rows, own.cols])
-    shards.written(parameter)
+    shards.after_write(parameter)
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:

@@ -39,7 +39,7 @@ class ZeroShards:
         self.is_writer = dist.get_rank() == 0
         self.device = torch.device(get_accelerator().current_device_name())  # the weights may be offloaded
 
-    def settle(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         pass
 
     def shape(self, parameter: Any) -> torch.Size:
@@ -52,14 +52,14 @@ class ZeroShards:
         held = max(0, parameter.ds_numel - start)
         return flat_rectangles(parameter.ds_tensor.detach()[:held], start, parameter.ds_shape)
 
-    def written(self, parameter: Any) -> None:
+    def after_write(self, parameter: Any) -> None:
         if _is_partitioned(parameter):
             if _is_whole_now(parameter):
                 parameter.partition()
             parameter.ds_secondary_tensor = None  # hpZ's copy: partition() may have made it of the old values
         _renew_master(parameter)
 
-    def counts(self, parameter: Tensor) -> bool:
+    def owns(self, parameter: Tensor) -> bool:
         return _is_partitioned(parameter) or self.index == 0
 
     def rows_aligned(self, weight: Any, factor: Any) -> bool:
@@ -77,7 +77,7 @@ class ZeroShards:
     def sum_(self, flat: Tensor) -> None:
         dist.all_reduce(flat, group=self.group)
 
-    def divided(self) -> Shards:
+    def split_rows(self) -> Shards:
         return self
 
     def _gather_partitions(self, parameters: list[Any]) -> list[Tensor]:
@@ -96,7 +96,7 @@ class ZeroShards:
 class _WholeWithMasters(Whole):
     """ZeRO-1 and 2: parameters are whole, and the optimizer works on copies of them."""
 
-    def written(self, parameter: Tensor) -> None:
+    def after_write(self, parameter: Tensor) -> None:
         _renew_master(parameter)
 
 
@@ -192,8 +192,8 @@ class Zero:
         found = find_shards(model)
         if found is not None:
             return found
-        divided = RowsOfCopies(self.processes.rank, self.processes.world_size, self.processes.sum_)
-        return _WholeWithMasters(self.processes.is_main, divided)
+        by_rows = RowsOfCopies(self.processes.rank, self.processes.world_size, self.processes.sum_)
+        return _WholeWithMasters(self.processes.is_main, by_rows)
 
     def engine(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, loss_scale: LossScale
@@ -252,7 +252,7 @@ class ZeroEngine:
                 name: flat_rectangles(values[own.place], own.start, shape)
                 for name, values in state.moments.items()
             }
-            states[parameter] = OptimizerState(state.step, moments, counts=True)
+            states[parameter] = OptimizerState(state.step, moments, owned=True)
         return OptimizerStates(states, held.values())
 
     def sum_state_(self, flat: Tensor) -> None:

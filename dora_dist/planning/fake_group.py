@@ -92,12 +92,12 @@ def shapes_uncounted(patches: Patches, pause: Callable[[], AbstractContextManage
     patches.replace(ShardingPropagator, "_propagate_tensor_meta_non_cached", paused, needed)
 
 
-def stay_fake(patches: Patches, model: nn.Module) -> None:
+def ignore_moves(patches: Patches, model: nn.Module) -> None:
     """DeepSpeed moves a model to its device, where it is already: torch cannot swap fake parameters."""
     patches.replace(model, "to", lambda _: lambda *_, **__: model)
 
 
-def send_in_python(module: nn.Module) -> None:
+def reduce_in_python(module: nn.Module) -> None:
     """DDP reads the results of its own collectives in C++, where the fake group has none: those of its gradients
     are sent by a hook, and its buckets stay in their first order, which the ranks would agree on."""
     if isinstance(module, DistributedDataParallel):

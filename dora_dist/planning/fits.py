@@ -27,7 +27,7 @@ def check_fits(
             refusal = str(error)
         except RunFailed as error:
             warning = f"warning: {error}"
-    refusal, warning = processes.told_by_main([refusal, warning])
+    refusal, warning = processes.from_main([refusal, warning])
     if refusal is not None:
         raise UserError(refusal)
     return [warning] if warning else []

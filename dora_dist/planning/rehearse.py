@@ -33,7 +33,7 @@ from dora_dist.device import rehearsed_gpu
 from dora_dist.dora import norm_math, products
 from dora_dist.errors import RunFailed, UserError
 from dora_dist.models import weights
-from dora_dist.models.build import Blueprint, draw_blueprint, sizes_of
+from dora_dist.models.build import Blueprint, make_blueprint, sizes_of
 from dora_dist.parallel.orphans import end_with_parent
 from dora_dist.parallel.phases import Phase
 from dora_dist.parallel.process import Processes
@@ -43,9 +43,9 @@ from dora_dist.planning.fake_group import (
     collective_of,
     every_rank_alike,
     fake_group,
-    send_in_python,
+    ignore_moves,
+    reduce_in_python,
     shapes_uncounted,
-    stay_fake,
 )
 from dora_dist.planning.forked import Forked
 from dora_dist.planning.patches import Patches
@@ -56,8 +56,8 @@ from dora_dist.planning.stand_ins import (
     full_batch,
     gloo_scratch,
     rounded,
-    tell_apart,
-    tell_head,
+    tag_head,
+    tag_what_is_held,
 )
 from dora_dist.planning.trace import HOST, Call, Tracer
 from dora_dist.quant import modules
@@ -277,7 +277,7 @@ def _replace(patches: Patches, job: Job, model: nn.Module, strategy: str, tracer
     for module, name in () if job.every_piece else _PIECES:
         patches.replace(module, name, _first_of)
     every_rank_alike(patches, zero=strategy.startswith("zero"))
-    stay_fake(patches, model)
+    ignore_moves(patches, model)
     patches.replace(torch, "compile", _uncompiled)
     shapes_uncounted(patches, tracer.paused, needed=strategy == "fsdp")
     tracer.follow_resizes(patches)
@@ -292,9 +292,9 @@ def _run(job: Job, blueprint: Blueprint, strategy: Strategy, tracer: Tracer, bat
     blueprint = replace(blueprint, files=Files(blueprint.model, tracer))  # type: ignore[arg-type]
     built = build_to_train(blueprint, strategy)
     gc.collect()
-    tell_apart(built, tracer, weights_at)
-    send_in_python(built.engine.module)
-    tell_head(built.model, tracer)
+    tag_what_is_held(built, tracer, weights_at)
+    reduce_in_python(built.engine.module)
+    tag_head(built.model, tracer)
     steps = 2  # the second has the optimizer's states
     told: Any = SimpleNamespace(steps=steps, causal=config.model.task == "causal_lm")
     trainer = Trainer(config, built, strategy, told, log=None, watch=Watch(tracer, offloaded))  # type: ignore[arg-type]
@@ -327,7 +327,7 @@ def _draw(job: Job) -> Blueprint:
     checked = (config.data.packing, config.train.activation_checkpointing)
     about = (config.model, config.dora, config.quant, job.directory, split, checked)
     if _last_drawn is None or _last_drawn[0] != about:
-        _last_drawn = about, draw_blueprint(config, job.directory, job.world_size, from_files=False)
+        _last_drawn = about, make_blueprint(config, job.directory, job.world_size, from_files=False)
     return replace(_last_drawn[1], config=config)
 
 

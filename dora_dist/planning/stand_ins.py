@@ -23,7 +23,7 @@ _ALLOCATION = 512  # what torch's CUDA allocator rounds up to
 _PINNED = {HOST + tag for tag in (BASE, SCALES, TRAINED, GRADIENTS)}
 
 
-def tell_apart(built: TrainableModel, tracer: Tracer, offloaded: str) -> None:
+def tag_what_is_held(built: TrainableModel, tracer: Tracer, offloaded: str) -> None:
     """What is held once all is loaded, by what it is."""
     tracer.rename(offloaded + BASE, offloaded + OTHER)
     trained = [p for p in built.model.parameters() if p.requires_grad]
@@ -42,7 +42,7 @@ def _own(parameters: Sequence[Any]) -> Iterator[Tensor]:
         yield own.detach().to_local() if hasattr(own, "to_local") else own
 
 
-def tell_head(model: nn.Module, tracer: Tracer) -> None:
+def tag_head(model: nn.Module, tracer: Tracer) -> None:
     """What is made inside the output head is logits and their loss."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:

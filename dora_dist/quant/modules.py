@@ -79,7 +79,7 @@ class BaseWeight(nn.Module):
                 for part, values in zip(matrix.parts, made, strict=True):
                     part[start - rows.start : stop - rows.start] = values
         for part in self.weight_parts:
-            shards.written(part)
+            shards.after_write(part)
 
     def _kept_wide(self) -> list[Tensor]:
         """What stays fp32 under `model.to(dtype)`: scales, and what a subclass trains."""

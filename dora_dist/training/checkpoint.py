@@ -30,7 +30,7 @@ from dora_dist.dora.norm_cache import refresh_norms
 from dora_dist.errors import RunFailed, UserError
 from dora_dist.io.durable import MANIFEST, Damaged, NewDirectory, TensorHead, remove, sweep, verify, write_tensors
 from dora_dist.parallel.engine import OptimizerStates
-from dora_dist.parallel.gather import Piece, gathered, spread
+from dora_dist.parallel.gather import ShardedTensor, gathered, spread
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import Rectangle, as_matrix
 from dora_dist.training.optim import TrainableModel
@@ -42,7 +42,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Found:
+class Checkpoint:
     """A checkpoint to go on from, and its manifest."""
 
     path: Path
@@ -60,7 +60,9 @@ class Found:
 class _Contents(NamedTuple):
     """What a checkpoint holds, to be read or written."""
 
-    files: list[tuple[str, list[Piece], Callable[[Tensor], object]]]  # and the sum over those who share a copy
+    files: list[
+        tuple[str, list[ShardedTensor], Callable[[Tensor], object]]
+    ]  # and the sum over those who share a copy
     states: OptimizerStates
     random_state: Tensor  # [bytes] uint8
 
@@ -78,7 +80,7 @@ class Checkpoints:
         """`run`: what the manifests say of the run, as JSON."""
         self.directory, self.config, self.processes, self.run = directory, config, processes, run
 
-    def find(self) -> tuple[Found | None, list[str]]:
+    def find(self) -> tuple[Checkpoint | None, list[str]]:
         """What `checkpoint.resume` names, verified, and lines for the person who watches.
 
         Begun again under the same launcher or job, or with the same path to resume from, a run goes on from its
@@ -99,12 +101,12 @@ class Checkpoints:
             except OSError as mistake:
                 error = f"output_dir: {str(mistake.filename)!r} cannot be written: {mistake.strerror}"
         told = None if found is None else (str(found.path), found.manifest)
-        told, notices, error = self.processes.told_by_main((told, notices, error))
+        told, notices, error = self.processes.from_main((told, notices, error))
         if error is not None:
             raise UserError(error)
-        return None if told is None else Found(Path(told[0]), told[1]), notices
+        return None if told is None else Checkpoint(Path(told[0]), told[1]), notices
 
-    def begin(self, found: Found | None) -> list[str]:
+    def begin(self, found: Checkpoint | None) -> list[str]:
         """Set aside what is in this directory and a run that goes on from `found` has not made. Returns lines that
         say so."""
         if not self.processes.is_main:
@@ -155,7 +157,7 @@ class Checkpoints:
         for _, _, values in streams:  # ranks that do not write, and the one that could not, take part all the same
             for _ in values:
                 pass
-        failure = self.processes.told_by_main(failure)
+        failure = self.processes.from_main(failure)
         if failure is None:
             return None
         message = f"step {step}: the checkpoint was not written: {failure}; the ones before it stand"
@@ -166,10 +168,10 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """Of this run's, as rank 0 finds it."""
         found = [str(path) for path in _checkpoints(self.directory)[-1:]] if self.processes.is_main else []
-        found = self.processes.told_by_main(found)
+        found = self.processes.from_main(found)
         return Path(found[0]) if found else None
 
-    def restore(self, found: Found, built: TrainableModel) -> None:
+    def restore(self, found: Checkpoint, built: TrainableModel) -> None:
         """Read the trained tensors, the optimizer's state and, where the ranks are as many as they were, each
         rank's random state.
 
@@ -186,7 +188,7 @@ class Checkpoints:
             if name != _RNG or same_world:
                 spread(found.path / name, pieces, self.processes)
         for parameter in dict.fromkeys(trained.values()):
-            built.shards.written(parameter)
+            built.shards.after_write(parameter)
         contents.states.commit()
         if same_world:
             _set_random_state(contents.random_state)
@@ -195,17 +197,17 @@ class Checkpoints:
 
     def _contents(self, built: TrainableModel) -> "_Contents":
         shards, engine = built.shards, built.engine
-        shards.settle(built.model)
+        shards.reshard(built.model)
         states = engine.optimizer_states([parameter for _, parameter in _trained(built.model)])
         random_state = _get_random_state()
-        files: list[tuple[str, list[Piece], Callable[[Tensor], object]]] = [
+        files: list[tuple[str, list[ShardedTensor], Callable[[Tensor], object]]] = [
             (TENSORS, list(_adapter_pieces(built)), shards.sum_),
             (_OPTIMIZER, list(_optimizer_pieces(built, states)), engine.sum_state_),
             (_RNG, list(_random_pieces(random_state, self.processes)), self.processes.sum_),
         ]
         return _Contents(files, states, random_state)
 
-    def _find(self, notices: list[str]) -> Found | None:
+    def _find(self, notices: list[str]) -> Checkpoint | None:
         resume, problems = self.config.resume, []
         for path in reversed(_checkpoints(self.directory)):
             try:
@@ -226,7 +228,7 @@ class Checkpoints:
             )
         return None
 
-    def _has_begun(self, own: Found) -> bool:
+    def _has_begun(self, own: Checkpoint) -> bool:
         """Whether a checkpoint of this directory comes from the command that is being run: then to begin again, as
         the command says, would lose what it has trained."""
         then = own.manifest["run"]
@@ -234,7 +236,7 @@ class Checkpoints:
         return same_launch or self.config.resume == then["config"]["checkpoint"]["resume"] != "none"
 
 
-def _verified(path: Path) -> Found:
+def _verified(path: Path) -> Checkpoint:
     """Raises Damaged: what is there is not what was written, or not a checkpoint's."""
     manifest = verify(path, _FILES)
     parts = {"format": int, "step": int, "counters": dict, "run": dict}
@@ -244,7 +246,7 @@ def _verified(path: Path) -> Found:
         raise Damaged(f"{path / MANIFEST} has format {manifest['format']}; this version reads {FORMAT}")
     if path.name != _name(manifest["step"]):
         raise Damaged(f"{path / MANIFEST} is of step {manifest['step']}")
-    return Found(path, manifest)
+    return Checkpoint(path, manifest)
 
 
 def _set_aside(path: Path) -> str:
@@ -271,7 +273,7 @@ def _step(path: Path) -> int:
     return int(match[1])
 
 
-def _read_named(path: Path) -> Found:
+def _read_named(path: Path) -> Checkpoint:
     """A checkpoint, or the newest of a run's directory."""
     if not (path / MANIFEST).is_file():
         inside = [p for place in (path / "checkpoints", path) for p in _checkpoints(place)]
@@ -295,26 +297,26 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(key, parameter) for parameter, key in first.items()]
 
 
-def _adapter_pieces(built: TrainableModel) -> Iterator[Piece]:
+def _adapter_pieces(built: TrainableModel) -> Iterator[ShardedTensor]:
     shards = built.shards
     named, heads = adapter_tensors(built.model, shards)
     for (_, parameter), (key, dtype, shape) in zip(named, heads, strict=True):
-        yield Piece(key, dtype, tuple(shape), shards.rectangles(parameter), shards.counts(parameter))
+        yield ShardedTensor(key, dtype, tuple(shape), shards.rectangles(parameter), shards.owns(parameter))
 
 
-def _optimizer_pieces(built: TrainableModel, states: OptimizerStates) -> Iterator[Piece]:
+def _optimizer_pieces(built: TrainableModel, states: OptimizerStates) -> Iterator[ShardedTensor]:
     for key, parameter in _trained(built.model):
         state, shape = states.of[parameter], tuple(built.shards.shape(parameter))
         for name, own in state.moments.items():
-            yield Piece(f"{key}.{name}", torch.float32, shape, own, state.counts)
+            yield ShardedTensor(f"{key}.{name}", torch.float32, shape, own, state.owned)
         step = [Rectangle(as_matrix(state.step))]
-        yield Piece(f"{key}.step", torch.float32, (), step, built.shards.is_writer)
+        yield ShardedTensor(f"{key}.step", torch.float32, (), step, built.shards.is_writer)
 
 
-def _random_pieces(own_state: Tensor, processes: Processes) -> Iterator[Piece]:
+def _random_pieces(own_state: Tensor, processes: Processes) -> Iterator[ShardedTensor]:
     for rank in range(processes.world_size):
         own = [Rectangle(as_matrix(own_state))] if rank == processes.rank else []
-        yield Piece(f"rank.{rank}", torch.uint8, tuple(own_state.shape), own, counts=True)
+        yield ShardedTensor(f"rank.{rank}", torch.uint8, tuple(own_state.shape), own, owned=True)
 
 
 def _get_random_state() -> Tensor:

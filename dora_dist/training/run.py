@@ -19,7 +19,7 @@ from dora_dist.config import RunConfig
 from dora_dist.data.run_data import RunData, load_tokenizer
 from dora_dist.dora.inject import injection_of
 from dora_dist.errors import RunFailed, Stopped, UserError
-from dora_dist.models.build import Blueprint, draw_blueprint, sizes_of
+from dora_dist.models.build import Blueprint, make_blueprint, sizes_of
 from dora_dist.models.huggingface import resolve_model
 from dora_dist.models.participation import summary
 from dora_dist.models.weights import packed_layers
@@ -28,7 +28,7 @@ from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import Strategy, choose_strategy, device_memory
 from dora_dist.parallel.watchdog import Watchdog
 from dora_dist.schema import difference_between_ranks
-from dora_dist.training.checkpoint import Checkpoints, Found
+from dora_dist.training.checkpoint import Checkpoint, Checkpoints
 from dora_dist.training.health import StopSignals
 from dora_dist.training.optim import TrainableModel, build_to_train, optimizer_class
 from dora_dist.training.resume_rules import contradictions, describe_run, free_changes
@@ -63,7 +63,7 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog, check_fits: C
     processes.start(config.parallel.timeout_s, needed=processes.world_size > 1)
     _refuse_different_settings(config, processes)
     directory = resolve_model(config.model.path, config.model.allow_pickle)
-    blueprint = draw_blueprint(config, directory, processes.world_size)
+    blueprint = make_blueprint(config, directory, processes.world_size)
     tokenizer = load_tokenizer(directory)
     processes.wait_for_all()  # one that had to download the model is late
     # Of the smallest device: what follows from it is the same on all ranks.
@@ -124,7 +124,7 @@ def _attempt(save: Callable[[], None], processes: Processes) -> str | None:
         if not processes.is_main:
             raise
         problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return processes.told_by_main(problem)
+    return processes.from_main(problem)
 
 
 def _lost_adapter(problem: str, checkpoint: Path | None) -> str:
@@ -148,7 +148,7 @@ def _alone_in(output_dir: Path, processes: Processes) -> Iterator[None]:
         except OSError as error:
             if handle is None:
                 problem = f"output_dir: {str(output_dir)!r} cannot be written: {error.strerror}"
-    problem = processes.told_by_main(problem)
+    problem = processes.from_main(problem)
     try:
         if problem is not None:
             raise UserError(problem)
@@ -158,7 +158,9 @@ def _alone_in(output_dir: Path, processes: Processes) -> Iterator[None]:
             os.close(handle)
 
 
-def _log_position(found: Found | None, checkpoints: Checkpoints, config: RunConfig, steps: int) -> Resumed | None:
+def _log_position(
+    found: Checkpoint | None, checkpoints: Checkpoints, config: RunConfig, steps: int
+) -> Resumed | None:
     """Where metrics.jsonl goes on: a run that goes on from another's checkpoint has a log of its own."""
     if found is None or found.path.parent.resolve() != checkpoints.directory.resolve():
         return None
@@ -172,7 +174,7 @@ def _refuse_different_settings(config: RunConfig, processes: Processes) -> None:
     del tree["output_dir"]  # each node may have its own
     settings = processes.gather_bytes(json.dumps(tree).encode())
     problem = difference_between_ranks([json.loads(text) for text in settings]) if settings is not None else None
-    problem = processes.told_by_main(problem)
+    problem = processes.from_main(problem)
     if problem is not None:
         raise UserError(problem)
 
@@ -183,14 +185,14 @@ def _describe(blueprint: Blueprint, data: RunData, strategy: Strategy) -> dict[s
     fingerprints = {"base": blueprint.base.fingerprint, **data.fingerprints()}
     everyones = processes.gather_bytes(json.dumps({"fingerprint": fingerprints}).encode())
     problem = difference_between_ranks([json.loads(text) for text in everyones]) if everyones is not None else None
-    problem = processes.told_by_main(problem)
+    problem = processes.from_main(problem)
     if problem is not None:
         raise UserError(f"the ranks do not read the same files: {problem}")
     run = describe_run(blueprint.config, processes.world_size, processes.device.type, strategy.name, fingerprints)
-    return processes.told_by_main(run)
+    return processes.from_main(run)
 
 
-def _compare(found: Found, run: dict[str, Any], config: RunConfig, steps: int) -> list[str]:
+def _compare(found: Checkpoint, run: dict[str, Any], config: RunConfig, steps: int) -> list[str]:
     """Lines that say where the run goes on and what has changed. UserError: it cannot go on from there."""
     then = found.manifest["run"]
     problems = contradictions(then, run)

@@ -27,7 +27,7 @@ from dora_dist.parallel.phases import Phase
 from dora_dist.parallel.process import Agreement
 from dora_dist.parallel.strategy import Strategy
 from dora_dist.parallel.watchdog import Watchdog
-from dora_dist.training.checkpoint import Checkpoints, Found
+from dora_dist.training.checkpoint import Checkpoint, Checkpoints
 from dora_dist.training.health import SpeedCheck, StepCheck, StopSignals
 from dora_dist.training.optim import TrainableModel, lr_factor
 from dora_dist.training.run_log import RunLog, show
@@ -46,7 +46,7 @@ class Progress:
     samples: list[str] = field(default_factory=list)  # completions, before the first step
 
     @staticmethod
-    def of(found: Found) -> "Progress":
+    def of(found: Checkpoint) -> "Progress":
         counters = {name: found.counters[name] for name in ("tokens", "before", "samples")}
         return Progress(found.step, **counters)
 

@@ -92,7 +92,7 @@ class Injector:
         elif kind == "hash":
             assert self.trainer is not None
             built = self.trainer.built
-            built.shards.settle(built.model)
+            built.shards.reshard(built.model)
             whole = built.shards.gather([p for p in built.model.parameters() if p.requires_grad])
             digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in whole)).hexdigest()
             tell(f"hash rank {RANK} step {self.trainer.progress.step} {digest}")

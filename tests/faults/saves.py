@@ -15,7 +15,7 @@ import torch
 
 from dora_dist.config import load_config
 from dora_dist.data.run_data import RunData, load_tokenizer
-from dora_dist.models.build import draw_blueprint, sizes_of
+from dora_dist.models.build import make_blueprint, sizes_of
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import choose_strategy
 from dora_dist.training.checkpoint import Checkpoints
@@ -33,7 +33,7 @@ def make_trainer(case: Case, place: Path, *overrides: str) -> Trainer:
     torch.set_num_threads(1)  # a forked child has no thread pool
     config = load_config(case.config, [f"output_dir={place}", "parallel.strategy=single", *overrides])
     directory, processes = Path(config.model.path), Processes()
-    blueprint = draw_blueprint(config, directory)
+    blueprint = make_blueprint(config, directory)
     strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
     data = RunData(config, blueprint.model, load_tokenizer(directory), processes)
     place.mkdir(parents=True, exist_ok=True)

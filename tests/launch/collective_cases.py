@@ -1,4 +1,4 @@
-"""Run under torchrun: `agree`, `gather_bytes`, `told_by_main` and `wait_for_all`, beside other collectives."""
+"""Run under torchrun: `agree`, `gather_bytes`, `from_main` and `wait_for_all`, beside other collectives."""
 
 import time
 from datetime import timedelta
@@ -44,8 +44,8 @@ def main() -> None:
     for parts in ([b"a" * r for r in range(last + 1)], [b""] * (last + 1), [bytes(range(256))] * (last + 1)):
         gathered = processes.gather_bytes(parts[rank])
         assert gathered == (parts if rank == 0 else None)
-    assert processes.told_by_main(rank) == 0
-    assert processes.told_by_main({"path": f"/ä{rank}"}) == {"path": "/ä0"}
+    assert processes.from_main(rank) == 0
+    assert processes.from_main({"path": f"/ä{rank}"}) == {"path": "/ä0"}
     nobody_waits_in_a_collective(processes)
     processes.stop()
 

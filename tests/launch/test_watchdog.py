@@ -128,7 +128,7 @@ def test_small_collectives_on_two_ranks_and_on_one():
     one = Processes()
     assert one.agree([3, 0]).read() == [3, 0]
     assert one.gather_bytes(b"x") == [b"x"]
-    assert one.told_by_main("m") == "m"
+    assert one.from_main("m") == "m"
 
 
 def test_who_is_missing_follows_from_two_looks_at_the_beats(monkeypatch):

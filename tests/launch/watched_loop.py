@@ -53,7 +53,7 @@ def main(directory: str, timeout_s: str, steps: str, mishap: str = "none") -> No
                 if processes.is_main:
                     (Path(directory) / f"life-{life}").write_text("1000")
                     time.sleep(600)
-                processes.told_by_main(None)
+                processes.from_main(None)
             elif (processes.rank, step, life) == (1, 20, "0"):
                 MISHAPS[mishap]()
             watch.at(step, Phase.LOG)

@@ -13,7 +13,7 @@ import torch
 
 from dora_dist.cli import leave
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, RunConfig, TrainConfig
-from dora_dist.models.build import build, draw_blueprint
+from dora_dist.models.build import build, make_blueprint
 from dora_dist.models.weights import base_tensors
 from dora_dist.parallel.fsdp import Fsdp
 from dora_dist.parallel.process import Processes
@@ -67,7 +67,7 @@ def main(model_dir: str, out: str) -> None:
         data=DataConfig(train="unused"),
         train=TrainConfig(),
     )
-    blueprint = draw_blueprint(config, Path(model_dir))
+    blueprint = make_blueprint(config, Path(model_dir))
     sizes = {name: tensor.nbytes for name, tensor in base_tensors(blueprint.model).items()}
     processes.start(60)
     strategy = Fsdp(processes)

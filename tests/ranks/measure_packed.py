@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from dora_dist.cli import leave
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, ParallelConfig, QuantConfig, RunConfig
-from dora_dist.models.build import draw_blueprint, sizes_of
+from dora_dist.models.build import make_blueprint, sizes_of
 from dora_dist.models.weights import packed_layers
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import choose_strategy
@@ -39,7 +39,7 @@ def main(out: str, *strategies: str) -> None:
                 quant=QuantConfig(scheme="nf4"),
                 parallel=ParallelConfig(strategy=name),
             )
-            blueprint = draw_blueprint(config, Path(directory), processes.world_size)
+            blueprint = make_blueprint(config, Path(directory), processes.world_size)
             built = build_to_train(blueprint, choose_strategy(config, sizes_of(blueprint.model), processes))
             layers = packed_layers(built.model).values()
             own = sum(

@@ -18,7 +18,7 @@ from dora_dist.cli import leave
 from dora_dist.config import load_config
 from dora_dist.data.run_data import RunData, load_tokenizer
 from dora_dist.dora.norm_cache import dora_layers
-from dora_dist.models.build import draw_blueprint, sizes_of
+from dora_dist.models.build import make_blueprint, sizes_of
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import choose_strategy
 from dora_dist.training.optim import build_to_train
@@ -29,7 +29,7 @@ from dora_dist.training.trainer import Trainer
 def run_case(config, processes: Processes, adapter: Path) -> dict:
     """All steps' losses and gradient norms, the first step's gradients, and the norms at the end."""
     directory = Path(config.model.path)
-    blueprint = draw_blueprint(config, directory, processes.world_size)
+    blueprint = make_blueprint(config, directory, processes.world_size)
     strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
     data = RunData(config, blueprint.model, load_tokenizer(directory), processes)
     processes.start(60, needed=strategy.needs_group)
@@ -68,7 +68,7 @@ def run_case(config, processes: Processes, adapter: Path) -> dict:
     cached = {name: layer.norm.clone() for name, layer in layers.items()}
     for norm in cached.values():
         assert torch.equal(processes.broadcast_(norm.clone()), norm)  # ranks that differ would drift apart
-    shards.settle(built.model)
+    shards.reshard(built.model)
     weights = dict(zip(named, shards.gather(list(named.values())), strict=True))
     save_adapter(built.model, adapter, "base", shards)
     return {"losses": losses, "grad_norms": norms, "gradients": first, "norms": cached, "weights": weights}

@@ -16,7 +16,7 @@ from dora_dist import DoraConfig, inject_dora, load_adapter, save_adapter
 from dora_dist.config import DataConfig, ModelConfig, RunConfig
 from dora_dist.data.run_data import load_tokenizer
 from dora_dist.io.fingerprint import Base
-from dora_dist.models.build import build, draw_blueprint
+from dora_dist.models.build import build, make_blueprint
 from dora_dist.models.huggingface import resolve_model
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.replicated import Single
@@ -162,7 +162,7 @@ def run_model(path: Path, **model) -> object:
         dora=DoraConfig(rank=2, targets="all-linear"),
         data=DataConfig(train="unused"),
     )
-    blueprint = draw_blueprint(config, directory)
+    blueprint = make_blueprint(config, directory)
     load_tokenizer(directory)
     return build(blueprint, Single(Processes())).model
 

@@ -17,7 +17,7 @@ from dora_dist.data.run_data import RunData, load_tokenizer
 from dora_dist.data.sources import find_source
 from dora_dist.data.streaming import StreamPlan
 from dora_dist.io.fingerprint import Base, base_fingerprint, tokenizer_fingerprint
-from dora_dist.models.build import draw_blueprint
+from dora_dist.models.build import make_blueprint
 from dora_dist.models.weights import SafetensorsFiles
 from dora_dist.parallel.process import Processes
 from tests.conftest import letter_tokenizer
@@ -171,7 +171,7 @@ def test_a_runs_data(tiny_llama, tiny_rows, tmp_path):
         config = RunConfig(ModelConfig(str(tiny_llama)), DataConfig(train=str(tiny_rows), seq_len=48, **data))
         config = dataclasses.replace(config, dora=DoraConfig(rank=2), train=TrainConfig(steps=1))
         tokenizer = load_tokenizer(tiny_llama)
-        model = draw_blueprint(config, tiny_llama).model
+        model = make_blueprint(config, tiny_llama).model
         return RunData(config, model, tokenizer, Processes()).fingerprints()
 
     first, evaluated, streamed = fingerprints(), fingerprints(eval=str(tiny_rows)), fingerprints(streaming=True)

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from dora_dist.adapters.adapter import save_adapter
 from dora_dist.config import ModelConfig, QuantConfig, load_config
-from dora_dist.models.build import build, draw_blueprint
+from dora_dist.models.build import build, make_blueprint
 from dora_dist.models.huggingface import meta_model
 from dora_dist.models.merge_weights import read_plan
 from dora_dist.parallel.process import Processes
@@ -93,7 +93,7 @@ def test_the_untrained_base_computes_what_transformers_does(deepseek, tiny_rows,
     from transformers import AutoModelForCausalLM
 
     config = run_config(deepseek, tiny_rows, tmp_path, quant=QuantConfig(scheme=quant, block_size=32))
-    built = build(draw_blueprint(config, deepseek), Single(Processes()))
+    built = build(make_blueprint(config, deepseek), Single(Processes()))
     loaded = AutoModelForCausalLM.from_pretrained(deepseek, dtype=torch.bfloat16).eval()
     biases = {name: t for name, t in loaded.state_dict().items() if "correction" in name}
     assert biases
@@ -114,11 +114,11 @@ def test_a_linear_layer_kept_in_fp32_is_neither_packed_nor_written_narrower(
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["k_proj"])
     config = run_config(tiny_llama, tiny_rows, tmp_path, quant=QuantConfig(scheme="nf4", block_size=32))
     config = replace(config, dora=replace(config.dora, modules_to_save=saved))
-    built = build(draw_blueprint(config, tiny_llama), Single(Processes()))
+    built = build(make_blueprint(config, tiny_llama), Single(Processes()))
     attention = built.model.model.layers[0].self_attn
     assert attention.k_proj.weight.dtype == torch.float32 and attention.q_proj.weight.dtype == torch.uint8
     save_adapter(built.model, tmp_path / "adapter")
-    blueprint = draw_blueprint(config, tiny_llama)
+    blueprint = make_blueprint(config, tiny_llama)
     entries, _ = read_plan(blueprint, tmp_path / "adapter", blueprint.files)
     written = {entry.name: entry.dtype for entry in entries}
     for name, dtype in written.items():

@@ -17,7 +17,7 @@ from dora_dist.cli import main
 from dora_dist.config import load_config
 from dora_dist.dora import norm_math
 from dora_dist.models import merge, merge_loaded, merge_weights
-from dora_dist.models.build import build, draw_blueprint
+from dora_dist.models.build import build, make_blueprint
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.replicated import Single
 from tests.conftest import letter_tokenizer, save_model
@@ -44,7 +44,7 @@ def run(tiny_llama, tiny_rows, tmp_path):
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(config))
         loaded = load_config(path, ["parallel.strategy=single"])
-        built = build(draw_blueprint(loaded, model), Single(Processes())).model.eval()
+        built = build(make_blueprint(loaded, model), Single(Processes())).model.eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in built.parameters():

@@ -10,7 +10,7 @@ from dora_dist.cli import main
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, RunConfig
 from dora_dist.errors import UserError
 from dora_dist.models import weights
-from dora_dist.models.build import build, draw_blueprint
+from dora_dist.models.build import build, make_blueprint
 from dora_dist.models.weights import SafetensorsFiles
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.replicated import Single
@@ -29,7 +29,7 @@ def built(path, **model):
         dora=DoraConfig(rank=2, targets="all-linear"),
         data=DataConfig(train="unused"),
     )
-    return build(draw_blueprint(config, path), Single(Processes())).model
+    return build(make_blueprint(config, path), Single(Processes())).model
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
@@ -49,7 +49,7 @@ def test_step_zero_in_bf16_has_ratio_one_to_the_bit(tiny_llama):
         dora=DoraConfig(rank=2, targets="all-linear"),
         data=DataConfig(train="unused"),
     )
-    model = build(draw_blueprint(config, tiny_llama), Single(Processes())).model
+    model = build(make_blueprint(config, tiny_llama), Single(Processes())).model
     for layer in (m for m in model.modules() if hasattr(m, "magnitude")):
         assert layer.weight.dtype == torch.bfloat16
         assert layer.magnitude.dtype == layer.norm.dtype == torch.float32

@@ -55,7 +55,7 @@ def on_all(ranks, call):
 
 def test_what_rank_0_tells_is_waited_for_by_one_request_and_then_deleted(ranks):
     for turn in range(3):
-        told = on_all(ranks, lambda processes, turn=turn: processes.told_by_main([processes.rank, turn]))
+        told = on_all(ranks, lambda processes, turn=turn: processes.from_main([processes.rank, turn]))
         assert told == [[0, turn]] * RANKS
     for processes in ranks[1:]:
         assert "check" not in processes.store.asked and processes.store.asked.count("wait") == 3

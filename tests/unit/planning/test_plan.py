@@ -10,7 +10,7 @@ import pytest
 
 from dora_dist.cli import main
 from dora_dist.errors import UserError
-from dora_dist.models.build import draw_blueprint
+from dora_dist.models.build import make_blueprint
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import device_memory
 from dora_dist.planning import rehearse as rehearsals
@@ -94,7 +94,7 @@ def test_mistakes(arguments, named, shape_8b, tmp_path, capsys):
 
 def check_as_training_does(config, memory):
     directory = Path(config.model.path)
-    return check_fits(config, directory, draw_blueprint(config, directory).model, Processes(), memory)
+    return check_fits(config, directory, make_blueprint(config, directory).model, Processes(), memory)
 
 
 def raises(_):
@@ -116,7 +116,7 @@ def test_train_refuses_what_does_not_fit_before_loading(tmp_path):
     forced = config_of(model, length=64, force=True)
     assert check_as_training_does(forced, 8e6) == []
     assert check_as_training_does(config, 30e6) == []  # fits, but not so surely that nothing is rehearsed
-    assert not certainly_fits(draw_blueprint(config, model).model, config, 30e6)
+    assert not certainly_fits(make_blueprint(config, model).model, config, 30e6)
 
 
 @pytest.mark.ranks
@@ -153,7 +153,7 @@ def test_a_bound_that_holds(tmp_path, rehearse):
     model = write(tmp_path, num_hidden_layers=2, vocab_size=512, hidden_size=64, num_attention_heads=2)
     config = config_of(model, length=128, rows=4)
     memory = 1e6
-    while not certainly_fits(draw_blueprint(config, model).model, config, memory):
+    while not certainly_fits(make_blueprint(config, model).model, config, memory):
         memory *= 1.2
     assert rehearse(Job(config, model, 1, 1, gpu=False)).peak() < memory / 2
 

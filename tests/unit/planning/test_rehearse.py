@@ -22,7 +22,7 @@ from dora_dist.config import (
 )
 from dora_dist.data.batches import GlobalBatch
 from dora_dist.errors import RunFailed, UserError
-from dora_dist.models.build import draw_blueprint, sizes_of
+from dora_dist.models.build import make_blueprint, sizes_of
 from dora_dist.models.weights import base_tensors
 from dora_dist.parallel.phases import Phase
 from dora_dist.parallel.process import Processes
@@ -65,7 +65,7 @@ def config_of(model, strategy="single", rows=1, length=64, four_bit=False, **mor
 def allocated(config, steps):
     """The most that torch's CPU allocator holds in the steps of a real run, by the profiler's account."""
     processes = Processes()
-    blueprint = draw_blueprint(config, Path(config.model.path))
+    blueprint = make_blueprint(config, Path(config.model.path))
     strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
     rows, length = config.train.micro_batch_size, config.data.seq_len
     ids = torch.zeros(rows, length, dtype=torch.long)
@@ -136,7 +136,7 @@ def test_auto_is_decided_by_the_whole_model(tmp_path, rehearse):
     """A short version of it would fit each GPU."""
     model = write(tmp_path, num_hidden_layers=7, vocab_size=64, **SIZES)
     config = config_of(model, "auto")
-    weights = sum(t.nbytes for t in base_tensors(draw_blueprint(config, model).model).values())
+    weights = sum(t.nbytes for t in base_tensors(make_blueprint(config, model).model).values())
     found = rehearse(Job(config, model, 2, 2, device_memory=1.5 * weights))
     assert "more than half" in found.reason
     assert found.strategy == "fsdp" and [run.strategy for run in found.runs] == ["fsdp", "fsdp"]

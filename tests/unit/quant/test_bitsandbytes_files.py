@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from dora_dist.cli import main
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, QuantConfig, RunConfig
 from dora_dist.errors import UserError
-from dora_dist.models.build import draw_blueprint
+from dora_dist.models.build import make_blueprint
 from dora_dist.quant.bitsandbytes_files import find_four_bit
 from tests.conftest import letter_tokenizer
 from tests.support.ranks import run_ranks
@@ -83,7 +83,7 @@ import torch
 
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import choose_strategy
-from dora_dist.models.build import draw_blueprint, sizes_of
+from dora_dist.models.build import make_blueprint, sizes_of
 from dora_dist.training.optim import build_to_train
 from dora_dist.cli import leave
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, ParallelConfig, QuantConfig, RunConfig
@@ -100,7 +100,7 @@ for name in names:
         dora=DoraConfig(rank=2, targets=["q_proj", "k_proj", "down_proj"]),
         parallel=ParallelConfig(strategy=strategy),
     )
-    blueprint = draw_blueprint(config, Path(directory), processes.world_size)
+    blueprint = make_blueprint(config, Path(directory), processes.world_size)
     built = build_to_train(blueprint, choose_strategy(config, sizes_of(blueprint.model), processes))
     weights = loaded[name] = {}
     for layer_name, layer in built.model.named_modules():
@@ -169,7 +169,7 @@ def test_any_rows_find_their_nested_scales():
 
 
 def draw(directory, scheme: str = "nf4", skip: tuple[str, ...] = ("lm_head",), **model):
-    return draw_blueprint(
+    return make_blueprint(
         RunConfig(
             ModelConfig(str(directory), **model),
             DataConfig("unused"),
@@ -289,4 +289,4 @@ def test_conv1d_layers_are_refused(tmp_path):
         dora=DoraConfig(targets=["c_attn"]),
     )  # fmt: skip
     with pytest.raises(UserError, match=r"c_proj' is a Conv1D, .* use a 16-bit checkpoint"):
-        draw_blueprint(config, directory)
+        make_blueprint(config, directory)

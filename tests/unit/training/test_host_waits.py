@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_dist.config import DataConfig, DoraConfig, LogConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from dora_dist.data.run_data import RunData, load_tokenizer
-from dora_dist.models.build import draw_blueprint, sizes_of
+from dora_dist.models.build import make_blueprint, sizes_of
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import choose_strategy
 from dora_dist.training import trainer as loop
@@ -73,7 +73,7 @@ def make_trainer(model, rows, scratch, packing=False, checkpointing=False, dtype
         output_dir=str(scratch),
     )
     processes = Processes()
-    blueprint = draw_blueprint(config, model)
+    blueprint = make_blueprint(config, model)
     strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
     data = RunData(config, blueprint.model, load_tokenizer(model), processes)
     log = RunLog(config.log, scratch, data.steps, {}, is_main=False)

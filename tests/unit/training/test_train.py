@@ -20,7 +20,7 @@ from dora_dist.config import (
 )
 from dora_dist.dora.inject import inject_dora
 from dora_dist.errors import UserError
-from dora_dist.models.build import draw_blueprint, materialize, sizes_of
+from dora_dist.models.build import make_blueprint, materialize, sizes_of
 from dora_dist.parallel.engine import LossScale
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import choose_strategy
@@ -122,7 +122,7 @@ def test_a_buffer_that_nothing_would_fill_is_refused_by_name(tiny_llama, monkeyp
     monkeypatch.setattr(modeling_llama.LlamaMLP, "__init__", with_scale)
     config = RunConfig(ModelConfig(path=str(tiny_llama), dtype="float32"), DataConfig(train="unused"))
     with pytest.raises(UserError, match=r"makes its buffer 'model\.layers\.0\.mlp\.scale' from weights"):
-        draw_blueprint(config, tiny_llama)
+        make_blueprint(config, tiny_llama)
     model = nn.Sequential(nn.Linear(2, 2, device="meta"))
     model.register_buffer("table", torch.ones(3, device="meta"), persistent=False)
     with pytest.raises(AssertionError, match="table"):
