@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dora_dist.device import to_device
+
 IGNORED = -100  # a target that no loss counts
 _CHUNK_BYTES = 64 << 20  # of a chunk's fp32 logits; a quarter of it costs a CPU 1.4 times the time
 _LEAST_ROWS = 256  # with fewer, reading the head's weight takes longer than multiplying by it
@@ -28,7 +30,7 @@ _FP16_SCALE = 64.0  # probabilities below 6e-5 lose digits in fp16
 
 
 class HeadLoss:
-    """Has a causal model give out its summed loss in place of its logits, inside `of`."""
+    """Has a causal model's head compute the summed loss, and no logits."""
 
     def __init__(self, head: nn.Module, vocabulary: int):
         self._compute, self._vocabulary = head.forward, vocabulary
@@ -36,11 +38,20 @@ class HeadLoss:
         self._asked: tuple[Tensor, Tensor] | None = None
         head.forward = self._forward
 
+    def summed(self, model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+        """The loss of a forward of `model`, summed over `targets` (0-d, fp32). They lie on the host, where the
+        number of supervised ones is known without a wait."""
+        positions_N = supervised_positions(targets)
+        device = inputs["input_ids"].device
+        with self.of(to_device(positions_N, device), to_device(targets.flatten()[positions_N], device)):
+            loss: Tensor = model(**inputs).logits
+        return loss
+
     @contextmanager
     def of(self, positions_N: Tensor, targets_N: Tensor) -> Iterator[None]:
-        """The model's `logits` are, inside, the loss summed over `targets_N` (0-d, fp32); `positions_N` says where
-        they are in the flattened batch. Give a position even where none is supervised, with the target -100: a
-        trained head has to get its gradient on every rank."""
+        """Inside, the head gives out the loss summed over `targets_N`; `positions_N` says where they are in the
+        flattened batch. Give a position even where none is supervised, with the target -100: a trained head has to
+        get its gradient on every rank."""
         self._asked = (positions_N, targets_N)
         try:
             yield
@@ -121,8 +132,7 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def supervised_positions(targets: Tensor) -> Tensor:
-    """[N] where the flattened targets are to be learned; one position where none is. Ask it of host tensors: the
-    number has to be known there."""
+    """[N] where the flattened targets are to be learned; one position where none is."""
     positions = (targets.flatten() != IGNORED).nonzero().squeeze(1)
     return positions if len(positions) else positions.new_zeros(1)
 

@@ -21,7 +21,7 @@ from dora_dist.device import Stopwatch, peak_memory, to_device
 from dora_dist.dora.norm_cache import dora_layers, refresh_norms
 from dora_dist.errors import RunFailed, Stopped
 from dora_dist.models.attention import CausalAttention
-from dora_dist.models.head_loss import summed_loss, supervised_positions
+from dora_dist.models.head_loss import summed_loss
 from dora_dist.models.participation import refuse_idle
 from dora_dist.parallel.phases import Phase
 from dora_dist.parallel.process import Agreement
@@ -244,10 +244,7 @@ class Trainer:
         if self.built.head_loss is None:
             loss = summed_loss(module(**inputs).logits, to_device(targets, self.device))
         else:
-            positions = supervised_positions(targets)  # of the host's copy, so that nothing waits for the number
-            learned = (positions, targets.flatten()[positions])
-            with self.built.head_loss.of(*(to_device(tensor, self.device) for tensor in learned)):
-                loss = module(**inputs).logits
+            loss = self.built.head_loss.summed(module, inputs, targets)
         return loss, loss.new_zeros(())
 
     def _attention_over(self, micro: dict[str, Tensor]) -> AbstractContextManager:

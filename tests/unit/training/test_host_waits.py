@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_dist.config import DataConfig, DoraConfig, LogConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from dora_dist.data.run_data import RunData, load_tokenizer
+from dora_dist.models import head_loss
 from dora_dist.models.build import make_blueprint, sizes_of
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import choose_strategy
@@ -86,14 +87,14 @@ def watched_step(trainer, monkeypatch):
     batch = trainer.data.plan.global_batch(1)
     counts = [state["step"] for state in trainer.built.optimizer.state.values()]
     watch = Watch([*counts, *(t for micro in batch.micro_batches for t in micro.values())])
-    find = loop.supervised_positions
+    find = head_loss.supervised_positions
 
     def on_the_host(targets):
         assert any(targets is micro["targets"] for micro in batch.micro_batches)
         with torch.utils._python_dispatch._disable_current_modes():
             return find(targets)
 
-    monkeypatch.setattr(loop, "supervised_positions", on_the_host)
+    monkeypatch.setattr(head_loss, "supervised_positions", on_the_host)
     with watch.also_methods(monkeypatch):
         trainer.train_step(batch)
     return watch.reads
