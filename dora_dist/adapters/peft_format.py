@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.config import DoraConfig
-from dora_dist.dora.inject import injection_of, inside, rank_and_alpha
+from dora_dist.dora.inject import injection_of
 from dora_dist.dora.layers import DoraEmbedding, DoraLayer
 from dora_dist.dora.norm_cache import dora_layers
+from dora_dist.dora.targets import inside, rank_and_alpha
 from dora_dist.errors import UserError
 
 PREFIX = "base_model.model."

@@ -1,7 +1,7 @@
 """DoraLinear and DoraEmbedding: thin modules over the functions of functional.py. They know no distribution.
 
 A layer owns the frozen `weight`, the trained `lora_A`, `lora_B` and `magnitude`, and a norm buffer that is
-not saved. Left alone it computes its norm in every forward: slow, never stale. `attach_norm_refresh`
+not saved. By itself it computes its norm in every forward: slow, never stale. `attach_norm_refresh`
 (norm_cache.py) sets `norm_is_cached` and renews the buffer after each optimizer step, which is exact with the
 detached norm because the norm depends on weight, A and B alone.
 """
@@ -64,7 +64,7 @@ class DoraLayer(BaseWeight):
         self.magnitude = trained(features) if spec.magnitude else None
         norm = torch.zeros_like(self.magnitude, requires_grad=False) if self.magnitude is not None else None
         self.register_buffer("norm", norm, persistent=False)
-        self.norm_is_cached = False  # set by attach_norm_refresh
+        self.norm_is_cached = False  # set by cache_norms
         self._norm_is_stale = True
         self.register_load_state_dict_post_hook(_after_load)
 

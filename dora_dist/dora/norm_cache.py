@@ -56,14 +56,23 @@ def refresh_norms(
         layer.renew_norm(part)
 
 
+def cache_norms(model: nn.Module, shards: Shards | None = None) -> None:
+    """Compute the norms of `model` now and use them in every forward, until `refresh_norms` renews them.
+
+    A state dict that is loaded into a layer makes it compute in the forward until then.
+    """
+    refresh_norms(model, shards)
+    for layer in dora_layers(model).values():
+        layer.norm_is_cached = True
+
+
 def attach_norm_refresh(
     model: nn.Module, optimizer: torch.optim.Optimizer | nn.Module | None, shards: Shards | None = None
 ) -> None:
-    """Cache the norms of `model` and renew them after each `optimizer.step()` (None: for inference, never).
+    """`cache_norms`, and renew them after each `optimizer.step()` (None: nothing trains the model).
 
     Under DeepSpeed pass the engine in the optimizer's place. Exact, because a norm changes only when A or B does.
-    Loading a state dict into a layer falls back to computing in the forward until the next refresh. After writing
-    to parameters by hand call `refresh_norms(model)`.
+    After writing to parameters by hand call `refresh_norms(model)`.
 
     Raises:
         UserError: the model belongs to a DeepSpeed engine, but `optimizer` is not that engine (told at its first
@@ -71,20 +80,23 @@ def attach_norm_refresh(
     """
 
     def refresh(*_: object) -> None:
-        if isinstance(optimizer, torch.optim.Optimizer) and zero.is_managed(model):
-            raise UserError(
-                "attach_norm_refresh: DeepSpeed trains this model; call it after deepspeed.initialize, with the "
-                "engine in the optimizer's place"
-            )
+        _require_engine(model, optimizer)
         refresh_norms(model, shards)
 
-    refresh()
+    _require_engine(model, optimizer)
+    cache_norms(model, shards)
     if isinstance(optimizer, torch.optim.Optimizer):
         optimizer.register_step_post_hook(refresh)
     elif optimizer is not None:
         zero.after_each_step(optimizer, refresh)
-    for layer in dora_layers(model).values():
-        layer.norm_is_cached = True
+
+
+def _require_engine(model: nn.Module, optimizer: object) -> None:
+    if isinstance(optimizer, torch.optim.Optimizer) and zero.is_managed(model):
+        raise UserError(
+            "attach_norm_refresh: DeepSpeed trains this model; call it after deepspeed.initialize, with the "
+            "engine in the optimizer's place"
+        )
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from dora_dist.adapters.adapter import check_adapter_files, load_adapter
 from dora_dist.config import RunConfig
 from dora_dist.dora.inject import inject_dora
 from dora_dist.dora.layers import DoraLayer
-from dora_dist.dora.norm_cache import attach_norm_refresh, initialize_adapters
+from dora_dist.dora.norm_cache import cache_norms, initialize_adapters
 from dora_dist.errors import UserError
 from dora_dist.io.fingerprint import Base, base_fingerprint
 from dora_dist.models.head_loss import HeadLoss, attach_head_loss, has_plain_logits
@@ -114,7 +114,7 @@ def build(blueprint: Blueprint, strategy: Strategy) -> ShardedModel:
     initialize_adapters(model, config.train.seed, shards)
     if config.dora.init_from is not None:
         load_adapter(model, config.dora.init_from, shards, config.dora.accept_other_base)
-    attach_norm_refresh(model, None, shards)  # the training loop refreshes, and times it
+    cache_norms(model, shards)  # the training loop renews them, and times it
     if config.train.compile:
         for block in blocks(model):
             block.compile()

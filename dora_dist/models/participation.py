@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from dora_dist.dora.inject import injection_of, inside, is_target_kind, matches
+from dora_dist.dora.inject import injection_of
+from dora_dist.dora.targets import inside, is_target_kind, matches
 from dora_dist.errors import UserError
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import outermost_lists

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from dora_dist.config import QuantConfig
-from dora_dist.dora.inject import injection_of, inside, is_linear, matches, set_module
+from dora_dist.dora.inject import injection_of, set_module
 from dora_dist.dora.layers import DoraLinear
+from dora_dist.dora.targets import inside, is_linear, matches
 from dora_dist.errors import UserError, nearest
 from dora_dist.quant.modules import PackedLinear
 from dora_dist.quant.nf4 import Nf4

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, refresh_norms
+from dora_dist import DoraConfig, inject_dora, refresh_norms
+from dora_dist.dora.norm_cache import cache_norms
 from dora_dist.models.build import shard
 from dora_dist.models.head_loss import HeadLoss
 from dora_dist.parallel import fsdp, zero
@@ -57,7 +58,7 @@ def count(layers: int, method: str, strategy: Single | Fsdp) -> dict[str, dict[s
     head_loss = HeadLoss(model.head, WORDS)
     shard(model, strategy, head_loss)
     shards = strategy.shards(model)
-    attach_norm_refresh(model, None, shards)
+    cache_norms(model, shards)
     step = step_after_evaluation(model, head_loss)
     with CommDebugMode() as refresh, watch() as received:
         refresh_norms(model, shards)

@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from dora_dist import (
     DoraConfig,
     UserError,
-    attach_norm_refresh,
     inject_dora,
     load_adapter,
     merge_adapter,
@@ -21,6 +20,7 @@ from dora_dist import (
 )
 from dora_dist.adapters.peft_format import trained_tensors
 from dora_dist.dora.layers import DoraLayer
+from dora_dist.dora.norm_cache import cache_norms
 from dora_dist.io import durable
 from tests.support.peft import CASES, IDS, Case, distilbert, gpt2, llama, logits, ours, randomized
 from tests.support.rounding import MODEL, assert_near, roundings
@@ -39,7 +39,7 @@ MERGED = {
 @pytest.mark.parametrize("name", MERGED)
 def test_merged_model_computes_what_the_adapter_did(name, tmp_path):
     model = randomized(ours(MERGED[name]))
-    attach_norm_refresh(model, None)
+    cache_norms(model)
     want = logits(model)
     adapted = model.dora.layers
     before = {n: model.get_submodule(n) for n in adapted}

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, load_adapter, refresh_norms, save_adapter
 from dora_dist.dora.layers import DoraLayer
-from dora_dist.dora.norm_cache import dora_layers
+from dora_dist.dora.norm_cache import cache_norms, dora_layers
 from dora_dist.dora.norm_math import norm_ratio
 from tests.support.peft import CASES, IDS, Case, gpt2, llama, logits, ours, randomized
 from tests.support.rounding import MODEL, assert_near, rounding, roundings
@@ -88,7 +88,7 @@ def test_dropout_ends_with_training():
 
 def test_a_cached_norm_is_renewed_on_demand_and_after_a_load(tmp_path):
     model, other = small(), randomized(small())
-    attach_norm_refresh(model, None)
+    cache_norms(model)
     model[0].lora_B.data.normal_()
     assert not torch.equal(model(X), fresh_output(model)), "this test needs a stale cache to begin with"
     refresh_norms(model)
@@ -105,7 +105,7 @@ def test_a_cached_norm_is_renewed_on_demand_and_after_a_load(tmp_path):
 
 def test_a_copy_does_not_trust_its_cache():
     model = small()
-    attach_norm_refresh(model, None)
+    cache_norms(model)
     stored = io.BytesIO()
     torch.save(model, stored)
     stored.seek(0)
@@ -145,7 +145,7 @@ def test_training_with_cached_norms_is_bit_identical(kind):
 @pytest.mark.parametrize("narrow", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])
 def test_narrowing_a_model_leaves_the_adapter_wide(narrow):
     model = randomized(small())
-    attach_norm_refresh(model, None)
+    cache_norms(model)
     model(X).sum().backward()
     kept = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     narrow(model)
@@ -192,7 +192,7 @@ def test_a_magnitude_step_in_bf16_moves_the_loss_like_fp32s():
         model = llama(hidden_size=48, intermediate_size=96, head_dim=16).bfloat16().to(dtype)
         model = inject_dora(model, DoraConfig(targets=[], magnitude_only=["*_proj"]))
         magnitudes = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        attach_norm_refresh(model, None)
+        cache_norms(model)
         ids = torch.randint(0, 96, (8, 64), generator=torch.Generator().manual_seed(0))
         first = loss_of(model, ids)
         first.backward()
@@ -215,7 +215,7 @@ def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["dora", "axis in", "exact"])
 def test_activation_checkpointing(kind, reentrant):
     model = randomized(small(kind))
-    attach_norm_refresh(model, None)
+    cache_norms(model)
     grads = []
     for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
         model.zero_grad()
@@ -253,7 +253,7 @@ def test_step_zero_is_the_base_model(dtype, axis, make):
     want = logits(base)
     embedding = "embed_tokens" if hasattr(base, "model") else "wte"
     model = inject_dora(base, DoraConfig(rank=2, targets=["all-linear", embedding], magnitude_axis=axis))
-    attach_norm_refresh(model, None)
+    cache_norms(model)
     layers = dora_layers(model).values()
     assert any((layer.norm == 0).any() for layer in layers)
     for layer in layers:

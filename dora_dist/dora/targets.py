@@ -1,0 +1,183 @@
+"""Which modules of a model become DoRA layers and which are trained in full, by a configuration's names and globs.
+
+Only looks at the model, so that all mistakes are told before anything is changed.
+"""
+
+import fnmatch
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from dora_dist.config import DoraConfig
+from dora_dist.errors import UserError, nearest
+
+_GLOB = set("*?[")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a configuration means in one model; names are in the model's order."""
+
+    targets: dict[str, nn.Module]  # to be adapted
+    magnitude_only: set[str]  # the targets that train the magnitude alone
+    saved: list[str]  # trained in full
+    left_out: list[str]  # meant too, but idle: they take no part in the loss
+
+
+def choose(model: nn.Module, config: DoraConfig, idle: Collection[str]) -> Choice:
+    """The modules that `config` means. UserError: see `inject_dora`."""
+    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    _require_all_match("dora.modules_to_save", config.modules_to_save, modules)
+    meant_in_full = [name for name in modules if matches(name, config.modules_to_save)]
+    saved = _without_idle("dora.modules_to_save", config.modules_to_save, meant_in_full, idle)
+    _refuse_idle_parts(saved, idle)
+    _check_ties(model, saved)
+
+    candidates = [name for name, m in modules.items() if is_target_kind(m)]
+    free = [name for name in candidates if not inside(name, saved)]
+    magnitude_only = _selected("dora.magnitude_only", config.magnitude_only, modules, free)
+    names = [t for t in config.target_list() if t != "all-linear"]
+    meant = _selected("dora.targets", names, modules, free) | magnitude_only
+    chosen = set(_without_idle("dora.targets", [*names, *config.magnitude_only], sorted(meant), idle))
+    if "all-linear" in config.target_list():
+        heads = _output_heads(model)
+        linear = {name for name in free if is_linear(modules[name]) and modules[name] not in heads}
+        meant |= linear
+        chosen |= linear.difference(idle)
+    if not chosen:
+        raise UserError("dora.targets: nothing to adapt; name at least one module, or all-linear")
+    targets = {name: module for name, module in modules.items() if name in chosen}
+    _check_targets(targets, candidates, saved)
+    _require_all_match("dora.rank_pattern", config.rank_pattern, targets)
+    _require_all_match("dora.alpha_pattern", config.alpha_pattern, targets)
+    left_out = [name for name in modules if name in idle and (name in meant or name in meant_in_full)]
+    return Choice(targets, magnitude_only, saved, left_out)
+
+
+def matches(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that is `name`, a dotted suffix of it, "^" and all of it, or a glob that fits it."""
+    for pattern in patterns:
+        if _is_glob(pattern):
+            if fnmatch.fnmatchcase(name, pattern):
+                return pattern
+        elif name == pattern.removeprefix("^") or name.endswith("." + pattern):
+            return pattern
+    return None
+
+
+def rank_and_alpha(name: str, config: DoraConfig) -> tuple[int, float]:
+    """Of a layer that is not trained by its magnitude alone."""
+    rank_key, alpha_key = matches(name, config.rank_pattern), matches(name, config.alpha_pattern)
+    rank = config.rank_pattern[rank_key] if rank_key else config.rank
+    return rank, config.alpha_pattern[alpha_key] if alpha_key else config.alpha
+
+
+def inside(name: str, parents: Iterable[str]) -> bool:
+    return any(name == parent or name.startswith(parent + ".") for parent in parents)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def is_linear(module: nn.Module) -> bool:
+    # Exact types: a subclass may compute something else in its forward.
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def is_target_kind(module: nn.Module) -> bool:
+    # An embedding with max_norm rewrites its weight in each forward.
+    return is_linear(module) or (type(module) is nn.Embedding and module.max_norm is None)
+
+
+def _selected(
+    key: str, patterns: Iterable[str], modules: Collection[str], candidates: Collection[str]
+) -> set[str]:
+    """The modules that `patterns` mean: a name may mean any module (a wrong kind is told), a glob only those
+    that can be adapted."""
+    names = [p for p in patterns if not _is_glob(p)]
+    globs = [p for p in patterns if _is_glob(p)]
+    _require_all_match(key, names, modules, candidates)
+    _require_all_match(key, globs, candidates)
+    return {n for n in modules if matches(n, names)} | {n for n in candidates if matches(n, globs)}
+
+
+def _without_idle(key: str, patterns: Iterable[str], meant: list[str], idle: Collection[str]) -> list[str]:
+    """The modules `meant` by `patterns` that are not idle. UserError: a pattern means idle ones alone."""
+    for pattern in patterns:
+        found = [name for name in meant if matches(name, [pattern])]
+        if found and all(name in idle for name in found):
+            told = f"{found[0]!r}, which takes" if len(found) == 1 else f"{found[0]!r} and other modules that take"
+            raise UserError(f"{key}: {pattern!r} means {told} no part in the loss of text; name modules that do")
+    return [name for name in meant if name not in idle]
+
+
+def _refuse_idle_parts(saved: Iterable[str], idle: Iterable[str]) -> None:
+    for name in saved:
+        inner = min((n for n in idle if inside(n, [name])), default=None)
+        if inner is not None:
+            raise UserError(
+                f"dora.modules_to_save: {name!r} holds {inner!r}, which takes no part in the loss of text; name "
+                "the parts that do"
+            )
+
+
+def _require_all_match(
+    key: str, patterns: Iterable[str], names: Collection[str], candidates: Collection[str] | None = None
+) -> None:
+    """UserError: a pattern matches none of `names`; it proposes `candidates`, where they are others."""
+    for pattern in patterns:
+        if any(matches(name, [pattern]) for name in names):
+            continue
+        shown = names if candidates is None else candidates
+        last_parts = {name.rpartition(".")[2] for name in shown}
+        valid = {part for part in last_parts if not part.isdigit()}
+        if "." in pattern:
+            valid.update(shown)
+        raise UserError(f"{key}: {pattern!r} matches no module; {nearest(pattern, valid)}")
+
+
+def _check_targets(targets: dict[str, nn.Module], candidates: list[str], saved: list[str]) -> None:
+    for name, module in targets.items():
+        if not is_target_kind(module):
+            inner = [n for n in candidates if n.startswith(name + ".")]
+            raise UserError(
+                f"dora.targets: {name!r} is a {type(module).__name__}; targets are Linear, Conv1D and "
+                f"Embedding modules{', such as ' + repr(inner[0]) if inner else ''}"
+            )
+        if inside(name, saved):
+            raise UserError(f"dora.targets: {name!r} is trained in full by dora.modules_to_save already")
+
+
+def _check_ties(model: nn.Module, saved: list[str]) -> None:
+    """A weight trained in full under one name and frozen under another cannot stay tied."""
+    owners: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name)
+    for names in owners.values():
+        free = [n for n in names if not inside(n, saved)]
+        if free and len(free) < len(names):
+            held = next(n for n in names if n not in free)
+            raise UserError(
+                f"dora.modules_to_save: {held!r} is tied to {free[0]!r}; name both modules (they are trained "
+                "as one weight) or neither"
+            )
+
+
+def _output_heads(model: nn.Module) -> set[nn.Module]:
+    """The modules that make a model's final outputs: what transformers calls output embeddings, or, in a
+    classifier, the linear layers outside the base model."""
+    heads = set()
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    if head is not None:
+        heads.add(head)
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    if isinstance(base, nn.Module):
+        heads |= set(model.modules()) - set(base.modules())
+    return heads
+
+
+def _is_glob(pattern: str) -> bool:
+    return not _GLOB.isdisjoint(pattern)
