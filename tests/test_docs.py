@@ -1,6 +1,7 @@
 """Pages that state what the code says are checked against it."""
 
 import dataclasses
+import importlib.util
 import re
 
 import pytest
@@ -26,10 +27,31 @@ def test_every_committed_configuration_is_valid(path):
     assert len(path.read_text().splitlines()) <= 60
 
 
-@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name)
+PAGES = pytest.mark.parametrize(
+    "page", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name
+)
+
+
+@PAGES
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+@PAGES
+def test_files_and_commands_that_are_named_exist(page):
+    text = page.read_text()
+    folders = "dora_dist|launch|configs|benchmarks|tests|docs"
+    for path in re.findall(rf"(?<![\w/.])((?:{folders})/[\w./-]*\w)", text):
+        assert (ROOT / path).exists(), path
+    rooms = "|".join(folder.name for folder in (ROOT / "dora_dist").iterdir() if folder.is_dir())
+    for path in re.findall(rf"(?<![\w/.])((?:{rooms})/\w+\.py)", text):
+        assert (ROOT / "dora_dist" / path).exists(), path
+    for module in re.findall(r"python -m ((?:benchmarks|tests)[\w.]*\w)", text):
+        assert importlib.util.find_spec(module), module
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    code = re.findall(r"`[^`\n]+`|```.*?```", text, re.DOTALL)
+    assert set(re.findall(r"(?:^|`|\n)make ([a-z-]+)", "\n".join(code))) <= targets
 
 
 @pytest.mark.parametrize(
