@@ -130,7 +130,7 @@ def train(config: RunConfig) -> dict[str, int]:
     processes, steps = Processes(), config.train.steps
     blueprint = make_blueprint(config, Path(config.model.path))
     base = sum(tensor.nbytes for tensor in base_tensors(blueprint.model).values())
-    strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
+    strategy = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes)
     gc.collect()
     memory = Memory(processes.device)
     built = build_to_train(blueprint, strategy)

@@ -16,15 +16,15 @@ from benchmarks.scaling.measure import PROBE_PARTS, everyones, probe_seconds
 from benchmarks.scaling.records import directory_of, link_of, save
 from dora_dist.errors import UserError
 from dora_dist.parallel.process import Processes
+from dora_dist.parallel.shards import all_gather
 
 SIZES = [1 << power for power in range(10, 26)]  # 1 KB to 32 MB
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 # Of the whole vector, of this rank's part, and whether to go on meanwhile. What they write is new memory each
 # time, as in FSDP2: on a CPU its pages are made then.
 Call = Callable[[Tensor, Tensor, bool], Any]
 CALLS: dict[str, Call] = {
-    "all_gather": lambda whole, part, on: _all_gather(torch.empty_like(whole), part, async_op=on),
+    "all_gather": lambda whole, part, on: all_gather(torch.empty_like(whole), part, async_op=on),
     "reduce_scatter": lambda whole, part, on: _reduce_scatter(torch.empty_like(part), whole, async_op=on),
     "all_reduce": lambda whole, part, on: dist.all_reduce(whole, async_op=on),
 }

@@ -106,7 +106,7 @@ def measure_strategy(config: RunConfig, args: argparse.Namespace, processes: Pro
     directory = resolve_model(config.model.path, config.model.allow_pickle)
     blueprint = make_blueprint(config, directory, processes.world_size)
     base = sum(tensor.nbytes for tensor in base_tensors(blueprint.model).values())
-    strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
+    strategy = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes)
     processes.start(config.parallel.timeout_s, needed=strategy.needs_group)
     built = build_to_train(blueprint, strategy)
     phases = Phases()

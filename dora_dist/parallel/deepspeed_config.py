@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dora_dist.config import RunConfig
+from dora_dist.config import ParallelConfig, TrainConfig
 from dora_dist.errors import UserError, nearest
 
 _PREFIX = "parallel.deepspeed"
@@ -60,7 +60,9 @@ class Sizes:
     trained: int  # all that is trained
 
 
-def deepspeed_config(config: RunConfig, sizes: Sizes, world_size: int, on_gpu: bool) -> dict[str, Any]:
+def deepspeed_config(
+    parallel: ParallelConfig, train: TrainConfig, sizes: Sizes, world_size: int, on_gpu: bool
+) -> dict[str, Any]:
     """What `deepspeed.initialize` gets, for a zero1, zero2 or zero3 run.
 
     ZeRO-3 keeps two blocks of weights: the one that computes and the next. With DeepSpeed's own limits, of 1e9
@@ -73,8 +75,8 @@ def deepspeed_config(config: RunConfig, sizes: Sizes, world_size: int, on_gpu: b
     Raises:
         UserError: `parallel.deepspeed` contradicts one of our keys (both are named), or asks for what cannot be.
     """
-    stage = int(config.parallel.strategy.removeprefix("zero"))
-    extra = _without_auto(config.parallel.deepspeed)
+    stage = int(parallel.strategy.removeprefix("zero"))
+    extra = _without_auto(parallel.deepspeed)
     bucket = max(1, min(_BUCKET, sizes.trained))
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:
@@ -82,20 +84,20 @@ def deepspeed_config(config: RunConfig, sizes: Sizes, world_size: int, on_gpu: b
         zero["stage3_prefetch_bucket_size"] = sizes.block
         zero["stage3_max_reuse_distance"] = 0
         zero["stage3_param_persistence_threshold"] = 0
-    if config.parallel.cpu_offload:
+    if parallel.cpu_offload:
         offload = {"device": "cpu", "pin_memory": on_gpu}
         zero["offload_optimizer"] = offload
         if stage == 3:
             zero["offload_param"] = dict(offload)
     ours = {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.train.accumulation,
-        "gradient_clipping": config.train.max_grad_norm or 0.0,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.max_grad_norm or 0.0,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, offloaded or not
         "zero_allow_untested_optimizer": True,  # bitsandbytes', which DeepSpeed does not know
         "zero_optimization": zero,
     }
-    batch = config.train.micro_batch_size * config.train.accumulation * world_size
+    batch = train.micro_batch_size * train.accumulation * world_size
     extra = _undecided("", extra, {**ours, "train_batch_size": batch})
     for key in extra:
         if key not in _FREE:
@@ -105,7 +107,7 @@ def deepspeed_config(config: RunConfig, sizes: Sizes, world_size: int, on_gpu: b
         if not isinstance(section, Mapping):
             raise UserError(f"{_PREFIX}.zero_optimization: expected a section of keys, found {section!r}")
         extra["zero_optimization"] = _undecided("zero_optimization.", section, zero)
-        _check_zero(extra["zero_optimization"], config.parallel.cpu_offload, stage, world_size, on_gpu)
+        _check_zero(extra["zero_optimization"], parallel.cpu_offload, stage, world_size, on_gpu)
     return _merged(ours, extra)
 
 

@@ -1,17 +1,17 @@
 """One optimizer step: what the training loop asks of an engine, the engine of the torch strategies, and fp16's
 loss scale."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dora_dist.config import TrainConfig
+from dora_dist.parallel.gather import ShardedTensor
 from dora_dist.parallel.optimizer_state import AdamState, adam_state
-from dora_dist.parallel.shards import Rectangle, Shards
+from dora_dist.parallel.shards import Rectangle, Shards, as_matrix
 
 
 class LossScale:
@@ -51,30 +51,34 @@ class Engine(Protocol):
         """Clip and update, on all ranks or, where the gradient is not finite, on none: then nothing changes but
         the loss scale. Returns the global gradient norm before clipping."""
 
-    def optimizer_states(self, parameters: Sequence[nn.Parameter]) -> "OptimizerStates":
-        """What this rank holds of the optimizer's states, to read, or to write and commit; zeros before the first
+    def optimizer_state(self, named: Sequence[tuple[str, nn.Parameter]]) -> "OptimizerState":
+        """What the optimizer keeps of these parameters, to read, or to write and commit; zeros before the first
         step."""
 
-    def sum_state_(self, flat: Tensor) -> None:
-        """Sum a vector over the ranks that share one copy of the optimizer's state, in place."""
 
-
-class OptimizerStates(NamedTuple):
-    of: Mapping[nn.Parameter, "OptimizerState"]
+class OptimizerState(NamedTuple):
+    tensors: list[ShardedTensor]  # of each parameter: NAME.exp_avg, NAME.exp_avg_sq, NAME.step
     held: Iterable[AdamState]  # of the tensors that the optimizer updates
+    sum_: Callable[[Tensor], object]  # over the ranks that share one copy of the state, in place
 
     def commit(self) -> None:
+        """Give what was written to `tensors` to the optimizer."""
         for state in self.held:
             state.commit()
 
 
-@dataclass(frozen=True)
-class OptimizerState:
-    """This rank's part of one parameter's state."""
-
-    step: Tensor  # [] fp32: the steps taken
-    moments: Mapping[str, list[Rectangle]]  # fp32, by name, as rectangles of the parameter
-    owned: bool  # in a sum over the ranks: a whole copy does on one of them only
+def state_tensors(
+    name: str,
+    shape: Sequence[int],
+    state: AdamState,
+    own: Sequence[list[Rectangle]],
+    owned: bool,
+    is_writer: bool,
+) -> Iterator[ShardedTensor]:
+    """This rank's part of one parameter's state; `own`: of each moment. Every rank has the step."""
+    for kind, rectangles in zip(state.moments, own, strict=True):
+        yield ShardedTensor(f"{name}.{kind}", torch.float32, tuple(shape), rectangles, owned)
+    yield ShardedTensor(f"{name}.step", torch.float32, (), [Rectangle(as_matrix(state.step))], is_writer)
 
 
 class TorchEngine:
@@ -117,16 +121,14 @@ class TorchEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
-    def optimizer_states(self, parameters: Sequence[nn.Parameter]) -> OptimizerStates:
-        held = {p: adam_state(self.optimizer, p) for p in parameters}
-        states = {}
-        for p, state in held.items():
-            moments = {name: self.shards.rectangles(values) for name, values in state.moments.items()}
-            states[p] = OptimizerState(state.step, moments, self.shards.owns(p))
-        return OptimizerStates(states, held.values())
-
-    def sum_state_(self, flat: Tensor) -> None:
-        self.shards.sum_(flat)
+    def optimizer_state(self, named: Sequence[tuple[str, nn.Parameter]]) -> OptimizerState:
+        shards = self.shards
+        held = [adam_state(self.optimizer, p) for _, p in named]
+        tensors: list[ShardedTensor] = []
+        for (name, p), state in zip(named, held, strict=True):
+            own = [shards.rectangles(moment) for moment in state.moments.values()]
+            tensors += state_tensors(name, shards.shape(p), state, own, shards.owns(p), shards.is_writer)
+        return OptimizerState(tensors, held, shards.sum_)
 
     @torch.no_grad()
     def _clip(self) -> Tensor:

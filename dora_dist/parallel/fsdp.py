@@ -5,12 +5,11 @@ rows of W holds the same rows of B and m. Mixed precision is the layer's own bus
 16-bit W): FSDP's `param_dtype` would round the magnitudes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -20,23 +19,17 @@ from dora_dist.config import TrainConfig
 from dora_dist.errors import UserError
 from dora_dist.parallel.engine import Engine, LossScale, TorchEngine
 from dora_dist.parallel.process import Processes
-from dora_dist.parallel.shards import Rectangle, Shards, as_matrix, blocks
-
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+from dora_dist.parallel.shards import GroupShards, Rectangle, Shards, as_matrix, blocks, common_dtype
 
 
-class FsdpShards:
+class FsdpShards(GroupShards):
     """The shard protocol over DTensors sharded by rows on the last dimension of `mesh` (the one before it, if
     any, holds replicas). What FSDP does not manage (buffers, modules left outside) is whole on every rank."""
 
     def __init__(self, mesh: DeviceMesh):
-        self.group = mesh.get_group(mesh.ndim - 1)
-        self.index = mesh.get_local_rank(mesh.ndim - 1)
-        self.size = mesh.size(mesh.ndim - 1)
-        self.device = torch.device(mesh.device_type)
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        self.is_writer = dist.get_rank() == 0
+        on_gpu = mesh.device_type == "cuda"
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device(mesh.device_type)
+        super().__init__(mesh.get_group(mesh.ndim - 1), device)
         self._managed: tuple[nn.Module, list[FSDPModule]] | None = None  # what FSDP manages of a model
 
     def reshard(self, model: nn.Module) -> None:
@@ -57,53 +50,32 @@ class FsdpShards:
     def after_write(self, parameter: Tensor) -> None:
         pass
 
-    def owns(self, parameter: Tensor) -> bool:
-        return isinstance(parameter, DTensor) or self.index == 0
+    def is_split(self, parameter: Tensor) -> bool:
+        return isinstance(parameter, DTensor)
 
     def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
         if isinstance(weight, DTensor) and isinstance(factor, DTensor):
             return weight.placements == factor.placements and weight.shape[0] == factor.shape[0]
         return not isinstance(weight, DTensor) and not isinstance(factor, DTensor)
 
-    def gather(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        sharded = [p for p in parameters if isinstance(p, DTensor)]
-        whole = iter(self._gather_sharded(sharded) if sharded else ())
-        return [next(whole) if isinstance(p, DTensor) else p.detach() for p in parameters]
-
-    def sum_(self, flat: Tensor) -> None:
-        dist.all_reduce(flat, group=self.group)
-
-    def split_rows(self) -> Shards:
-        return self
-
-    def _gather_sharded(self, parameters: list[DTensor]) -> list[Tensor]:
+    def _gather_split(self, parameters: list[DTensor]) -> list[Tensor]:
         """One collective for all parameters.
 
         Where ranks are few, an all-gather of every rank's rows, each parameter padded to the same number of rows
         on every rank. Where they are more than the rows of many parameters (A has `rank` rows), padding would
         grow with the number of ranks; then each rank's rows go into one exact vector of zeros, and all are summed.
         """
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
         matrices = [as_matrix(_local(p)) for p in parameters]
         slots = [self._chunk(p) * m.shape[1] for p, m in zip(parameters, matrices, strict=True)]
         sizes = [p.numel() for p in parameters]
-        if self.size * sum(slots) > 2 * sum(sizes):  # a ring's all-reduce moves twice the bytes of its all-gather
-            whole = torch.zeros(sum(sizes), dtype=dtype, device=self.device)
-            for parameter, matrix, part in zip(parameters, matrices, whole.split(sizes), strict=True):
-                start = self.index * self._chunk(parameter) * matrix.shape[1]
-                part[start : start + matrix.numel()].copy_(matrix.reshape(-1))
-            dist.all_reduce(whole, group=self.group)
-            return [part.view(p.shape).to(p.dtype) for p, part in zip(parameters, whole.split(sizes), strict=True)]
-        own = torch.zeros(sum(slots), dtype=dtype, device=self.device)
-        for slot, matrix in zip(own.split(slots), matrices, strict=True):
-            slot[: matrix.numel()].copy_(matrix.reshape(-1))
-        everyone = torch.empty(self.size * own.numel(), dtype=dtype, device=self.device)
-        _all_gather(everyone, own, group=self.group)
-        columns = everyone.view(self.size, -1).split(slots, dim=1)
-        return [
-            column.reshape(-1)[: p.numel()].view(p.shape).to(p.dtype)
-            for p, column in zip(parameters, columns, strict=True)
-        ]
+        if self.size * sum(slots) <= 2 * sum(sizes):  # a ring's all-reduce moves twice the bytes of its all-gather
+            return self._all_gather(matrices, slots, [p.shape for p in parameters])
+        whole = torch.zeros(sum(sizes), dtype=common_dtype(matrices), device=self.device)
+        parts = whole.split(sizes)
+        for matrix, slot, part in zip(matrices, slots, parts, strict=True):
+            part[self.index * slot :][: matrix.numel()].copy_(matrix.reshape(-1))
+        self.sum_(whole)
+        return [part.view(p.shape).to(p.dtype) for p, part in zip(parameters, parts, strict=True)]
 
     def _chunk(self, parameter: Tensor) -> int:
         return -(-parameter.shape[0] // self.size)  # rows per rank; the last ranks may have fewer, or none

@@ -9,10 +9,13 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,57 @@ class RowsOfCopies(Whole):
 
     def sum_(self, flat: Tensor) -> None:
         self._sum(flat)
+
+
+class GroupShards:
+    """What FSDP and ZeRO-3 share: each rank of `group` has a part of every split parameter, the others whole."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        self.group, self.device = group, device
+        self.index, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.is_writer = dist.get_rank() == 0
+
+    def is_split(self, parameter: Tensor) -> bool:
+        raise NotImplementedError
+
+    def must_gather(self, parameter: Tensor) -> bool:
+        return self.is_split(parameter)
+
+    def owns(self, parameter: Tensor) -> bool:
+        return self.is_split(parameter) or self.index == 0
+
+    def gather(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        split = [p for p in parameters if self.must_gather(p)]
+        whole = iter(self._gather_split(split) if split else ())
+        return [next(whole) if self.must_gather(p) else p.detach() for p in parameters]
+
+    def sum_(self, flat: Tensor) -> None:
+        dist.all_reduce(flat, group=self.group)
+
+    def split_rows(self) -> Shards:
+        return self  # type: ignore[return-value]
+
+    def _gather_split(self, parameters: list[Any]) -> list[Tensor]:
+        raise NotImplementedError
+
+    def _all_gather(self, parts: list[Tensor], slots: list[int], shapes: list[torch.Size]) -> list[Tensor]:
+        """The whole tensors of `shapes` by one collective. This rank holds `parts`, each padded to its slot, which
+        has as many elements on every rank."""
+        own = torch.zeros(sum(slots), dtype=common_dtype(parts), device=self.device)
+        for slot, part in zip(own.split(slots), parts, strict=True):
+            slot[: part.numel()].copy_(part.reshape(-1))
+        everyone = torch.empty(self.size * own.numel(), dtype=own.dtype, device=self.device)
+        all_gather(everyone, own, group=self.group)
+        columns = everyone.view(self.size, -1).split(slots, dim=1)
+        return [
+            column.reshape(-1)[: shape.numel()].view(shape).to(part.dtype)
+            for column, shape, part in zip(columns, shapes, parts, strict=True)
+        ]
+
+
+def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """What tensors of several dtypes are sent in: exact for each of them."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from dora_dist.config import ParallelConfig, RunConfig
+from dora_dist.config import ParallelConfig, TrainConfig
 from dora_dist.device import is_gpu
 from dora_dist.errors import UserError
 from dora_dist.parallel.deepspeed_config import Sizes, deepspeed_config
@@ -31,24 +31,24 @@ def strategy_for(parallel: ParallelConfig, weight_bytes: int, world: int, device
 
 
 def choose_strategy(
-    config: RunConfig, sizes: Sizes, processes: Processes, memory: float | None = None
+    parallel: ParallelConfig, train: TrainConfig, sizes: Sizes, processes: Processes, memory: float | None = None
 ) -> Strategy:
     """The strategy that `strategy_for` names. `memory`: a device's bytes; None: as found here."""
-    parallel, world = config.parallel, processes.world_size
+    world = processes.world_size
     if parallel.strategy == "single" and world > 1:
         raise UserError(
             f"parallel.strategy: single runs in one process, but {world} were launched; use ddp, fsdp or zero3"
         )
     name, _ = strategy_for(parallel, sizes.weight_bytes, world, memory or device_memory(processes))
-    if config.train.optimizer != "adamw" and name == "fsdp":  # as chosen by auto
+    if train.optimizer != "adamw" and name == "fsdp":  # as chosen by auto
         raise UserError(
-            f"train.optimizer: {config.train.optimizer} does not work with fsdp, which parallel.strategy: auto "
+            f"train.optimizer: {train.optimizer} does not work with fsdp, which parallel.strategy: auto "
             "chose for this run; use adamw, or set zero1, zero2 or zero3"
         )
     if name == "fsdp":
         return Fsdp(processes, parallel.replicas, parallel.cpu_offload)
     if name.startswith("zero"):
-        settings = deepspeed_config(config, sizes, world, on_gpu=is_gpu(processes.device))
+        settings = deepspeed_config(parallel, train, sizes, world, on_gpu=is_gpu(processes.device))
         return Zero(processes, settings)
     return Ddp(processes) if name == "ddp" else Single(processes)
 

@@ -10,7 +10,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,26 +19,30 @@ from torch import Tensor, nn
 
 from dora_dist.config import TrainConfig
 from dora_dist.errors import UserError
-from dora_dist.parallel.engine import Engine, LossScale, OptimizerState, OptimizerStates
+from dora_dist.parallel.engine import Engine, LossScale, OptimizerState, state_tensors
+from dora_dist.parallel.gather import ShardedTensor
 from dora_dist.parallel.optimizer_state import AdamState, adam_state
 from dora_dist.parallel.process import Processes
-from dora_dist.parallel.shards import Rectangle, RowsOfCopies, Shards, Whole, as_matrix, flat_rectangles
+from dora_dist.parallel.shards import (
+    GroupShards,
+    Rectangle,
+    RowsOfCopies,
+    Shards,
+    Whole,
+    as_matrix,
+    flat_rectangles,
+)
 
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 
-
-class ZeroShards:
+class ZeroShards(GroupShards):
     """The shard protocol over ZeRO-3's partitions. A rank's range of a parameter is `ceil(numel / ranks)` elements
     long, padded at the end. Parameters of which DeepSpeed keeps a whole copy need no gathering."""
 
     def __init__(self, parameter: Any):
         from deepspeed.accelerator import get_accelerator
 
-        self.group = parameter.ds_process_group
-        self.index = dist.get_rank(self.group)
-        self.size = dist.get_world_size(self.group)
-        self.is_writer = dist.get_rank() == 0
-        self.device = torch.device(get_accelerator().current_device_name())  # the weights may be offloaded
+        # Not the weights' device: they may be offloaded.
+        super().__init__(parameter.ds_process_group, torch.device(get_accelerator().current_device_name()))
 
     def reshard(self, model: nn.Module) -> None:
         pass
@@ -59,8 +64,11 @@ class ZeroShards:
             parameter.ds_secondary_tensor = None  # hpZ's copy: partition() may have made it of the old values
         _renew_master(parameter)
 
-    def owns(self, parameter: Tensor) -> bool:
-        return _is_partitioned(parameter) or self.index == 0
+    def is_split(self, parameter: Tensor) -> bool:
+        return _is_partitioned(parameter)
+
+    def must_gather(self, parameter: Tensor) -> bool:
+        return _is_partitioned(parameter) and not _is_whole_now(parameter)
 
     def rows_aligned(self, weight: Any, factor: Any) -> bool:
         """Where the ranks divide the rows, ranges are whole rows."""
@@ -68,29 +76,10 @@ class ZeroShards:
         rows = self.shape(weight)[0]
         return partitioned and rows == self.shape(factor)[0] and rows % self.size == 0
 
-    def gather(self, parameters: Sequence[Any]) -> list[Tensor]:
-        apart = [p for p in parameters if _is_partitioned(p) and not _is_whole_now(p)]
-        gathered = iter(self._gather_partitions(apart) if apart else ())
-        away = {id(p) for p in apart}
-        return [next(gathered) if id(p) in away else p.detach() for p in parameters]
-
-    def sum_(self, flat: Tensor) -> None:
-        dist.all_reduce(flat, group=self.group)
-
-    def split_rows(self) -> Shards:
-        return self
-
-    def _gather_partitions(self, parameters: list[Any]) -> list[Tensor]:
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+    def _gather_split(self, parameters: list[Any]) -> list[Tensor]:
+        parts = [p.ds_tensor.detach() for p in parameters]
         slots = [p.ds_tensor.ds_numel for p in parameters]
-        own = torch.cat([p.ds_tensor.detach().to(self.device, dtype) for p in parameters])
-        everyone = torch.empty(self.size * own.numel(), dtype=dtype, device=self.device)
-        _all_gather(everyone, own, group=self.group)
-        columns = everyone.view(self.size, -1).split(slots, dim=1)
-        return [
-            column.reshape(-1)[: p.ds_numel].view(p.ds_shape).to(p.dtype)
-            for p, column in zip(parameters, columns, strict=True)
-        ]
+        return self._all_gather(parts, slots, [p.ds_shape for p in parameters])
 
 
 class _WholeWithMasters(Whole):
@@ -238,47 +227,34 @@ class ZeroEngine:
         self.loss_scale.accepts(grad_norm)
         return grad_norm
 
-    def optimizer_states(self, parameters: Sequence[Any]) -> OptimizerStates:
+    def optimizer_state(self, named: Sequence[tuple[str, Any]]) -> OptimizerState:
         zero = self.module.optimizer
         held: dict[Tensor, AdamState] = {}
-        states = {}
-        for parameter in parameters:
-            flat, own = _state_range(zero, parameter)
+        tensors: list[ShardedTensor] = []
+        for name, parameter in named:
+            flat, place, start = _state_range(zero, parameter)
             if flat not in held:
                 held[flat] = adam_state(zero.optimizer, flat)
-            state = held[flat]
             shape = parameter.ds_shape if _is_partitioned(parameter) else parameter.shape
-            moments = {
-                name: flat_rectangles(values[own.place], own.start, shape)
-                for name, values in state.moments.items()
-            }
-            states[parameter] = OptimizerState(state.step, moments, owned=True)
-        return OptimizerStates(states, held.values())
-
-    def sum_state_(self, flat: Tensor) -> None:
-        dist.all_reduce(flat, group=self.module.optimizer.dp_process_group)
+            own = [flat_rectangles(moment[place], start, shape) for moment in held[flat].moments.values()]
+            tensors += state_tensors(name, shape, held[flat], own, owned=True, is_writer=dist.get_rank() == 0)
+        return OptimizerState(tensors, held.values(), partial(dist.all_reduce, group=zero.dp_process_group))
 
 
-class _Range(NamedTuple):
-    """A rank's part of one parameter's optimizer state: `place` in a flat vector, `start` in the parameter."""
-
-    place: slice
-    start: int
-
-
-def _state_range(zero: Any, parameter: Any) -> tuple[Tensor, _Range]:
-    """The flat fp32 vector that the optimizer updates on this rank in the place of `parameter` and others."""
+def _state_range(zero: Any, parameter: Any) -> tuple[Tensor, slice, int]:
+    """The flat fp32 vector that the optimizer updates on this rank for `parameter` and others, the part of it that
+    is the parameter's, and the parameter's element at which that part begins."""
     if _is_partitioned(parameter):
         group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
         start = dist.get_rank(parameter.ds_process_group) * length
         held = max(0, min(length, parameter.ds_numel - start))  # the end is padded
-        return zero.fp32_partitioned_groups_flat[group], _Range(slice(offset, offset + held), start)
+        return zero.fp32_partitioned_groups_flat[group], slice(offset, offset + held), start
     group = next(i for i, owned in enumerate(zero.bit16_groups) if any(p is parameter for p in owned))
     flat, mapping = zero.single_partition_of_fp32_groups[group], parameter._hp_mapping
     if mapping is None:  # other ranks hold all of it
-        return flat, _Range(slice(0, 0), 0)
+        return flat, slice(0, 0), 0
     place, start = mapping.hp_fragment_address, mapping.lp_fragment_address.start
-    return flat, _Range(slice(place.start, place.start + place.numel), start)
+    return flat, slice(place.start, place.start + place.numel), start
 
 
 def import_deepspeed(processes: Processes) -> Any:

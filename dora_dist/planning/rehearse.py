@@ -254,7 +254,9 @@ def rehearse_here(job: Job) -> Short:
         blueprint = _draw(job)
         if job.blocks is not None:
             _shorten(blueprint.model, job.blocks)
-        strategy = choose_strategy(job.config, sizes_of(blueprint.model), processes, job.device_memory)
+        strategy = choose_strategy(
+            job.config.parallel, job.config.train, sizes_of(blueprint.model), processes, job.device_memory
+        )
         if strategy.name == "fsdp":
             strategy.mesh  # type: ignore[union-attr]  # noqa: B018 - a mesh cannot be made of fake tensors
         tracer = Tracer(collective_of, **({"rounded": rounded} if job.gpu else {"scratch_of": gloo_scratch}))

@@ -29,7 +29,7 @@ from dora_dist.dora.inject import injection_of
 from dora_dist.dora.norm_cache import refresh_norms
 from dora_dist.errors import RunFailed, UserError
 from dora_dist.io.durable import MANIFEST, Damaged, NewDirectory, TensorHead, remove, sweep, verify, write_tensors
-from dora_dist.parallel.engine import OptimizerStates
+from dora_dist.parallel.engine import OptimizerState
 from dora_dist.parallel.gather import ShardedTensor, gathered, spread
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import Rectangle, as_matrix
@@ -63,7 +63,7 @@ class _Contents(NamedTuple):
     files: list[
         tuple[str, list[ShardedTensor], Callable[[Tensor], object]]
     ]  # and the sum over those who share a copy
-    states: OptimizerStates
+    optimizer: OptimizerState
     random_state: Tensor  # [bytes] uint8
 
 
@@ -189,7 +189,7 @@ class Checkpoints:
                 spread(found.path / name, pieces, self.processes)
         for parameter in dict.fromkeys(trained.values()):
             built.shards.after_write(parameter)
-        contents.states.commit()
+        contents.optimizer.commit()
         if same_world:
             _set_random_state(contents.random_state)
         refresh_norms(built.model, built.shards)
@@ -198,14 +198,14 @@ class Checkpoints:
     def _contents(self, built: TrainableModel) -> "_Contents":
         shards, engine = built.shards, built.engine
         shards.reshard(built.model)
-        states = engine.optimizer_states([parameter for _, parameter in _trained(built.model)])
+        optimizer = engine.optimizer_state(_trained(built.model))
         random_state = _get_random_state()
         files: list[tuple[str, list[ShardedTensor], Callable[[Tensor], object]]] = [
             (TENSORS, list(_adapter_pieces(built)), shards.sum_),
-            (_OPTIMIZER, list(_optimizer_pieces(built, states)), engine.sum_state_),
+            (_OPTIMIZER, optimizer.tensors, optimizer.sum_),
             (_RNG, list(_random_pieces(random_state, self.processes)), self.processes.sum_),
         ]
-        return _Contents(files, states, random_state)
+        return _Contents(files, optimizer, random_state)
 
     def _find(self, notices: list[str]) -> Checkpoint | None:
         resume, problems = self.config.resume, []
@@ -302,15 +302,6 @@ def _adapter_pieces(built: TrainableModel) -> Iterator[ShardedTensor]:
     named, heads = adapter_tensors(built.model, shards)
     for (_, parameter), (key, dtype, shape) in zip(named, heads, strict=True):
         yield ShardedTensor(key, dtype, tuple(shape), shards.rectangles(parameter), shards.owns(parameter))
-
-
-def _optimizer_pieces(built: TrainableModel, states: OptimizerStates) -> Iterator[ShardedTensor]:
-    for key, parameter in _trained(built.model):
-        state, shape = states.of[parameter], tuple(built.shards.shape(parameter))
-        for name, own in state.moments.items():
-            yield ShardedTensor(f"{key}.{name}", torch.float32, shape, own, state.owned)
-        step = [Rectangle(as_matrix(state.step))]
-        yield ShardedTensor(f"{key}.step", torch.float32, (), step, built.shards.is_writer)
 
 
 def _random_pieces(own_state: Tensor, processes: Processes) -> Iterator[ShardedTensor]:

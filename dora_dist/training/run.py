@@ -68,7 +68,7 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog, check_fits: C
     processes.wait_for_all()  # one that had to download the model is late
     # Of the smallest device: what follows from it is the same on all ranks.
     memory = -processes.agree([-int(device_memory(processes))]).read()[0]
-    strategy = choose_strategy(config, sizes_of(blueprint.model), processes, memory)
+    strategy = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes, memory)
     optimizer_class(config.train)  # raises UserError where its package is missing
     unplanned = check_fits(config, directory, blueprint.model, processes, memory) if check_fits is not None else []
     data = RunData(config, blueprint.model, tokenizer, processes)

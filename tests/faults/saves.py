@@ -34,7 +34,7 @@ def make_trainer(case: Case, place: Path, *overrides: str) -> Trainer:
     config = load_config(case.config, [f"output_dir={place}", "parallel.strategy=single", *overrides])
     directory, processes = Path(config.model.path), Processes()
     blueprint = make_blueprint(config, directory)
-    strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
+    strategy = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes)
     data = RunData(config, blueprint.model, load_tokenizer(directory), processes)
     place.mkdir(parents=True, exist_ok=True)
     run = describe_run(config, 1, "cpu", strategy.name, {})

@@ -20,7 +20,7 @@ from dora_dist import DoraConfig, inject_dora, refresh_norms
 from dora_dist.dora.norm_cache import cache_norms
 from dora_dist.models.build import shard
 from dora_dist.models.head_loss import HeadLoss
-from dora_dist.parallel import fsdp, zero
+from dora_dist.parallel import shards as sharding
 from dora_dist.parallel.fsdp import Fsdp
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.replicated import Ddp, Single
@@ -86,7 +86,7 @@ def step_after_evaluation(model: nn.Module, head_loss: HeadLoss) -> CommDebugMod
 def watch():
     """Gives the bytes of each collective's output, in order."""
     received: list[int] = []
-    all_reduce, gathers = dist.all_reduce, {backend: backend._all_gather for backend in (fsdp, zero)}
+    all_reduce, all_gather = dist.all_reduce, sharding.all_gather
 
     def watched_all_reduce(tensor, **options):
         received.append(tensor.nbytes)
@@ -94,17 +94,11 @@ def watch():
 
     def watched_all_gather(output, own, **options):
         received.append(output.nbytes)
-        return gathers[fsdp](output, own, **options)
+        return all_gather(output, own, **options)
 
-    dist.all_reduce, fsdp._all_gather, zero._all_gather = (
-        watched_all_reduce,
-        watched_all_gather,
-        watched_all_gather,
-    )
+    dist.all_reduce, sharding.all_gather = watched_all_reduce, watched_all_gather
     yield received
-    dist.all_reduce = all_reduce
-    for backend, gather in gathers.items():
-        backend._all_gather = gather
+    dist.all_reduce, sharding.all_gather = all_reduce, all_gather
 
 
 def named(mode: CommDebugMode) -> dict[str, int]:

@@ -40,7 +40,9 @@ def main(out: str, *strategies: str) -> None:
                 parallel=ParallelConfig(strategy=name),
             )
             blueprint = make_blueprint(config, Path(directory), processes.world_size)
-            built = build_to_train(blueprint, choose_strategy(config, sizes_of(blueprint.model), processes))
+            built = build_to_train(
+                blueprint, choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes)
+            )
             layers = packed_layers(built.model).values()
             own = sum(
                 rectangle.values.nbytes

@@ -30,7 +30,7 @@ def run_case(config, processes: Processes, adapter: Path) -> dict:
     """All steps' losses and gradient norms, the first step's gradients, and the norms at the end."""
     directory = Path(config.model.path)
     blueprint = make_blueprint(config, directory, processes.world_size)
-    strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
+    strategy = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes)
     data = RunData(config, blueprint.model, load_tokenizer(directory), processes)
     processes.start(60, needed=strategy.needs_group)
     built = build_to_train(blueprint, strategy)

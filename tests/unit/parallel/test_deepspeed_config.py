@@ -22,7 +22,8 @@ def run_config(strategy: str = "zero3", cpu_offload: bool = False, **extra) -> R
 
 def made(**arguments) -> dict:
     sizes = Sizes(weight_bytes=0, block=1000, trained=100)
-    return deepspeed_config(run_config(**arguments), sizes, world_size=4, on_gpu=False)
+    config = run_config(**arguments)
+    return deepspeed_config(config.parallel, config.train, sizes, world_size=4, on_gpu=False)
 
 
 def test_our_settings_become_deepspeed_s():

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from dora_dist.errors import UserError
-from dora_dist.parallel.gather import Piece, gathered, spread
+from dora_dist.parallel.gather import ShardedTensor, gathered, spread
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import Rectangle, as_matrix
 
@@ -17,8 +17,8 @@ def test_parts_make_the_whole_and_copies_count_once():
     own = [Rectangle(rows[:3]), Rectangle(rows[3:], row=3)]
     ranks = [
         [
-            Piece("rows", torch.float32, (5, 3), [part], counts=True),
-            Piece("copy", torch.bfloat16, (4,), [Rectangle(as_matrix(copy))], counts=rank == 0),
+            ShardedTensor("rows", torch.float32, (5, 3), [part], owned=True),
+            ShardedTensor("copy", torch.bfloat16, (4,), [Rectangle(as_matrix(copy))], owned=rank == 0),
         ]
         for rank, part in enumerate(own)
     ]
@@ -34,7 +34,7 @@ def test_what_does_not_fit_is_named(tmp_path):
 
     def read(name="a", dtype=torch.float32, shape=(2, 3)):
         part = torch.zeros(1, 2, dtype=dtype)
-        spread(path, [Piece(name, dtype, shape, [Rectangle(part, row=1, col=1)], counts=True)], Processes())
+        spread(path, [ShardedTensor(name, dtype, shape, [Rectangle(part, row=1, col=1)], owned=True)], Processes())
         return part.tolist()
 
     assert read() == [[4.0, 5.0]]

@@ -66,7 +66,7 @@ def allocated(config, steps):
     """The most that torch's CPU allocator holds in the steps of a real run, by the profiler's account."""
     processes = Processes()
     blueprint = make_blueprint(config, Path(config.model.path))
-    strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
+    strategy = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes)
     rows, length = config.train.micro_batch_size, config.data.seq_len
     ids = torch.zeros(rows, length, dtype=torch.long)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

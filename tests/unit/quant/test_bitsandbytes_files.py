@@ -101,7 +101,8 @@ for name in names:
         parallel=ParallelConfig(strategy=strategy),
     )
     blueprint = make_blueprint(config, Path(directory), processes.world_size)
-    built = build_to_train(blueprint, choose_strategy(config, sizes_of(blueprint.model), processes))
+    sizes = sizes_of(blueprint.model)
+    built = build_to_train(blueprint, choose_strategy(config.parallel, config.train, sizes, processes))
     weights = loaded[name] = {}
     for layer_name, layer in built.model.named_modules():
         if isinstance(layer, BaseWeight) and layer.layout is not None:

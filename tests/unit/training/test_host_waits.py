@@ -75,7 +75,7 @@ def make_trainer(model, rows, scratch, packing=False, checkpointing=False, dtype
     )
     processes = Processes()
     blueprint = make_blueprint(config, model)
-    strategy = choose_strategy(config, sizes_of(blueprint.model), processes)
+    strategy = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes)
     data = RunData(config, blueprint.model, load_tokenizer(model), processes)
     log = RunLog(config.log, scratch, data.steps, {}, is_main=False)
     return loop.Trainer(config, build_to_train(blueprint, strategy), strategy, data, log)

@@ -95,8 +95,9 @@ def test_without_bitsandbytes(optimizer, monkeypatch):
 def test_fsdp_is_refused(optimizer):
     with pytest.raises(UserError, match=rf"^train\.optimizer: {optimizer} .*parallel\.strategy: fsdp"):
         run_config(optimizer, strategy="fsdp")
+    config = run_config(optimizer, cpu_offload=True)
     with pytest.raises(UserError, match=rf"^train\.optimizer: {optimizer} .*auto chose"):
-        choose_strategy(run_config(optimizer, cpu_offload=True), sizes_of(nn.Linear(2, 2)), Processes())
+        choose_strategy(config.parallel, config.train, sizes_of(nn.Linear(2, 2)), Processes())
 
 
 SCRIPT = """
@@ -126,7 +127,7 @@ for stage in sys.argv[1:]:
         model = nn.Sequential(nn.Linear(128, 96), nn.Linear(96, 128))
         x = torch.randn(64, 128)
         y = 0.1 * x @ torch.randn(128, 16) @ torch.randn(16, 128) / 4
-        strategy = choose_strategy(config, sizes_of(model), processes)
+        strategy = choose_strategy(config.parallel, config.train, sizes_of(model), processes)
         strategy.shard(model)
         made = make_optimizer(model, train)
         engine = strategy.engine(model, made, train, LossScale(active=False))

@@ -52,12 +52,15 @@ def run_config(parallel: dict) -> RunConfig:
 )
 def test_auto_goes_by_world_size_and_memory(world, memory, settings, expected):
     model = nn.Sequential(nn.Linear(4, 4, bias=False, device="meta"))
-    assert choose_strategy(run_config(settings), sizes_of(model), processes(world), memory).name == expected
+    config = run_config(settings)
+    chosen = choose_strategy(config.parallel, config.train, sizes_of(model), processes(world), memory)
+    assert chosen.name == expected
 
 
 def test_single_refuses_several_processes():
+    config = run_config({"strategy": "single"})
     with pytest.raises(UserError, match="2 were launched"):
-        choose_strategy(run_config({"strategy": "single"}), sizes_of(nn.Linear(1, 1)), processes(2))
+        choose_strategy(config.parallel, config.train, sizes_of(nn.Linear(1, 1)), processes(2))
 
 
 def test_learning_rates_of_magnitudes_and_of_b():
