@@ -2,9 +2,11 @@
 
     python launch/torchrun.py [torchrun's options] launch/train.py --config C.yaml [key.sub=value ...]
 
-torchrun itself trains just as well; its own errors are stacks, and its status is 1 whatever befell the ranks. This
-ends with that of the rank that ended first (2: a mistake in the settings; 69: another rank or host is gone; 75:
-stopped by a signal, with a checkpoint; 128 + N: killed by signal N), which is what Slurm and Kubernetes decide by.
+The faults (docs/launching.md, "What one sees"): a host never comes, or none reaches the one where all meet; a rank
+dies or is asked to stop. torchrun itself trains just as well, but its errors are stacks, and its status is always
+1. This one ends with the status of the rank that ended first (2: a mistake in the settings; 69: another rank or
+host is gone; 75: stopped by a signal, with a checkpoint; 128 + N: killed by signal N): Slurm and Kubernetes decide
+by it.
 """
 
 import errno
@@ -24,7 +26,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
-from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config, parse_rendezvous_endpoint
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
@@ -35,7 +37,7 @@ from dora_dist.parallel.watchdog import LOST
 
 _JOIN_S, _STATIC_S = 600.0, 900.0  # torchrun's own defaults
 _LOOK_S = 0.1
-_C10D_PORT = 29400  # torchrun's own default
+_C10D_PORT, _STATIC_PORT = 29400, 29500  # torchrun's own defaults
 _NAMED = 8  # hosts that a line names
 _NAME_S, _NAME_LENGTH = 5.0, 200  # for a host to tell its name
 _ALL = "all"
@@ -125,11 +127,12 @@ def _call_the_roll(options: Namespace) -> None:
 def _meeting_place(options: Namespace, static: bool, nodes: int) -> tuple[float, bool | None, str, int]:
     """Seconds to wait, whether this host serves (None: to be found), address, port. UserError: there is none."""
     try:
-        pairs = _parse_rendezvous_config(options.rdzv_conf)
-        settings = RendezvousParameters(options.rdzv_backend, "", "roll", nodes, nodes, **pairs)
+        pairs = [pair.partition("=") for pair in options.rdzv_conf.split(",") if pair.strip()]
+        given = {key.strip(): value.strip() for key, _, value in pairs}
+        settings = RendezvousParameters(options.rdzv_backend, "", "roll", nodes, nodes, **given)
         seconds = float(settings.get("timeout", _STATIC_S) if static else settings.get("join_timeout", _JOIN_S))
         if static and not options.rdzv_endpoint:
-            return seconds, options.node_rank == 0, options.master_addr, options.master_port
+            return seconds, options.node_rank == 0, options.master_addr, options.master_port or _STATIC_PORT
         host, port = parse_rendezvous_endpoint(options.rdzv_endpoint, _C10D_PORT)
         return seconds, options.node_rank == 0 if static else settings.get_as_bool("is_host"), host, port
     except (ValueError, TypeError) as error:
@@ -165,11 +168,8 @@ def _serve_roll(port: int, hosts: int, deadline: float, own: str) -> str:
                 if name := connection.makefile(errors="replace").readline(_NAME_LENGTH).strip():
                     names.append(name)
     shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
-    said = (
-        _ALL
-        if len(names) == hosts
-        else f"only {len(names)} of {hosts} hosts came to port {port} of {own}: {shown}"
-    )
+    few = f"only {len(names)} of {hosts} hosts came to port {port} of {own}: {shown}"
+    said = _ALL if len(names) == hosts else few
     for connection in connections:
         with suppress(OSError), connection:
             connection.sendall(said.encode())

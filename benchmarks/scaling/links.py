@@ -46,7 +46,7 @@ def measure_links(args: argparse.Namespace) -> None:
 
     seconds = each(time_sizes, SIZES)
     lost = each(time_lost, LOST_SIZES) if processes.device.type == "cpu" else None
-    if ranks is not None:
+    if processes.is_main:
         count = len({rank["host"] for rank in ranks})
         record = {"kind": "links", "world_size": processes.world_size, "hosts": count,
                   "link": link_of(args, count), "dtype": "float32", "seconds": seconds,

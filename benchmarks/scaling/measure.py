@@ -87,7 +87,7 @@ def measure(args: argparse.Namespace) -> None:
     with run_of(args) as config:
         config = shared_out(config, args.mode, args.global_batch, processes.world_size)
         processes.start(config.parallel.timeout_s, needed=processes.world_size > 1)
-        names = {rank["host"] for rank in everyones(processes, {"host": socket.gethostname()}) or ()}
+        names = {rank["host"] for rank in everyones(processes, {"host": socket.gethostname()})}
         about = {"hosts": len(names), "link": link_of(args, len(names))}
         for number, name in enumerate(strategies_of(args, config)):
             asked = replace(config, parallel=replace(config.parallel, strategy=name))
@@ -124,7 +124,7 @@ def measure_strategy(config: RunConfig, args: argparse.Namespace, processes: Pro
     if processes.device.type == "cuda":
         own["profiled"] = profiled_exposure(lambda: trainer.train_step(batch), processes.device)
     ranks = everyones(processes, own)
-    if ranks is None:
+    if not processes.is_main:
         return None
     settings = settings_of(config, args, built.model.config)
     trainable = sum(built.shards.shape(p).numel() for p in trained(built.model))
@@ -220,7 +220,6 @@ def settings_of(config: RunConfig, args: argparse.Namespace, model: Any) -> dict
     }  # fmt: skip
 
 
-def everyones(processes: Processes, value: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Each rank's value, in the order of the ranks, on rank 0."""
-    parts = processes.gather_bytes(json.dumps(value).encode())
-    return None if parts is None else [json.loads(part) for part in parts]
+def everyones(processes: Processes, value: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each rank's value, in the order of the ranks."""
+    return [json.loads(part) for part in processes.all_gather_bytes(json.dumps(value).encode())]

@@ -68,12 +68,7 @@ class OptimizerState(NamedTuple):
 
 
 def state_tensors(
-    name: str,
-    shape: Sequence[int],
-    state: AdamState,
-    own: Sequence[list[Rectangle]],
-    owned: bool,
-    is_writer: bool,
+    name: str, shape: Sequence[int], state: AdamState, own: list[list[Rectangle]], owned: bool, is_writer: bool
 ) -> Iterator[ShardedTensor]:
     """This rank's part of one parameter's state; `own`: of each moment. Every rank has the step."""
     for kind, rectangles in zip(state.moments, own, strict=True):

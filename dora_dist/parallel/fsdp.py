@@ -47,9 +47,6 @@ class FsdpShards(GroupShards):
         local = as_matrix(_local(parameter))
         return [Rectangle(local, row=self.index * self._chunk(parameter))] if local.numel() else []
 
-    def after_write(self, parameter: Tensor) -> None:
-        pass
-
     def is_split(self, parameter: Tensor) -> bool:
         return isinstance(parameter, DTensor)
 

@@ -1,8 +1,9 @@
 """The launcher that started this process, torchrun or deepspeed: where it dies, this process ends.
 
-Neither takes its processes along when it is killed, and `deepspeed` not even when it is told to end: what remains
-would hold the GPUs, and wait for each other or train on unseen. A plain process has no launcher: a shell that ends
-must not end a run.
+The faults (docs/reliability.md): a launcher is killed ("Launchers that die"); torchrun hangs as the host of its
+store is lost ("Hung collectives"). No launcher takes its processes along when it is killed, and `deepspeed` not
+even when it is told to end: what remains would hold the GPUs, and wait for each other or train on unseen. A plain
+process has no launcher: a shell that ends must not end a run.
 """
 
 import os
@@ -32,19 +33,13 @@ def end_with_launcher() -> None:
         parents = [os.getppid] + ([lambda: _parent(node)] if _is_deepspeed(_parent(node)) else [])
     else:
         return
-    threading.Thread(target=_watch, args=(parents,), name="launcher", daemon=True).start()
+    told = os.environ.get("LOCAL_RANK", "0") == "0"
+    threading.Thread(target=_watch, args=(parents, told), name="launcher", daemon=True).start()
 
 
 def end_with_parent() -> None:
     """The same for a process of a pool, which would wait for work forever."""
-    first = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == first:
-            time.sleep(_LOOK_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()
+    threading.Thread(target=_watch, args=([os.getppid], False), name="parent", daemon=True).start()
 
 
 def free_from_lost_host() -> None:
@@ -91,11 +86,11 @@ def end_with_node_alone(stopping: Callable[[], bool]) -> None:
     _stopping = stopping
 
 
-def _watch(parents: list[Callable[[], int]]) -> None:
+def _watch(parents: list[Callable[[], int]], told: bool) -> None:
     first = [parent() for parent in parents]
     while (now := [parent() for parent in parents]) == first or (now[0] == first[0] and _stopping()):
         time.sleep(_LOOK_S)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if told:
         with suppress(OSError):  # it may have been the launcher that read this
             print("error: the launcher has ended, and its processes end with it", file=sys.stderr, flush=True)
     os._exit(1)

@@ -135,27 +135,18 @@ class Processes:
             return Agreement(tensor, None)
         return Agreement(tensor, dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True))
 
-    def gather_bytes(self, data: bytes) -> list[bytes] | None:
-        """Every rank's few bytes, in the order of the ranks, on rank 0; None elsewhere."""
-        if self.world_size == 1:
-            return [data]
-        lengths = self._lengths(data)
-        padded = _byte_tensor(data.ljust(max(1, *lengths), b"\0"))
-        parts = [torch.empty_like(padded) for _ in lengths] if self.is_main else None
-        dist.gather(padded, parts, dst=0)
-        if parts is None:
-            return None
-        return [part.numpy().tobytes()[:n] for part, n in zip(parts, lengths, strict=True)]
-
     def all_gather_bytes(self, data: bytes) -> list[bytes]:
         """Every rank's few bytes, in the order of the ranks, on every rank."""
         if self.world_size == 1:
             return [data]
-        lengths = self._lengths(data)
-        padded = _byte_tensor(data.ljust(max(1, *lengths), b"\0"))
-        parts = [torch.empty_like(padded) for _ in lengths]
+        lengths = torch.zeros(self.world_size, dtype=torch.int64)
+        lengths[self.rank] = len(data)
+        self.sum_(lengths)
+        longest = max(1, int(lengths.max()))
+        padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
         dist.all_gather(parts, padded)
-        return [part.numpy().tobytes()[:n] for part, n in zip(parts, lengths, strict=True)]
+        return [part.numpy().tobytes()[:n] for part, n in zip(parts, lengths.tolist(), strict=True)]
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's small value (JSON) on every rank, however long it takes to come to this point: the others wait
@@ -205,13 +196,6 @@ class Processes:
         threading.Thread(target=ask, daemon=True).start()
         outcome.result()
 
-    def _lengths(self, data: bytes) -> list[int]:
-        """How many bytes each rank has."""
-        lengths = torch.zeros(self.world_size, dtype=torch.int64)
-        lengths[self.rank] = len(data)
-        dist.all_reduce(lengths)
-        return [int(n) for n in lengths.tolist()]
-
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -234,7 +218,3 @@ def _use_loopback(cuda: bool) -> None:
     if any(name == "lo" for _, name in socket.if_nameindex()):
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if cuda else ("GLOO_SOCKET_IFNAME",):
             os.environ.setdefault(variable, "lo")
-
-
-def _byte_tensor(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)

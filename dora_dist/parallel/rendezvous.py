@@ -1,4 +1,9 @@
-"""Where the processes of a run meet: a key-value store that holds nothing of an earlier life of the run."""
+"""Where the processes of a run meet: a key-value store that holds nothing of an earlier life of the run.
+
+The faults (docs/reliability.md): after a restart, ranks call the addresses of dead ones ("Restarts"); a port is
+taken, or ranks never come, and torch prints stacks; on one node the store listens to whoever calls, and on several
+gloo chooses an address that leads nowhere ("The network must be private").
+"""
 
 import datetime
 import fcntl

@@ -7,6 +7,7 @@ collectives that do nothing.
 
 import hashlib
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -44,6 +45,7 @@ class Shards(Protocol):
 
     def reshard(self, model: nn.Module) -> None:
         """Bring every parameter into its sharded state."""
+        return
 
     def shape(self, parameter: Tensor) -> torch.Size:
         """The whole tensor's shape."""
@@ -53,6 +55,7 @@ class Shards(Protocol):
 
     def after_write(self, parameter: Tensor) -> None:
         """Called once the rectangles of `parameter` were written to: what was made from them is old now."""
+        return
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether what this rank holds counts in a sum over the ranks: a whole copy does on one of them only."""
@@ -70,24 +73,18 @@ class Shards(Protocol):
         """The same for reading alone, where ranks that hold whole copies share the work: each has some rows."""
 
 
-class Whole:
+class Whole(Shards):
     """Every parameter is whole on this rank: one process, or data parallelism without sharding (`by_rows`: how its
     ranks share work)."""
 
     def __init__(self, is_writer: bool = True, by_rows: "RowsOfCopies | None" = None):
         self.is_writer, self._by_rows = is_writer, by_rows
 
-    def reshard(self, model: nn.Module) -> None:
-        pass
-
     def shape(self, parameter: Tensor) -> torch.Size:
         return parameter.shape
 
     def rectangles(self, parameter: Tensor) -> list[Rectangle]:
         return [Rectangle(as_matrix(parameter.detach()))]
-
-    def after_write(self, parameter: Tensor) -> None:
-        pass
 
     def owns(self, parameter: Tensor) -> bool:
         return True
@@ -125,7 +122,7 @@ class RowsOfCopies(Whole):
         self._sum(flat)
 
 
-class GroupShards:
+class GroupShards(Shards):
     """What FSDP and ZeRO-3 share: each rank of `group` has a part of every split parameter, the others whole."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
@@ -133,8 +130,11 @@ class GroupShards:
         self.index, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.is_writer = dist.get_rank() == 0
 
-    def is_split(self, parameter: Tensor) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def is_split(self, parameter: Tensor) -> bool: ...
+
+    @abstractmethod
+    def _gather_split(self, parameters: list[Any]) -> list[Tensor]: ...
 
     def must_gather(self, parameter: Tensor) -> bool:
         return self.is_split(parameter)
@@ -151,10 +151,7 @@ class GroupShards:
         dist.all_reduce(flat, group=self.group)
 
     def split_rows(self) -> Shards:
-        return self  # type: ignore[return-value]
-
-    def _gather_split(self, parameters: list[Any]) -> list[Tensor]:
-        raise NotImplementedError
+        return self
 
     def _all_gather(self, parts: list[Tensor], slots: list[int], shapes: list[torch.Size]) -> list[Tensor]:
         """The whole tensors of `shapes` by one collective. This rank holds `parts`, each padded to its slot, which

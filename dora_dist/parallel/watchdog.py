@@ -1,7 +1,9 @@
 """A run of several ranks in which one hangs ends, and says which: one thread a rank tells the others where it is.
 
-Collectives have a time limit of their own, but its error names a socket. Here every rank writes a count of its
-beats and its place in the step into the run's store, and a rank that has waited too long reads those of all.
+The fault: a rank hangs, is late or dies, or its host or network is gone, while the others wait for it in a
+collective (docs/reliability.md, "Hung collectives"). The error of a collective's own time limit names a socket.
+Here every rank writes a count of its beats and its place in the step into the run's store, and a rank that has
+waited too long reads those of all.
 """
 
 import dataclasses
@@ -34,6 +36,7 @@ _ASLEEP_S = 5.0  # a thread that overslept by as much was stopped itself, and it
 _STORE_S = 2.0  # for an answer of the store, whose host may be the one that is gone
 _NAMED = 4  # ranks that a line names
 _APART_S = 0.01  # between the looks of two ranks where nothing is urgent: each asks the store for all ranks' beats
+_KEY = "watchdog/{}"  # of a rank's beat, in the store
 _SENTENCES = {  # {}: the micro-batch or batch
     Phase.LOADING: "loading the model",
     Phase.FORWARD: "forward of micro-batch {}",
@@ -139,16 +142,14 @@ class Watchdog:
         )
         if self.processes.world_size == 1 or self.processes.store is None or not of_collective:
             return None
-        place = self._place
+        place = dataclasses.replace(self._place, watched=True)  # by now something is wrong
         # The thread goes on to beat, and says nothing.
         self._place = dataclasses.replace(place, watched=False, since=time.monotonic())
         before = self._board.read()
         time.sleep(_LISTEN_S)
-        place = dataclasses.replace(place, watched=True)  # by now something is wrong
-        missing = describe_missing(
-            self.processes.rank, self.processes.world_size, place, before, self._board.read()
-        )
-        lost = f"has lost {missing}" if missing else f"lost a collective, but no rank: {_first_line(error)}"
+        missing = self._missing(place, before, self._board.read())
+        first_line = str(error).strip().partition("\n")[0]
+        lost = f"has lost {missing}" if missing else f"lost a collective, but no rank: {first_line}"
         return self._one_voice(f"error: {place}: {self._me} {lost}")
 
     def _watch(self) -> None:
@@ -183,17 +184,20 @@ class Watchdog:
     def _give_up(self, place: Place, waited: float, before: Beats | None) -> Beats | None:
         """End this process, unless nobody is missing: then the second look is returned."""
         now = self._board.read(self._answer_s(place))
-        missing = describe_missing(self.processes.rank, self.processes.world_size, place, before, now)
+        missing = self._missing(place, before, now)
         if missing is None:  # long work; or the network, where the collective's own limit ends it
             if place.watched and self._place is place:  # from now on only silence counts
                 self._place = dataclasses.replace(place, watched=False, since=time.monotonic())
             return now
         limit = f"parallel.timeout_s: {self.timeout_s:g}"
-        line = f"error: {place}: {self._me} has waited for {waited:.0f} s ({limit}); missing is {missing}"
-        line = self._one_voice(line)
+        told = f"has waited for {waited:.0f} s ({limit}); missing is {missing}"
+        line = self._one_voice(f"error: {place}: {self._me} {told}")
         if self._place is place:  # else the loop has gone on in the meantime, or speaks itself
             _leave(line, self._board.gone)
         return now
+
+    def _missing(self, place: Place, before: Beats | None, now: Beats | None) -> str | None:
+        return describe_missing(self.processes.rank, self.processes.world_size, place, before, now)
 
     def _one_voice(self, line: str) -> str:
         """The line on one rank, the lowest that lives, since that asks first; "" on the others."""
@@ -207,7 +211,7 @@ class _Board:
     locked for as long as a rank waits for an answer there."""
 
     def __init__(self, processes: Processes):
-        self.rank, self.world_size, self._processes = processes.rank, processes.world_size, processes
+        self._processes = processes
         self.host = socket.gethostname()
         self._store: dist.Store | None = None
         self.gone = False
@@ -221,8 +225,7 @@ class _Board:
             if self._store is not None:
                 self._beats += 1
                 where = [place.step, place.index, place.phase.value, place.number]
-                text = json.dumps([self._beats, where, self.host])
-                self._store.set(f"watchdog/{self.rank}", text)
+                self._store.set(_KEY.format(self._processes.rank), json.dumps([self._beats, where, self.host]))
         except RuntimeError:
             self._store, self.gone = None, True
         return self._store is not None or self.gone
@@ -237,7 +240,7 @@ class _Board:
         return self._ask(lambda store: store.add("watchdog/spoken", 1)) in (1, None)
 
     def _read(self, store: dist.Store) -> Beats:
-        keys = {rank: f"watchdog/{rank}" for rank in range(self.world_size)}
+        keys = {rank: _KEY.format(rank) for rank in range(self._processes.world_size)}
         there = keys if store.check(list(keys.values())) else {r: k for r, k in keys.items() if store.check([k])}
         beats = {}
         for rank, text in zip(there, store.multi_get(list(there.values())), strict=True):
@@ -291,25 +294,16 @@ def describe_missing(
 
 
 def _names(ranks: list[int], beats: Beats, state: str) -> str:
-    parts = []
-    for rank in ranks[:_NAMED]:
-        beat = beats.get(rank)
-        parts.append(
-            f"rank {rank} ({beat.host}), {state} {beat.place}" if beat else f"rank {rank}, never heard of"
-        )
-    more = [f"{len(ranks) - _NAMED} more"] if len(ranks) > _NAMED else []
-    return "; ".join(parts + more)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+    parts = [
+        f"rank {r} ({beats[r].host}), {state} {beats[r].place}" if r in beats else f"rank {r}, never heard of"
+        for r in ranks[:_NAMED]
+    ]
+    return "; ".join(parts + ([f"{len(ranks) - _NAMED} more"] if len(ranks) > _NAMED else []))
 
 
 def _store_host() -> str:
-    host = os.environ.get("MASTER_ADDR", "?")
-    return (
-        f"torchrun on {host}" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else f"rank 0 ({host})"
-    )
+    host, agents = os.environ.get("MASTER_ADDR", "?"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+    return f"torchrun on {host}" if agents == "True" else f"rank 0 ({host})"
 
 
 def _leave(line: str, store_lost: bool) -> NoReturn:

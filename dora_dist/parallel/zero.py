@@ -44,9 +44,6 @@ class ZeroShards(GroupShards):
         # Not the weights' device: they may be offloaded.
         super().__init__(parameter.ds_process_group, torch.device(get_accelerator().current_device_name()))
 
-    def reshard(self, model: nn.Module) -> None:
-        pass
-
     def shape(self, parameter: Any) -> torch.Size:
         return parameter.ds_shape if _is_partitioned(parameter) else parameter.shape
 

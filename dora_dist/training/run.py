@@ -172,9 +172,8 @@ def _refuse_different_settings(config: RunConfig, processes: Processes) -> None:
     """UserError, on every rank: the ranks were not given the same settings."""
     tree = dataclasses.asdict(config)
     del tree["output_dir"]  # each node may have its own
-    settings = processes.gather_bytes(json.dumps(tree).encode())
-    problem = difference_between_ranks([json.loads(text) for text in settings]) if settings is not None else None
-    problem = processes.from_main(problem)
+    settings = processes.all_gather_bytes(json.dumps(tree).encode())
+    problem = difference_between_ranks([json.loads(text) for text in settings])
     if problem is not None:
         raise UserError(problem)
 
@@ -183,9 +182,8 @@ def _describe(blueprint: Blueprint, data: RunData, strategy: Strategy) -> dict[s
     """What a checkpoint's manifest says of the run. UserError, on every rank: the ranks read different rows."""
     processes = strategy.processes
     fingerprints = {"base": blueprint.base.fingerprint, **data.fingerprints()}
-    everyones = processes.gather_bytes(json.dumps({"fingerprint": fingerprints}).encode())
-    problem = difference_between_ranks([json.loads(text) for text in everyones]) if everyones is not None else None
-    problem = processes.from_main(problem)
+    everyones = processes.all_gather_bytes(json.dumps({"fingerprint": fingerprints}).encode())
+    problem = difference_between_ranks([json.loads(text) for text in everyones])
     if problem is not None:
         raise UserError(f"the ranks do not read the same files: {problem}")
     run = describe_run(blueprint.config, processes.world_size, processes.device.type, strategy.name, fingerprints)

@@ -1,4 +1,4 @@
-"""Run under torchrun: `agree`, `gather_bytes`, `from_main` and `wait_for_all`, beside other collectives."""
+"""Run under torchrun: `agree`, `all_gather_bytes`, `from_main` and `wait_for_all`, beside other collectives."""
 
 import time
 from datetime import timedelta
@@ -42,8 +42,7 @@ def main() -> None:
         before, agreement = agreement, processes.agree([step * rank, int(rank == last and step == 30)])
         assert before.read() == before.read() == [max(0, (step - 1) * last), int(step == 31)]
     for parts in ([b"a" * r for r in range(last + 1)], [b""] * (last + 1), [bytes(range(256))] * (last + 1)):
-        gathered = processes.gather_bytes(parts[rank])
-        assert gathered == (parts if rank == 0 else None)
+        assert processes.all_gather_bytes(parts[rank]) == parts
     assert processes.from_main(rank) == 0
     assert processes.from_main({"path": f"/ä{rank}"}) == {"path": "/ä0"}
     nobody_waits_in_a_collective(processes)

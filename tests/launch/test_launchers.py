@@ -194,6 +194,7 @@ def test_ctrl_c_saves_and_ends_a_run_of_several(name, endless, tmp_path):
         ("--rdzv-backend=c10d --rdzv-endpoint=node-a --rdzv-conf=is_host=0", (600.0, False, "node-a", 29400)),
         ("--rdzv-backend=c10d --rdzv-endpoint=a:1 --rdzv-conf=join_timeout=9,is_host=1", (9.0, True, "a", 1)),
         ("--node-rank=1 --master-addr=10.0.0.1 --master-port=7", (900.0, False, "10.0.0.1", 7)),
+        ("--node-rank=1 --master-addr=10.0.0.1", (900.0, False, "10.0.0.1", 29500)),
         ("--rdzv-backend=c10d --rdzv-endpoint=a:port", "a:port"),
         ("--rdzv-backend=c10d --rdzv-endpoint=a --rdzv-conf=is_host", "is_host"),
     ],
