@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from dora_dist.parallel.process import Processes
 from dora_dist.parallel.replicated import Single
 from tests.conftest import save_model
 from tests.refusals.refusals_data import write
+from tests.refusals.refusals_headers import Change, damages
 from tests.support.data import load, make_tokenizer
 from tests.support.peft import CASES, llama, randomized
 from tests.support.refusals import CANARY, Case
 
 Q = "model.layers.0.self_attn.q_proj.weight"
-Change = Callable[[Path], object]
 
 
 class Bomb:
@@ -38,97 +38,6 @@ class Bomb:
 
     def __reduce__(self) -> tuple:
         return os.mkdir, (self.place,)
-
-
-def _first(tree: dict) -> dict:
-    return min((about for name, about in tree.items() if name != "__metadata__"), key=lambda a: a["data_offsets"])
-
-
-def _last(tree: dict) -> dict:
-    return max((about for name, about in tree.items() if name != "__metadata__"), key=lambda a: a["data_offsets"])
-
-
-def _to_the_end(tree: dict) -> dict:
-    start = _last(tree)["data_offsets"][0]
-    return {"data_offsets": [start, start + 2**40]}
-
-
-def _set(key: str, value: Any) -> Callable[[dict], object]:
-    return lambda tree: _first(tree).update({key: value})
-
-
-def _overlap(tree: dict) -> None:
-    one, two = sorted((a for n, a in tree.items() if n != "__metadata__"), key=lambda a: a["data_offsets"])[:2]
-    two.update(one)
-
-
-HEADERS: dict[str, tuple[Callable[[dict], object], str]] = {  # changes to the header's tree
-    "unknown dtype": (_set("dtype", "Q4"), "has the unknown dtype 'Q4'"),
-    "dtype of a wrong type": (_set("dtype", ["F32"]), "has the unknown dtype"),
-    "another dtype": (_set("dtype", "F64"), "which are not its"),
-    "no dtype": (lambda t: _first(t).pop("dtype"), "lacks one of dtype, shape"),
-    "one key more": (_set("code", "x"), "or has more"),
-    "no object": (lambda t: t.update({next(n for n in t if n != "__metadata__"): [1]}), "lacks one of dtype"),
-    "negative size": (_set("shape", [-1, 4]), "has no valid shape"),
-    "half a row": (_set("shape", [1.5]), "has no valid shape"),
-    "true rows": (_set("shape", [True]), "has no valid shape"),
-    "a shape of text": (_set("shape", "12"), "has no valid shape"),
-    "an absurd size": (_set("shape", [2**62, 2**62]), "which are not its"),
-    "a size beyond 64 bits": (_set("shape", [2**70]), "has no valid shape"),
-    "a thousand dimensions": (_set("shape", [1] * 1000), "has no valid shape"),
-    "one row too many": (lambda t: _first(t)["shape"].append(2), "which are not its"),
-    "offsets the wrong way": (_set("data_offsets", [8, 0]), "has no valid data_offsets"),
-    "three offsets": (_set("data_offsets", [0, 4, 8]), "has no valid data_offsets"),
-    "negative offset": (_set("data_offsets", [-8, 0]), "has no valid data_offsets"),
-    "beyond the file": (lambda t: _last(t).update(shape=[2**40], dtype="U8", **_to_the_end(t)), "it is cut off"),
-    "two tensors in one place": (_overlap, "does not begin where the tensor before it ends"),
-    "a hole": (lambda t: t.pop(min(n for n in t if n != "__metadata__")), "does not begin"),
-    "metadata in a list": (lambda t: t.update(__metadata__=["a"]), "'__metadata__' does not map names to strings"),
-    "metadata of numbers": (lambda t: t.update(__metadata__={"a": 1}), "'__metadata__' does not map"),
-}  # fmt: skip
-BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {  # changes to the whole file
-    "nothing": (lambda b: b"", "its header of 0 bytes does not fit"),
-    "seven bytes": (lambda b: b[:7], "does not fit"),
-    "a length alone": (lambda b: b[:8], "does not fit"),
-    "half a header": (lambda b: b[:200], "does not fit"),
-    "an endless header": (lambda b: b"\xff" * 8 + b[8:], "does not fit"),
-    "cut off": (lambda b: b[:-5], "5 bytes behind the file's end: it is cut off"),
-    "bytes behind the end": (lambda b: b + b"12345", "5 bytes behind its last tensor"),
-    "no JSON": (lambda b: b[:8] + b"x" + b[9:], "Expecting value"),
-    "not UTF-8": (lambda b: b[:8] + b"\xff" + b[9:], "codec can't decode"),
-    "a list": (lambda b: _framed(b"[]"), "its header is not an object"),
-    "too deep": (lambda b: _framed(b"[" * 100_000), "nested too deeply"),
-    "a key twice": (lambda b: _framed(b'{"a": {}, "a": {}}'), "the key 'a' stands twice"),
-    "NaN": (lambda b: _framed(b'{"a": NaN}'), "NaN is not JSON"),
-    "a pickle": (lambda b: b"\x80\x02}q\x00." + b"\0" * 20, "does not fit"),
-    "zip": (lambda b: b"PK\x03\x04" + b"\0" * 4 + b[8:], "does not fit"),
-}
-
-
-def _framed(header: bytes) -> bytes:
-    return len(header).to_bytes(8, "little") + header
-
-
-def _rewrite(change: Callable[[dict], object], path: Path) -> None:
-    content = path.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    tree = json.loads(content[8:end])
-    change(tree)
-    path.write_bytes(_framed(json.dumps(tree).encode()) + content[end:])
-
-
-def _header_bomb(path: Path) -> None:
-    """A header of 101 MB in a file without blocks on the disk."""
-    path.write_bytes((101_000_000).to_bytes(8, "little"))
-    os.truncate(path, 102_000_000)
-
-
-def _damages() -> Iterator[tuple[str, Change, str]]:
-    for name, (change, message) in HEADERS.items():
-        yield name, partial(_rewrite, change), message
-    for name, (replace, message) in BYTES.items():
-        yield name, lambda path, r=replace: path.write_bytes(r(path.read_bytes())), message
-    yield "a header of 101 MB", _header_bomb, "is larger than 100,000,000"
 
 
 @cache
@@ -315,7 +224,7 @@ def _template(template: str, directory: Path) -> object:
 
 def cases() -> Iterator[Case]:
     saved("model"), saved("adapter")  # made now, not while a case is watched
-    for name, damage, message in _damages():
+    for name, damage, message in damages():
         for kind, make in (("model", _model), ("adapter", adapter)):
             file = f"{kind}/{'adapter_' * (kind == 'adapter')}model.safetensors"
             run = partial(make, lambda path, d=damage, f=file: d(path.parent / f))
