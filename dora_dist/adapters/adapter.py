@@ -4,11 +4,12 @@ files.py reads and writes the two files; peft_format.py knows what stands in the
 """
 
 import copy
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from dora_dist.adapters.files import (
     CONFIG,
     TENSORS,
     AdapterFiles,
+    base_metadata,
     check_base,
     check_replaceable,
     read_adapter,
-    write_adapter,
 )
 from dora_dist.adapters.peft_format import (
     PREFIX,
@@ -38,12 +39,11 @@ from dora_dist.dora.inject import forget_injection, inject_dora, injection_of, i
 from dora_dist.dora.layers import DoraEmbedding, DoraLayer
 from dora_dist.dora.norm_cache import dora_layers, find_shards, refresh_norms
 from dora_dist.errors import UserError, nearest
-from dora_dist.io.durable import PARTIAL, TensorHead, sweep
+from dora_dist.io.durable import PARTIAL, NewFile, replaced, sweep, write_tensors
 from dora_dist.io.fingerprint import Base
 from dora_dist.io.headers import check_path, read_header
+from dora_dist.parallel.gather import ShardedTensor, finish, gathered
 from dora_dist.parallel.shards import Shards, as_matrix, write_whole
-
-_GATHER_BYTES = 256 << 20  # of whole tensors at a time: a large trained embedding is not all gathered twice
 
 
 @torch.no_grad()
@@ -56,20 +56,16 @@ def save_adapter(
     Args:
         base_model: what `base_model_name_or_path` shall say; default: what transformers knows the model as.
     """
-    injection = injection_of(model)
     shards = shards or find_shards(model)
     shards.reshard(model)
-    named, heads = adapter_tensors(model, shards)
-    values = (whole.cpu() for _, whole in _gathered(named, shards))
-    if shards.is_writer:
-        config = to_peft_config(model, base_model)
-        try:
-            write_adapter(
-                Path(directory), config, *with_constants(heads, values, zero_factors(model)), injection.base
-            )
-        finally:
-            _drain(values)  # the other ranks gather, whatever the disk says
-    _drain(values)
+    tensors, directory = adapter_tensors(model, shards), Path(directory)
+    values = gathered(tensors, shards.sum_, shards.device)
+    try:
+        if shards.is_writer:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_adapter(model, base_model, tensors, values, lambda name: replaced(directory / name))
+    finally:
+        finish(values)  # the other ranks gather, whatever the disk says
 
 
 def try_saving(
@@ -98,21 +94,32 @@ def try_saving(
                 directory.rmdir()
 
 
-def adapter_tensors(model: nn.Module, shards: Shards) -> tuple[list[tuple[str, nn.Parameter]], list[TensorHead]]:
-    """The parameters that an adapter's file holds by name, trained ones and what PEFT wants besides, in the file's
-    order; and their heads in it."""
-    named = [*trained_tensors(model), *frozen_tensors(model)]
-    named.sort(key=lambda pair: -pair[1].dtype.itemsize)
-    return named, [(key, parameter.dtype, tuple(shards.shape(parameter))) for key, parameter in named]
+def adapter_tensors(model: nn.Module, shards: Shards) -> list[ShardedTensor]:
+    """What an adapter's file holds, in its order: the trained parameters, what PEFT wants besides, and zeros for
+    factors that the model does not have."""
+    tensors = []
+    for key, p in (*trained_tensors(model), *frozen_tensors(model)):
+        own = shards.rectangles(p)
+        tensors.append(ShardedTensor(key, p.dtype, tuple(shards.shape(p)), own, shards.owns(p)))
+    for key, shape in zero_factors(model).items():
+        tensors.append(ShardedTensor(key, torch.float32, shape, [], owned=False))
+    return sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
 
 
-def with_constants(
-    heads: list[TensorHead], values: Iterator[Tensor], constants: dict[str, Tensor]
-) -> tuple[list[TensorHead], Iterator[Tensor]]:
-    """Heads and values of a file in order, wider dtypes first, with fp32 constants among them."""
-    wide = sum(dtype.itemsize >= torch.float32.itemsize for _, dtype, _ in heads)
-    more: list[TensorHead] = [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in constants.items()]
-    return heads[:wide] + more + heads[wide:], chain(islice(values, wide), constants.values(), values)
+def write_adapter(
+    model: nn.Module,
+    base_model: str | None,
+    tensors: Sequence[ShardedTensor],
+    values: Iterable[Tensor],
+    new_file: Callable[[str], AbstractContextManager[NewFile]],
+) -> None:
+    """Write the two files of an adapter, each into what `new_file` opens by its name."""
+    config = json.dumps(to_peft_config(model, base_model), indent=2).encode() + b"\n"
+    base = injection_of(model).base
+    with new_file(TENSORS) as file:
+        write_tensors(file, [tensor.head for tensor in tensors], values, base_metadata(base) if base else {})
+    with new_file(CONFIG) as file:
+        file.write(config)
 
 
 @torch.no_grad()
@@ -228,25 +235,6 @@ def _meta_copy(model: nn.Module) -> nn.Module:
     for p in model.parameters():
         empty[id(p)] = nn.Parameter(empty[id(p)], requires_grad=p.requires_grad)
     return copy.deepcopy(model, empty)
-
-
-def _gathered(named: Iterable[tuple[str, nn.Parameter]], shards: Shards) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors by key, gathered in batches of bounded size."""
-    batch: dict[str, Tensor] = {}
-    held = 0
-    for key, parameter in named:
-        size = shards.shape(parameter).numel() * 4
-        if batch and held + size > _GATHER_BYTES:
-            yield from zip(batch, shards.gather(list(batch.values())), strict=True)
-            batch, held = {}, 0
-        batch[key] = parameter
-        held += size
-    yield from zip(batch, shards.gather(list(batch.values())), strict=True)
-
-
-def _drain(values: Iterator[Tensor]) -> None:
-    for _ in values:
-        pass
 
 
 def _check(directory: Path, files: AdapterFiles, injected: nn.Module, model: nn.Module, shards: Shards) -> None:

@@ -1,15 +1,13 @@
-"""The two files of a PEFT adapter: written whole or not at all, read with every doubt, and tied to their base.
+"""The two files of a PEFT adapter: read with every doubt, and tied to their base.
 
 What an adapter was trained on stands in the metadata of the tensors' file, which PEFT ignores: `base_fingerprint`
 and `base_quantization`.
 """
 
 import errno
-import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +17,6 @@ from torch import Tensor
 
 from dora_dist.adapters.peft_format import OWN_TYPE
 from dora_dist.errors import UserError
-from dora_dist.io.durable import TensorHead, replaced, write_tensors
 from dora_dist.io.fingerprint import Base
 from dora_dist.io.headers import check_link, read_header, read_json
 
@@ -38,21 +35,6 @@ class AdapterFiles(NamedTuple):
     metadata: dict[str, str]
 
 
-def write_adapter(
-    directory: Path,
-    config: dict[str, Any],
-    heads: Sequence[TensorHead],
-    values: Iterable[Tensor],
-    base: Base | None,
-) -> None:
-    """Each file whole or not at all. `base`: what the adapter was trained on, where that is known."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with replaced(directory / TENSORS) as file:
-        write_tensors(file, heads, values, base_metadata(base))
-    with replaced(directory / CONFIG) as file:
-        file.write(config_text(config))
-
-
 def check_replaceable(directory: Path) -> None:
     """Raise an OSError where a directory goes by the name of one of the two files."""
     for name in (TENSORS, CONFIG):
@@ -60,14 +42,8 @@ def check_replaceable(directory: Path) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(directory / name))
 
 
-def base_metadata(base: Base | None) -> dict[str, str]:
-    if base is None:
-        return {}
+def base_metadata(base: Base) -> dict[str, str]:
     return {"base_fingerprint": base.fingerprint, "base_quantization": base.quantization}
-
-
-def config_text(config: dict[str, Any]) -> bytes:
-    return json.dumps(config, indent=2).encode() + b"\n"
 
 
 def read_adapter(directory: Path) -> AdapterFiles:

@@ -13,7 +13,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dora_dist.config import DoraConfig
@@ -54,14 +53,14 @@ def trained_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield from _own_tensors(model, name)
 
 
-def zero_factors(model: nn.Module) -> dict[str, Tensor]:
-    """PEFT has no magnitude without A and B: zeros of rank 1 stand in."""
-    zeros = {}
+def zero_factors(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """PEFT has no magnitude without A and B: zeros of rank 1 stand in. Their shapes."""
+    shapes = {}
     for name, layer in adapted_layers(model).items():
         if layer.lora_A is None:
             key_A, key_B = _factor_keys(name, layer)
-            zeros[key_A], zeros[key_B] = torch.zeros(1, layer.in_features), torch.zeros(layer.out_features, 1)
-    return zeros
+            shapes[key_A], shapes[key_B] = (1, layer.in_features), (layer.out_features, 1)
+    return shapes
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dora_dist.errors import UserError
-from dora_dist.io.durable import SAFETENSORS
+from dora_dist.io.durable import SAFETENSORS, TensorHead
 from dora_dist.io.headers import Header, read_header
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import Rectangle, as_matrix
@@ -31,6 +31,10 @@ class ShardedTensor:
     owned: bool  # in a sum over the ranks: a whole copy does on one of them only
 
     @property
+    def head(self) -> TensorHead:
+        return self.name, self.dtype, self.shape
+
+    @property
     def bytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
@@ -47,6 +51,12 @@ def gathered(
                 as_matrix(whole)[own.rows, own.cols].copy_(own.values)
         sum_(flat)
         yield from (whole.cpu() for whole in wholes)
+
+
+def finish(values: Iterator[Tensor]) -> None:
+    """Take part in the rest of a gathering: on ranks that do not write, and on one that failed to."""
+    for _ in values:
+        pass
 
 
 @torch.no_grad()

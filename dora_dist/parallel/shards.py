@@ -43,6 +43,9 @@ class Shards(Protocol):
     is_writer: bool
     """True on the one rank that writes files."""
 
+    device: torch.device
+    """Where tensors lie in collectives."""
+
     def reshard(self, model: nn.Module) -> None:
         """Bring every parameter into its sharded state."""
         return
@@ -79,6 +82,7 @@ class Whole(Shards):
 
     def __init__(self, is_writer: bool = True, by_rows: "RowsOfCopies | None" = None):
         self.is_writer, self._by_rows = is_writer, by_rows
+        self.device = torch.device("cpu")  # sends nothing
 
     def shape(self, parameter: Tensor) -> torch.Size:
         return parameter.shape

@@ -21,16 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dora_dist.adapters.adapter import adapter_tensors, with_constants
-from dora_dist.adapters.files import CONFIG, TENSORS, base_metadata, config_text
-from dora_dist.adapters.peft_format import to_peft_config, trained_tensors, zero_factors
+from dora_dist.adapters.adapter import adapter_tensors, write_adapter
+from dora_dist.adapters.files import CONFIG, TENSORS
+from dora_dist.adapters.peft_format import trained_tensors
 from dora_dist.config import CheckpointConfig
-from dora_dist.dora.inject import injection_of
 from dora_dist.dora.norm_cache import refresh_norms
 from dora_dist.errors import RunFailed, UserError
-from dora_dist.io.durable import MANIFEST, Damaged, NewDirectory, TensorHead, remove, sweep, verify, write_tensors
+from dora_dist.io.durable import MANIFEST, Damaged, NewDirectory, remove, sweep, verify, write_tensors
 from dora_dist.parallel.engine import OptimizerState
-from dora_dist.parallel.gather import ShardedTensor, gathered, spread
+from dora_dist.parallel.gather import ShardedTensor, finish, gathered, spread
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import Rectangle, as_matrix
 from dora_dist.training.optim import TrainableModel
@@ -138,25 +137,19 @@ class Checkpoints:
             try:
                 before()
                 with NewDirectory(self.directory / _name(step)) as new:
-                    for name, pieces, values in streams:
-                        heads: list[TensorHead] = [(p.name, p.dtype, p.shape) for p in pieces]
-                        metadata = {}
-                        if name == TENSORS:
-                            metadata = base_metadata(injection_of(built.model).base)
-                            heads, values = with_constants(heads, values, zero_factors(built.model))
+                    (_, tensors, values), *others = streams
+                    write_adapter(built.model, base_model, tensors, values, new.file)
+                    for name, tensors, values in others:
                         with new.file(name) as file:
-                            write_tensors(file, heads, values, metadata)
-                    with new.file(CONFIG) as file:
-                        file.write(config_text(to_peft_config(built.model, base_model)))
+                            write_tensors(file, [tensor.head for tensor in tensors], values)
                     new.commit(manifest)
                 with suppress(OSError):  # this one stands; the next save tries again
                     for path in _checkpoints(self.directory)[: -self.config.keep]:
                         remove(path)
             except OSError as error:
                 failure = f"{error.strerror} ({error.filename or self.directory})"
-        for _, _, values in streams:  # ranks that do not write, and the one that could not, take part all the same
-            for _ in values:
-                pass
+        for _, _, values in streams:
+            finish(values)
         failure = self.processes.from_main(failure)
         if failure is None:
             return None
@@ -201,7 +194,7 @@ class Checkpoints:
         optimizer = engine.optimizer_state(_trained(built.model))
         random_state = _get_random_state()
         files: list[tuple[str, list[ShardedTensor], Callable[[Tensor], object]]] = [
-            (TENSORS, list(_adapter_pieces(built)), shards.sum_),
+            (TENSORS, adapter_tensors(built.model, shards), shards.sum_),
             (_OPTIMIZER, optimizer.tensors, optimizer.sum_),
             (_RNG, list(_random_pieces(random_state, self.processes)), self.processes.sum_),
         ]
@@ -295,13 +288,6 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     for key, parameter in trained_tensors(model):
         first.setdefault(parameter, key)
     return [(key, parameter) for parameter, key in first.items()]
-
-
-def _adapter_pieces(built: TrainableModel) -> Iterator[ShardedTensor]:
-    shards = built.shards
-    named, heads = adapter_tensors(built.model, shards)
-    for (_, parameter), (key, dtype, shape) in zip(named, heads, strict=True):
-        yield ShardedTensor(key, dtype, tuple(shape), shards.rectangles(parameter), shards.owns(parameter))
 
 
 def _random_pieces(own_state: Tensor, processes: Processes) -> Iterator[ShardedTensor]:
