@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.common.contenders import peft
 from benchmarks.common.results import chosen_device, default_path, parser_of, ratios, save, spread
 from benchmarks.common.timing import time_rounds
-from dora_dist.dora.functional import _DoraOut, adapted_linear
+from dora_dist.dora.functional import Constants, LinearOut, adapted_linear
 from dora_dist.dora.norm_math import squared_norms
 from dora_dist.quant.nf4 import Nf4, dequantize, quantize
 
@@ -104,7 +104,8 @@ def make_contenders(W_OI: Tensor, trained: dict[str, Tensor]) -> dict[str, Conte
 def ours(weight: Any, own: dict[str, Tensor], n: Tensor | None, layout: Nf4 | None, apart: bool) -> Forward:
     A, B, m = (own.get(key) for key in "ABm")
     if apart:
-        return lambda x: _DoraOut.apply(x, A, B, m, n, None, None, 1.0, SCALING, False, layout, *weight)
+        constants = Constants(SCALING, layout=layout)
+        return lambda x: LinearOut.apply(x, A, B, m, n, None, None, constants, *weight)
     return lambda x: adapted_linear(x, weight, A, B, m, n, None, scaling=SCALING, layout=layout)
 
 

@@ -11,6 +11,7 @@ product before that is rounded to 16 bits.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +30,10 @@ from dora_dist.dora.products import (
     dropped,
     low_rank_dz,
     low_rank_grads,
+    low_rank_z,
     mm_wide_left,
     wide_mm,
 )
-from dora_dist.quant.kernels import dequantize
 from dora_dist.quant.modules import dense, frozen_linear
 from dora_dist.quant.nf4 import Nf4
 
@@ -58,168 +59,127 @@ def _own(y_TO: Tensor) -> Tensor:
     return y_TO.clone() if torch.compiler.is_compiling() else y_TO
 
 
-class _LoraLinear(Function):
-    """y_TO = x W^T + s (drop(x) A^T) B^T + bias. Keeps x, z = drop(x) A^T and the dropout mask."""
+@dataclass(frozen=True)
+class Constants:
+    """What a layer computes with besides tensors."""
 
-    @staticmethod
-    def forward(ctx, x_TI, A_RI, B_OR, bias, keep_TI, keep_scale, scaling, transposed, layout, *parts):
-        W_IO = dense(parts, layout, transposed)
-        y_TO = x_TI @ W_IO if bias is None else torch.addmm(bias, x_TI, W_IO)
-        z_TR = dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
-        y_TO.addmm_(z_TR, B_OR.t().to(y_TO.dtype), alpha=scaling)
-        ctx.save_for_backward(x_TI, A_RI, B_OR, z_TR, keep_TI, *parts)
-        ctx.keep_scale, ctx.scaling, ctx.transposed, ctx.layout = keep_scale, scaling, transposed, layout
-        return _own(y_TO)
+    scaling: float
+    keep_scale: float = 1.0  # of what dropout keeps
+    transposed: bool = False
+    layout: Nf4 | None = None
+    ratio_in_weight: bool = False  # m / n multiplies the rows of W and B, not their product
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy_TO):
-        x_TI, A_RI, B_OR, z_TR, keep_TI, *parts = ctx.saved_tensors
-        x_kept_TI = dropped(x_TI, keep_TI, ctx.keep_scale)
-        dz_TR = low_rank_dz(dy_TO, B_OR, ctx.scaling)
-        dA_RI, dB_OR = low_rank_grads(dy_TO, dz_TR, x_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
-        dx_TI = None
-        if ctx.needs_input_grad[0]:
-            dx_TI = dy_TO @ dense(parts, ctx.layout, ctx.transposed).t()
-            add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
-        dbias = dy_TO.sum(0) if ctx.needs_input_grad[3] else None
-        return dx_TI, dA_RI, dB_OR, dbias, *[None] * (5 + len(parts))
+    def weight(self, parts: Sequence[Tensor], row_factors: Tensor | None = None) -> Tensor:
+        """W_IO, which only lives for one product: `parts` are kept for the backward."""
+        return dense(parts, self.layout, self.transposed, row_factors)
 
 
-class _DoraOut(Function):
-    """y_TO = g_O * h_TO + bias with h = x W^T + s (drop(x) A^T) B^T and g = m / n per output feature.
+class LinearOut(Function):
+    """y_TO = g_O * h_TO + bias with h = x W^T + s (drop(x) A^T) B^T and g = m / n per output feature (LoRA: no g).
 
-    Keeps x, z, the dropout mask and g h, which is the output itself where there is no bias and which most models
-    keep anyway: dm = sum_T(dy * g h) / (g n). So that g h can be divided by g, g is kept away from zero, by far
-    less than y's dtype resolves. Where the model has written into the output, g h is computed anew.
+    Keeps x, z, the dropout mask and, where there is a g, g h, which is the output itself without a bias and which
+    most models keep anyway: dm = sum_T(dy * g h) / (g n). So that g h can be divided by g, g is kept away from
+    zero, by far less than y's dtype resolves. Where the model has written into the output, g h is computed anew.
     """
 
     @staticmethod
-    def forward(ctx, x_TI, A_RI, B_OR, m_O, n_O, bias, keep_TI, keep_scale, scaling, transposed, layout, *parts):
-        product_TO = wide_mm(x_TI, dense(parts, layout, transposed))
-        z_TR = None
-        if A_RI is not None:
-            z_TR = dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
-        g_O = _nonzero_ratio(m_O, n_O, x_TI.dtype)
-        y_TO, gh_TO = composed(product_TO, z_TR, B_OR, g_O, bias, scaling, x_TI.dtype)
-        gh_TO, ctx.kept = keep(gh_TO) if bias is None else (gh_TO, None)
-        ctx.save_for_backward(x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI, gh_TO, *parts)
-        ctx.keep_scale, ctx.scaling, ctx.transposed, ctx.layout = keep_scale, scaling, transposed, layout
+    def forward(ctx, x_TI, A_RI, B_OR, m_O, n_O, bias, keep_TI, constants, *parts):
+        g_O = None if m_O is None else _nonzero_ratio(m_O, n_O, x_TI.dtype)
+        z_TR = low_rank_z(x_TI, A_RI, keep_TI, constants.keep_scale)
+        y_TO, gh_TO = _outputs(x_TI, z_TR, B_OR, g_O, bias, constants, parts)
+        ctx.constants, ctx.kept = constants, None
+        if g_O is not None and bias is None:
+            gh_TO, ctx.kept = keep(gh_TO)
+        saved_TO = None if g_O is None else gh_TO
+        ctx.save_for_backward(x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI, saved_TO, *parts)
         return _own(y_TO)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TO):
         x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI, gh_TO, *parts = ctx.saved_tensors
-        dA_RI = dB_OR = dx_TI = None
+        constants, scaling, keep_scale = ctx.constants, ctx.constants.scaling, ctx.constants.keep_scale
+        row_factors = g_O if constants.ratio_in_weight else None
+        dx_TI = dA_RI = dB_OR = dm_O = dn_O = None
         if is_overwritten(ctx.kept):
-            product_TO = wide_mm(x_TI, dense(parts, ctx.layout, ctx.transposed))
-            gh_TO = composed(product_TO, z_TR, B_OR, g_O, None, ctx.scaling, x_TI.dtype)[1]
-        dh_TO, dz_TR, total_O = decomposed(dy_TO, gh_TO, B_OR, g_O, ctx.scaling)
-        assert dh_TO is not None
-        dm_O, dn_O = _magnitude_grads(total_O / g_O, g_O, n_O, ctx.needs_input_grad[4])
+            gh_TO = _outputs(x_TI, z_TR, B_OR, g_O, None, constants, parts)[1]
+        if g_O is not None:
+            dh_TO, dz_TR, total_O = decomposed(dy_TO, gh_TO, B_OR, g_O, scaling, keep_dh=row_factors is None)
+            dh_TO = dy_TO if dh_TO is None else dh_TO
+            dm_O, dn_O = _magnitude_grads(total_O / g_O, g_O, n_O, ctx.needs_input_grad[4])
+        else:
+            dh_TO, dz_TR = dy_TO, low_rank_dz(dy_TO, B_OR, scaling)
         if dz_TR is not None:
-            x_kept_TI = dropped(x_TI, keep_TI, ctx.keep_scale)
-            dA_RI, dB_OR = low_rank_grads(dh_TO, dz_TR, x_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
+            x_kept_TI = dropped(x_TI, keep_TI, keep_scale)
+            dA_RI, dB_OR = low_rank_grads(dh_TO, dz_TR, x_kept_TI, z_TR, A_RI, B_OR, scaling)
+            if row_factors is not None:
+                dB_OR.mul_(row_factors[:, None])
         if ctx.needs_input_grad[0]:
-            dx_TI = dh_TO @ dense(parts, ctx.layout, ctx.transposed).t()
+            dx_TI = dh_TO @ constants.weight(parts, row_factors).t()
             if dz_TR is not None:
-                add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
+                add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, keep_scale)
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
-        return dx_TI, dA_RI, dB_OR, dm_O, dn_O, dbias, *[None] * (5 + len(parts))
+        return dx_TI, dA_RI, dB_OR, dm_O, dn_O, dbias, *[None] * (2 + len(parts))
 
 
-class _DoraOutFolded(Function):
-    """As _DoraOut, over a bf16 W that is stored in 4 bits: the ratio rides on the scales of W's rows and on B's
-    rows, so that no [T, O] tensor is multiplied by it, nor held in fp32."""
-
-    @staticmethod
-    def forward(ctx, x_TI, A_RI, B_OR, m_O, n_O, bias, keep_TI, keep_scale, scaling, layout, *parts):
-        g_O = _nonzero_ratio(m_O, n_O, x_TI.dtype)
-        z_TR = None
-        if A_RI is not None:
-            z_TR = dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
-        y_TO = _folded(x_TI, z_TR, B_OR, g_O, scaling, layout, parts)
-        gh_TO, ctx.kept = keep(y_TO) if bias is None else (y_TO, None)
-        ctx.save_for_backward(x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI, gh_TO, *parts)
-        ctx.keep_scale, ctx.scaling, ctx.layout = keep_scale, scaling, layout
-        return _own(y_TO if bias is None else y_TO + bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy_TO):
-        x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI, y_TO, *parts = ctx.saved_tensors
-        dA_RI = dB_OR = dx_TI = None
-        if is_overwritten(ctx.kept):
-            y_TO = _folded(x_TI, z_TR, B_OR, g_O, ctx.scaling, ctx.layout, parts)
-        _, dz_TR, total_O = decomposed(dy_TO, y_TO, B_OR, g_O, ctx.scaling, keep_dh=False)
-        dm_O, dn_O = _magnitude_grads(total_O / g_O, g_O, n_O, ctx.needs_input_grad[4])
-        if dz_TR is not None:
-            x_kept_TI = dropped(x_TI, keep_TI, ctx.keep_scale)
-            dA_RI, dB_OR = low_rank_grads(dy_TO, dz_TR, x_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
-            dB_OR.mul_(g_O[:, None])
-        if ctx.needs_input_grad[0]:
-            dx_TI = dy_TO @ dequantize(parts, ctx.layout, g_O)
-            if dz_TR is not None:
-                add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
-        dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
-        return dx_TI, dA_RI, dB_OR, dm_O, dn_O, dbias, *[None] * (4 + len(parts))
-
-
-def _folded(
+def _outputs(
     x_TI: Tensor,
     z_TR: Tensor | None,
     B_OR: Tensor | None,
-    g_O: Tensor,
-    scaling: float,
-    layout: Nf4,
+    g_O: Tensor | None,
+    bias: Tensor | None,
+    constants: Constants,
     parts: Sequence[Tensor],
-) -> Tensor:
-    """g h, of x's dtype."""
-    y_TO = x_TI @ dequantize(parts, layout, g_O).t()
+) -> tuple[Tensor, Tensor]:
+    """g h + bias and g h, of x's dtype; one tensor where there is no bias. Without g the sum alone, twice."""
+    if g_O is not None and not constants.ratio_in_weight:
+        product_TO = wide_mm(x_TI, constants.weight(parts))
+        return composed(product_TO, z_TR, B_OR, g_O, bias, constants.scaling, x_TI.dtype)
+    W_IO = constants.weight(parts, g_O)
+    gh_TO = x_TI @ W_IO if bias is None or g_O is not None else torch.addmm(bias, x_TI, W_IO)
     if z_TR is not None and B_OR is not None:
-        y_TO.addmm_(z_TR, (g_O[:, None] * B_OR).t().to(y_TO.dtype), alpha=scaling)
-    return y_TO
+        gB_OR = B_OR if g_O is None else g_O[:, None] * B_OR
+        gh_TO.addmm_(z_TR, gB_OR.t().to(gh_TO.dtype), alpha=constants.scaling)
+    return gh_TO if bias is None or g_O is None else gh_TO + bias, gh_TO
 
 
-class _DoraIn(Function):
+class _LinearIn(Function):
     """y_TO = (g_I * x) W^T + s (g_I * drop(x)) A^T B^T + bias with g = m / n per input feature.
 
     Keeps x, z and the dropout mask: dm = sum_T(x * (dy V)) / n falls out of the product that dx needs anyway.
     """
 
     @staticmethod
-    def forward(ctx, x_TI, A_RI, B_OR, m_I, n_I, bias, keep_TI, keep_scale, scaling, transposed, layout, *parts):
+    def forward(ctx, x_TI, A_RI, B_OR, m_I, n_I, bias, keep_TI, constants, *parts):
         gx_TI = x_TI * norm_ratio(m_I, n_I)
-        y_TO = mm_wide_left(gx_TI, dense(parts, layout, transposed))
-        z_TR = None
-        if A_RI is not None:
-            z_TR = dropped(gx_TI.to(x_TI.dtype), keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
-            y_TO.addmm_(z_TR.to(y_TO.dtype), B_OR.t().to(y_TO.dtype), alpha=scaling)
+        y_TO = mm_wide_left(gx_TI, constants.weight(parts))
+        z_TR = low_rank_z(gx_TI.to(x_TI.dtype), A_RI, keep_TI, constants.keep_scale)
+        if z_TR is not None:
+            y_TO.addmm_(z_TR.to(y_TO.dtype), B_OR.t().to(y_TO.dtype), alpha=constants.scaling)
         if bias is not None:
             y_TO += bias
         ctx.save_for_backward(x_TI, A_RI, B_OR, m_I, n_I, z_TR, keep_TI, *parts)
-        ctx.keep_scale, ctx.scaling, ctx.transposed, ctx.layout = keep_scale, scaling, transposed, layout
+        ctx.constants = constants
         return _own(y_TO.to(x_TI.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TO):
         x_TI, A_RI, B_OR, m_I, n_I, z_TR, keep_TI, *parts = ctx.saved_tensors
+        constants, scaling, keep_scale = ctx.constants, ctx.constants.scaling, ctx.constants.keep_scale
         g_I = norm_ratio(m_I, n_I)
         dA_RI = dB_OR = None
-        dgx_TI = wide_mm(dy_TO, dense(parts, ctx.layout, ctx.transposed).t())
+        dgx_TI = wide_mm(dy_TO, constants.weight(parts).t())
         if A_RI is not None:
-            gx_TI = (x_TI * g_I).to(x_TI.dtype)
-            gx_kept_TI = dropped(gx_TI, keep_TI, ctx.keep_scale)
-            dz_TR = low_rank_dz(dy_TO, B_OR, ctx.scaling)
-            dA_RI, dB_OR = low_rank_grads(dy_TO, dz_TR, gx_kept_TI, z_TR, A_RI, B_OR, ctx.scaling)
-            add_low_rank_dx(dgx_TI, dz_TR, A_RI, keep_TI, ctx.keep_scale)
-            del gx_TI, gx_kept_TI  # dx takes their place
+            gx_kept_TI = dropped((x_TI * g_I).to(x_TI.dtype), keep_TI, keep_scale)
+            dz_TR = low_rank_dz(dy_TO, B_OR, scaling)
+            dA_RI, dB_OR = low_rank_grads(dy_TO, dz_TR, gx_kept_TI, z_TR, A_RI, B_OR, scaling)
+            add_low_rank_dx(dgx_TI, dz_TR, A_RI, keep_TI, keep_scale)
+            del gx_kept_TI  # dx takes its place
         dx_TI, total_I = column_sums(dgx_TI, x_TI, g_I, ctx.needs_input_grad[0])
         dm_I, dn_I = _magnitude_grads(total_I, g_I, n_I, ctx.needs_input_grad[4])
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
-        return dx_TI, dA_RI, dB_OR, dm_I, dn_I, dbias, *[None] * (5 + len(parts))
+        return dx_TI, dA_RI, dB_OR, dm_I, dn_I, dbias, *[None] * (2 + len(parts))
 
 
 def adapted_linear(
@@ -251,23 +211,18 @@ def adapted_linear(
         [..., O], in x's dtype.
     """
     parts = (weight,) if isinstance(weight, Tensor) else tuple(weight)
+    if magnitude is None and A_RI is None:
+        return frozen_linear(x, parts, bias, layout, transposed)
     x_TI = x.reshape(-1, x.shape[-1])
     keep_TI, keep_scale = None, 1.0
     if dropout > 0 and A_RI is not None:
         keep_TI = torch.empty_like(x_TI, dtype=torch.bool).bernoulli_(1 - dropout)
         keep_scale = 1 / (1 - dropout)
-    common = (bias, keep_TI, keep_scale, scaling, transposed, layout, *parts)
-    if magnitude is not None and axis == "out" and not transposed and layout and layout.dtype == torch.bfloat16:
-        y_TO = _DoraOutFolded.apply(
-            x_TI, A_RI, B_OR, magnitude, norm, bias, keep_TI, keep_scale, scaling, layout, *parts
-        )
-    elif magnitude is not None:
-        function = _DoraOut if axis == "out" else _DoraIn
-        y_TO = function.apply(x_TI, A_RI, B_OR, magnitude, norm, *common)
-    elif A_RI is not None:
-        y_TO = _LoraLinear.apply(x_TI, A_RI, B_OR, *common)
-    else:
-        y_TO = frozen_linear(x_TI, parts, bias, layout, transposed)
+    # A 4-bit W's scales take the ratio at no cost; then no [T, O] tensor is multiplied by it, or held in fp32.
+    in_weight = layout is not None and layout.dtype == torch.bfloat16 and not transposed
+    constants = Constants(scaling, keep_scale, transposed, layout, in_weight)
+    function = _LinearIn if magnitude is not None and axis == "in" else LinearOut
+    y_TO = function.apply(x_TI, A_RI, B_OR, magnitude, norm, bias, keep_TI, constants, *parts)
     return y_TO if x.dim() == 2 else y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
 

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """DoRA's fused Triton kernels for CUDA devices: the norms in one pass over M, the output in one pass over the
 product x W^T, the backward in one pass over dY. Their references, and what serves every other device, are
-`squared_norms` in norm_math.py and `_DoraOut` in functional.py; the symbols are those of functional.py.
+`squared_norms` in norm_math.py, `composed` and `decomposed` in products.py. Symbols are those of functional.py.
 
 Nothing is tuned at run time: block sizes follow from the rank, so that all ranks of a sharded model run the same
 programs and a repeated run gives the same bits. Sums across programs go through small buffers, never through
@@ -10,27 +10,19 @@ atomics. All blocks fit in 99 KB of shared memory.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dora_dist.quant.kernels import codes, launch, strides
-from dora_dist.quant.nf4 import PackedMatrix
+from dora_dist.quant.kernels import launch, strides
+from dora_dist.quant.nf4 import PackedMatrix, codes
 
 _CHUNK = 512  # elements of a row (or column) that one program of the norms sums
 
 
 # -------------------------------------------------------------------------------------- the operators around them
 # torch.compile takes a custom operator as it is and does not break its graph there. Its results are tensors: where
-# there is none, an empty one.
-
-
-def _launch(name: str, grid: tuple[int, ...], first: Tensor, *arguments: Any, **constants: Any) -> None:
-    from dora_dist.dora import triton_kernels  # only here: it needs Triton
-
-    launch(getattr(triton_kernels, f"{name}_kernel"), grid, first, *arguments, **constants)
+# there is none, an empty one. The programs are imported where they are started: they need Triton.
 
 
 def _power_of_2(n: int) -> int:
@@ -52,6 +44,8 @@ def _squared_norms_op(
     parts: list[Tensor], L_NR: Tensor | None, U_RK: Tensor | None, scaling: float, dim: int,
     shape: list[int], block_size: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    from dora_dist.dora.triton_kernels import norms_kernel
+
     M, scales, ranges = parts[0], *[*parts[1:], None, None][:2]
     table = codes(M.device) if block_size else None
     rank = 0 if L_NR is None else L_NR.shape[1]
@@ -60,12 +54,11 @@ def _squared_norms_op(
     chunk = max(summed, min(_CHUNK, _power_of_2(shape[1 - dim])))
     chunks = -(-shape[1 - dim] // chunk)
     sums = torch.empty(chunks, shape[dim], device=M.device)
-    if sums.numel():
-        _launch(
-            "norms", (-(-shape[dim] // kept), chunks), M, scales, ranges, table, L_NR, U_RK, sums, *shape, scaling,
-            *strides(M, scales, ranges, L_NR, U_RK), DIM=dim, R=rank, BLOCK=block_size, DTYPE=dtype, CHUNK=chunk,
-            BN=BN, BK=BK, BR=BR, STAGES=3 if rank <= BR and not block_size else None, **options,
-        )  # fmt: skip
+    launch(
+        norms_kernel, (-(-shape[dim] // kept), chunks), M, scales, ranges, table, L_NR, U_RK, sums, *shape,
+        scaling, *strides(M, scales, ranges, L_NR, U_RK), DIM=dim, R=rank, BLOCK=block_size, DTYPE=dtype,
+        CHUNK=chunk, BN=BN, BK=BK, BR=BR, STAGES=3 if rank <= BR and not block_size else None, **options,
+    )  # fmt: skip
     return sums.sum(0)
 
 
@@ -79,16 +72,17 @@ def _compose_op(
     base_TO: Tensor, z_TR: Tensor | None, B_OR: Tensor | None, g_O: Tensor, bias_O: Tensor | None, scaling: float,
     out_dtype: torch.dtype, keep_gh: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from dora_dist.dora.triton_kernels import compose_kernel
+
     T, O = base_TO.shape  # noqa: E741
     rank = 0 if z_TR is None else z_TR.shape[1]
     y_TO, gh_TO = _compose_results(base_TO, z_TR, B_OR, g_O, bias_O, scaling, out_dtype, keep_gh)
     BT, BO, BR, options = _blocks(rank)
-    if y_TO.numel():
-        _launch(
-            "compose", (-(-T // BT), -(-O // BO)), base_TO, z_TR, B_OR, g_O, bias_O, y_TO,
-            gh_TO if keep_gh else None, T, O, scaling, *strides(base_TO, z_TR, B_OR, g_O),
-            0 if bias_O is None else bias_O.stride(0), DTYPE=out_dtype, R=rank, BT=BT, BO=BO, BR=BR, **options,
-        )  # fmt: skip
+    launch(
+        compose_kernel, (-(-T // BT), -(-O // BO)), base_TO, z_TR, B_OR, g_O, bias_O, y_TO,
+        gh_TO if keep_gh else None, T, O, scaling, *strides(base_TO, z_TR, B_OR, g_O),
+        0 if bias_O is None else bias_O.stride(0), DTYPE=out_dtype, R=rank, BT=BT, BO=BO, BR=BR, **options,
+    )  # fmt: skip
     return y_TO, gh_TO
 
 
@@ -100,8 +94,10 @@ def _compose_results(base_TO, z_TR, B_OR, g_O, bias_O, scaling, out_dtype, keep_
 
 @custom_op("dora_dist::dora_backward", mutates_args=())
 def _backward_op(
-    dy_TO: Tensor, h_TO: Tensor | None, B_OR: Tensor | None, g_O: Tensor, scaling: float, keep_dh: bool
+    dy_TO: Tensor, h_TO: Tensor, B_OR: Tensor | None, g_O: Tensor, scaling: float, keep_dh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    from dora_dist.dora.triton_kernels import backward_kernel
+
     T, O = dy_TO.shape  # noqa: E741
     rank = 0 if B_OR is None else B_OR.shape[1]
     # A program keeps its tokens' dz in registers while it walks over a chunk of the features: not over all, since
@@ -115,13 +111,12 @@ def _backward_op(
     blocks, chunks = -(-T // BT), -(-O // chunk)
     dh_TO = dy_TO.new_empty((T, O) if keep_dh else 0)
     dz_CTR = dy_TO.new_empty(chunks, T, rank, dtype=torch.float32)
-    totals = dy_TO.new_empty(blocks, 0 if h_TO is None else O, dtype=torch.float32)
-    if dy_TO.numel():
-        _launch(
-            "backward", (blocks * max(1, -(-rank // BR)), chunks), dy_TO, h_TO, B_OR, g_O,
-            dh_TO if keep_dh else None, dz_CTR, totals, T, O, scaling, *strides(dy_TO, h_TO, B_OR, g_O),
-            DTYPE=dy_TO.dtype, R=rank, CHUNK=chunk, BT=BT, BO=BO, BR=BR, STAGES=2, num_warps=4, num_stages=2,
-        )  # fmt: skip
+    totals = dy_TO.new_empty(blocks, O, dtype=torch.float32)
+    launch(
+        backward_kernel, (blocks * max(1, -(-rank // BR)), chunks), dy_TO, h_TO, B_OR, g_O,
+        dh_TO if keep_dh else None, dz_CTR, totals, T, O, scaling, *strides(dy_TO, h_TO, B_OR, g_O),
+        DTYPE=dy_TO.dtype, R=rank, CHUNK=chunk, BT=BT, BO=BO, BR=BR, STAGES=2, num_warps=4, num_stages=2,
+    )  # fmt: skip
     return dh_TO, dz_CTR[0] if chunks == 1 else dz_CTR.sum(0), totals.sum(0)
 
 
@@ -129,8 +124,7 @@ def _backward_op(
 def _(dy_TO, h_TO, B_OR, g_O, scaling, keep_dh):
     T, O = dy_TO.shape  # noqa: E741
     dz_TR = dy_TO.new_empty(T, 0 if B_OR is None else B_OR.shape[1], dtype=torch.float32)
-    totals = dy_TO.new_empty(0 if h_TO is None else O, dtype=torch.float32)
-    return dy_TO.new_empty((T, O) if keep_dh else 0), dz_TR, totals
+    return dy_TO.new_empty((T, O) if keep_dh else 0), dz_TR, dy_TO.new_empty(O, dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------ what others call
@@ -169,12 +163,12 @@ def compose(
 
 
 def backward(
-    dy_TO: Tensor, h_TO: Tensor | None, B_OR: Tensor | None, g_O: Tensor, scaling: float, keep_dh: bool = True
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dy_TO: Tensor, h_TO: Tensor, B_OR: Tensor | None, g_O: Tensor, scaling: float, keep_dh: bool = True
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """dh = g * dY in dY's dtype, where it is kept; dz_TR = s dh B and total_O = sum_T(dY * h) in fp32, of any h.
 
-    In 16 bits 6 T O bytes, or 4 without h or without dh: dY and h are read, dh is written; and 8 T R a chunk of
-    features and T O / 8 for partial sums. Torch's own products and sums move 26 T O with h.
+    In 16 bits 6 T O bytes, or 4 without dh: dY and h are read, dh is written; and 8 T R a chunk of features and
+    T O / 8 for partial sums. Torch's own products and sums move 26 T O.
     """
     dh_TO, dz_TR, total_O = _backward_op(dy_TO, h_TO, B_OR, g_O, scaling, keep_dh)
-    return dh_TO if keep_dh else None, None if B_OR is None else dz_TR, None if h_TO is None else total_O
+    return dh_TO if keep_dh else None, None if B_OR is None else dz_TR, total_O

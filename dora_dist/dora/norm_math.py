@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from dora_dist.device import is_gpu, wide_dtype
 from dora_dist.dora import kernels
 from dora_dist.quant.kernels import available
-from dora_dist.quant.nf4 import Nf4, PackedMatrix
+from dora_dist.quant.nf4 import Nf4, PackedMatrix, pieces
 
 # Scratch of the passes over a weight: on a CPU what its caches hold, on a GPU few launches. Fewer rows than these
 # would read the low-rank factor so often that a product of rank 384 took three times as long.
@@ -25,8 +25,7 @@ def row_tiles(matrix: Tensor | PackedMatrix, dtype: torch.dtype, device: torch.d
     """Rows of a matrix that are few enough to be held once more in `dtype` on `device`."""
     rows, cols = matrix.shape
     budget = _SCRATCH_BYTES_GPU if is_gpu(device) else _SCRATCH_BYTES
-    step = max(_LEAST_ROWS, budget // max(1, cols * dtype.itemsize))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return pieces(slice(0, rows), max(_LEAST_ROWS, budget // max(1, cols * dtype.itemsize)))
 
 
 @torch.no_grad()

@@ -73,6 +73,10 @@ def dropped(x_TI: Tensor, keep_TI: Tensor | None, keep_scale: float) -> Tensor:
     return x_TI if keep_TI is None else x_TI * keep_TI * keep_scale
 
 
+def low_rank_z(x_TI: Tensor, A_RI: Tensor | None, keep_TI: Tensor | None, keep_scale: float) -> Tensor | None:
+    return None if A_RI is None else dropped(x_TI, keep_TI, keep_scale) @ A_RI.t().to(x_TI.dtype)
+
+
 def low_rank_dz(dh_TO: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
     return (dh_TO @ B_OR.to(dh_TO.dtype)).mul_(scaling)
 
@@ -132,7 +136,6 @@ def decomposed(
     """dh = g dy in dy's dtype, where it is kept; dz = s dh B, and sum_T(dy * g h)."""
     if available(dy_TO.device, dy_TO.dtype):
         dh_TO, dz_TR, total_O = kernels.backward(dy_TO, gh_TO, B_OR, g_O, scaling, keep_dh)
-        assert total_O is not None
         return dh_TO, None if dz_TR is None else dz_TR.to(dy_TO.dtype), total_O
     dh_TO, total_O = column_sums(dy_TO, gh_TO, g_O, keep_dh)
     if B_OR is None:

@@ -123,11 +123,10 @@ def backward_kernel(
         if dh is not None:
             own = within(t, own_tokens, o, features, BT, BO)
             tl.store(tile(dh, t, o, features, 1, BT, BO), dh_tile, mask=own)
-        if h is not None:
-            h_tile = _load(h, t, own_tokens, o, features, stride_ht, stride_ho, BT, BO)
-            sums = tl.sum(dy_tile.to(tl.float32) * h_tile.to(tl.float32), 0)
-            at = tl.cast(block, tl.int64) * features + at_o
-            tl.store(total + at, sums, mask=at_o < own_features)
+        h_tile = _load(h, t, own_tokens, o, features, stride_ht, stride_ho, BT, BO)
+        sums = tl.sum(dy_tile.to(tl.float32) * h_tile.to(tl.float32), 0)
+        at = tl.cast(block, tl.int64) * features + at_o
+        tl.store(total + at, sums, mask=at_o < own_features)
         if R:
             b_tile = _load(b, o, features, r, R, stride_o, stride_r, BO, BR).to(tl.float32)
             dz_tile = _add_dot(dz_tile, dh_tile, b_tile)

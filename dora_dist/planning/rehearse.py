@@ -74,7 +74,7 @@ _UNKNOWN = "this run cannot be rehearsed, so whether it fits is not known: "
 _KILLED = _UNKNOWN + "its process was killed; perhaps the machine has no memory left"
 # What goes through a weight or an activation piece by piece holds the same for each.
 _PIECES = (
-    (modules, "_pieces"), (weights, "_pieces"), (norm_math, "row_tiles"), (products, "row_tiles"),
+    (modules, "pieces"), (weights, "_pieces"), (norm_math, "row_tiles"), (products, "row_tiles"),
     (products, "token_tiles"),
 )  # fmt: skip
 

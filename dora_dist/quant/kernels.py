@@ -15,16 +15,14 @@ from torch.library import custom_op
 
 from dora_dist.device import constant_when_compiled, gpu_is_rehearsed
 from dora_dist.quant import nf4
-from dora_dist.quant.nf4 import CODES, Nf4
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from dora_dist.quant.nf4 import KERNEL_DTYPES, Nf4
 
 
 def available(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
     """Whether the kernels run on tensors of `device`, for a base of `dtype`."""
-    if gpu_is_rehearsed():
-        return dtype in _DTYPES
-    return dtype in _DTYPES and device.type in ("cuda", "cpu") and _constant_run_on(device.type, device.index)
+    if dtype not in KERNEL_DTYPES:
+        return False
+    return gpu_is_rehearsed() or (device.type in ("cuda", "cpu") and _constant_run_on(device.type, device.index))
 
 
 @constant_when_compiled
@@ -46,9 +44,11 @@ def _run_on(kind: str, index: int | None) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **constants: Any) -> None:
-    """Start one of the Triton programs, on the device of `first`."""
+    """Start a Triton program on the device of `first`, or none where the grid is empty."""
     from triton import language  # only here: not all machines have Triton
 
+    if 0 in grid:
+        return
     constants["DTYPE"] = getattr(language, str(constants["DTYPE"]).removeprefix("torch."))
     with torch.cuda.device_of(first):
         kernel[grid](first, *arguments, **constants)
@@ -59,27 +59,16 @@ def strides(*tensors: Tensor | None) -> list[int]:
     return [step for tensor in tensors for step in ((0, 0) if tensor is None else tensor.stride())]
 
 
-@cache
-def codes(device: torch.device) -> Tensor:
-    return torch.tensor(CODES, device=device)
-
-
-def _launch(*arguments: Any, **constants: Any) -> None:
-    from dora_dist.quant import triton_kernels
-
-    launch(triton_kernels.dequantize_kernel, *arguments, **constants)
-
-
 @custom_op("dora_dist::dequantize", mutates_args=())
 def _dequantize_op(packed: Tensor, scales: Tensor, columns: int, block_size: int, dtype: torch.dtype) -> Tensor:
+    from dora_dist.quant.triton_kernels import dequantize_kernel  # it needs Triton
+
     M_NK = packed.new_empty(packed.shape[0], columns, dtype=dtype)
     BN, BK = 16, 128
-    if M_NK.numel():
-        grid = (-(-M_NK.shape[0] // BN), -(-columns // BK))
-        _launch(
-            grid, packed, scales, codes(packed.device), M_NK, *M_NK.shape,
-            *strides(packed, scales), BLOCK=block_size, DTYPE=dtype, BN=BN, BK=BK, num_warps=4,
-        )  # fmt: skip
+    launch(
+        dequantize_kernel, (-(-M_NK.shape[0] // BN), -(-columns // BK)), packed, scales, nf4.codes(packed.device),
+        M_NK, *M_NK.shape, *strides(packed, scales), BLOCK=block_size, DTYPE=dtype, BN=BN, BK=BK, num_warps=4,
+    )  # fmt: skip
     return M_NK
 
 

@@ -1,7 +1,7 @@
 """Modules that hold a frozen weight, dense or in 4 bits: the base of DoRA's layers, and a linear layer that is not
 adapted."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from dora_dist.device import wide_dtype
 from dora_dist.parallel.shards import Shards
 from dora_dist.quant.kernels import dequantize
-from dora_dist.quant.nf4 import Nf4, PackedMatrix, quantize
+from dora_dist.quant.nf4 import Nf4, PackedMatrix, pieces, quantize
 
 _READ_ELEMENTS = 1 << 20  # quantized at a time while loading
 
@@ -74,10 +74,10 @@ class BaseWeight(nn.Module):
         step = max(1, _READ_ELEMENTS // self.layout.columns)
         for matrix, rows, _ in self.own_rows(shards):
             assert isinstance(matrix, PackedMatrix)
-            for start, stop in _pieces(rows, step):
-                made = quantize(read(slice(start, stop)).to(device or matrix.device), self.layout)
+            for piece in pieces(rows, step):
+                made = quantize(read(piece).to(device or matrix.device), self.layout)
                 for part, values in zip(matrix.parts, made, strict=True):
-                    part[start - rows.start : stop - rows.start] = values
+                    part[piece.start - rows.start : piece.stop - rows.start] = values
         for part in self.weight_parts:
             shards.after_write(part)
 
@@ -114,16 +114,12 @@ class BaseWeight(nn.Module):
             )
 
 
-def dense(parts: Sequence[Tensor], layout: Nf4 | None, transposed: bool) -> Tensor:
-    """W_IO of a weight that is stored dense (one part) or in 4 bits. Only the parts are kept for the backward."""
-    weight = parts[0] if layout is None else dequantize(parts, layout)
+def dense(
+    parts: Sequence[Tensor], layout: Nf4 | None, transposed: bool, row_factors: Tensor | None = None
+) -> Tensor:
+    """W_IO of a weight that is stored dense (one part) or in 4 bits, whose rows come times `row_factors`."""
+    weight = parts[0] if layout is None else dequantize(parts, layout, row_factors)
     return weight if transposed else weight.t()
-
-
-def _pieces(rows: slice, step: int) -> Iterator[tuple[int, int]]:
-    """Where pieces of at most `step` rows begin and end."""
-    for start in range(rows.start, rows.stop, step):
-        yield start, min(start + step, rows.stop)
 
 
 class _FrozenLinear(Function):

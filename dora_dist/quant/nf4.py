@@ -25,7 +25,7 @@ CODES = (
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # which bitsandbytes' kernels and ours compute
 _CELLS = 128
 _TABLE_ELEMENTS = 1 << 22  # looked up at a time
 
@@ -91,11 +91,15 @@ def dequantize(parts: Sequence[Tensor], layout: Nf4, row_factors: Tensor | None 
         return dense[:, : layout.columns]
     dense = torch.empty(packed.shape[0], layout.columns, dtype=layout.dtype, device=packed.device)
     step = max(1, _TABLE_ELEMENTS // (layout.blocks * layout.block_size))  # its copies are five times the result
-    for start in range(0, packed.shape[0], step):
-        rows = slice(start, start + step)
+    for rows in pieces(slice(0, packed.shape[0]), step):
         values = F.embedding(packed[rows].int(), _pairs(packed.device)).view(-1, layout.blocks, layout.block_size)
         dense[rows] = (values * scales[rows, :, None]).flatten(1)[:, : layout.columns]
     return dense
+
+
+def pieces(rows: slice, step: int) -> list[slice]:
+    """At most `step` rows each."""
+    return [slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
 
 
 def codes_and_scales(
@@ -109,7 +113,7 @@ def codes_and_scales(
 
 def has_kernels(layout: Nf4, device: torch.device) -> bool:
     """Whether bitsandbytes' kernels dequantize there."""
-    return layout.dtype in _KERNEL_DTYPES and _has_kernels(layout.block_size, is_gpu(device))
+    return layout.dtype in KERNEL_DTYPES and _has_kernels(layout.block_size, is_gpu(device))
 
 
 class PackedMatrix:
@@ -163,10 +167,15 @@ def _nearest_codes(values: Tensor) -> Tensor:
 
 
 @lru_cache
+def codes(device: torch.device) -> Tensor:
+    return torch.tensor(CODES, device=device)
+
+
+@lru_cache
 def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
     """Cells of equal width over [-1, 1] with one midpoint at most: how many lie below each, and all of these."""
-    codes = torch.tensor(CODES)
-    midpoints = (codes[1:] + codes[:-1]) / 2
+    values = codes(torch.device("cpu"))
+    midpoints = (values[1:] + values[:-1]) / 2
     edges = torch.arange(_CELLS) * (2 / _CELLS) - 1
     below = torch.bucketize(edges, midpoints, out_int32=True)
     return below.to(device), torch.cat([midpoints, torch.tensor([torch.inf])]).to(device)
@@ -175,6 +184,5 @@ def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
 @lru_cache
 def _pairs(device: torch.device) -> Tensor:
     """Byte -> its two values [256, 2]."""
-    codes = torch.tensor(CODES, device=device)
     byte = torch.arange(256, device=device)
-    return torch.stack([codes[byte >> 4], codes[byte & 15]], dim=1)
+    return torch.stack([codes(device)[byte >> 4], codes(device)[byte & 15]], dim=1)

@@ -64,9 +64,9 @@ def compose(dtype, rank, bias=False, base=FP32, odd=0):
     kernels.compose(empty(T, o, dtype=base), z, B, empty(o), empty(o, dtype=dtype) if bias else None, 2.0, dtype)
 
 
-def backward(dtype, rank, h=True, odd=0, keep_dh=True):
+def backward(dtype, rank, odd=0, keep_dh=True):
     o = O - odd
-    dy, h_TO = empty(T, o, dtype=dtype), empty(T, o, dtype=dtype) if h else None
+    dy, h_TO = empty(T, o, dtype=dtype), empty(T, o, dtype=dtype)
     kernels.backward(dy, h_TO, empty(o, rank) if rank else None, empty(o), 2.0, keep_dh)
 
 
@@ -101,7 +101,7 @@ RARE = [
     (compose, {"dtype": FP32, "rank": 0, "bias": True}),
     (compose, {"dtype": BF16, "rank": 17, "bias": True, "odd": 3}),
     *((backward, {"dtype": d, "rank": r}) for d, r in product((FP32, BF16), (16, 32, 64, 128))),
-    *((backward, {"dtype": d, "rank": 384, "h": h}) for d, h in [(FP32, True), (FP16, True), (BF16, False)]),
+    *((backward, {"dtype": d, "rank": 384}) for d in (FP32, FP16)),
     *((backward, {"dtype": d, "rank": r, "keep_dh": False}) for d, r in [(FP32, 384), (FP16, 64), (BF16, 0)]),
     (backward, {"dtype": BF16, "rank": 0}),
     (backward, {"dtype": BF16, "rank": 17, "odd": 3}),
