@@ -9,7 +9,7 @@ import yaml
 
 from benchmarks import report
 from dora_dist.config import RunConfig, load_config, parse_yaml
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 
 def test_the_configuration_page_is_the_configuration(tmp_path):

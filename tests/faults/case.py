@@ -9,8 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from tests.conftest import ROOT, make_rows, make_tiny_llama
+from tests.support import ROOT
 from tests.support.launch import Launch, free_port
+from tests.support.models import make_rows, make_tiny_llama
 from tests.support.ranks import run_ranks
 
 INJECT = ROOT / "tests" / "faults" / "inject.py"

@@ -13,7 +13,8 @@ import pytest
 from benchmarks import gpu as gpu_script
 from benchmarks import report
 from benchmarks.common import results
-from tests.conftest import ROOT, child_environment
+from tests.support import ROOT
+from tests.support.launch import child_environment
 
 PART = """
 import os, subprocess, sys, time

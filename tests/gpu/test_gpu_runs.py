@@ -21,7 +21,7 @@ from torch import nn
 from dora_dist.config import load_config
 from dora_dist.quant import nf4
 from dora_dist.training.run import run_training
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")
 pytestmark = [

@@ -8,7 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.conftest import ROOT, child_environment
+from tests.support import ROOT
+from tests.support.launch import child_environment
 
 
 def recovers(directory: Path, processes: int = 2, seconds: float = 120) -> bool:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from benchmarks.scaling.hosts import Hosts, available
-from tests.conftest import ROOT, child_environment
-from tests.support.launch import SECONDS, wait_until
+from tests.support import ROOT
+from tests.support.launch import SECONDS, child_environment, wait_until
 from tests.support.rounding import TRAINED
 
 pytestmark = [

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from dora_dist.errors import UserError
-from tests.conftest import ROOT
+from tests.support import ROOT
 from tests.support.launch import SECONDS, Launch, free_port, wait_until
 from tests.support.ranks import Ranks
 from tests.support.rounding import TRAINED

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import ROOT, child_environment
-from tests.support.launch import SECONDS, Launch, free_port, wait_until
+from tests.support import ROOT
+from tests.support.launch import SECONDS, Launch, child_environment, free_port, wait_until
 
 pytestmark = pytest.mark.ranks
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.conftest import ROOT
+from tests.support import ROOT
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT
+from tests.support import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.rounding import TRAINED
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import child_environment
-from tests.support.launch import SECONDS, wait_until
+from tests.support.launch import SECONDS, child_environment, wait_until
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks

@@ -1,6 +1,6 @@
 """Every strategy and world size against one process: losses of some steps, first gradients of A, B and m, norms.
 
-The model is awkward on purpose (conftest.tiny_llama): 17 and 2 rows over 4 ranks, biases, zero rows.
+The model is awkward on purpose (support.models.make_tiny_llama): 17 and 2 rows over 4 ranks, biases, zero rows.
 """
 
 import json
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dora_dist import load_adapter
 from dora_dist.quant.nf4 import Nf4, dequantize, quantize
-from tests.conftest import ROOT
+from tests.support import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.rounding import MODEL, TRAINED, assert_near, rounding
 

@@ -20,11 +20,11 @@ from dora_dist.models.build import build, make_blueprint
 from dora_dist.models.huggingface import resolve_model
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.replicated import Single
-from tests.conftest import save_model
 from tests.refusals.refusals_data import write
 from tests.refusals.refusals_headers import Change, damages
 from tests.support.data import load, make_tokenizer
-from tests.support.peft import CASES, llama, randomized
+from tests.support.models import llama, save_model
+from tests.support.peft import CASES, randomized
 from tests.support.refusals import CANARY, Case
 
 Q = "model.layers.0.self_attn.q_proj.weight"

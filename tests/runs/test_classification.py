@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dora_dist.cli import main
-from tests.conftest import ROOT
+from tests.support import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.rounding import TRAINED
 

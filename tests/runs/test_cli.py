@@ -13,7 +13,8 @@ import yaml
 from dora_dist import cli
 from dora_dist.cli import main
 from dora_dist.models.weights import SafetensorsFiles
-from tests.conftest import ROOT, child_environment
+from tests.support import ROOT
+from tests.support.launch import child_environment
 from tests.support.ranks import run_ranks
 from tests.support.rounding import TRAINED
 
@@ -227,7 +228,7 @@ def test_yaml_merge_keys(tmp_path):
 def test_windowed_attention_refuses_packing(config, tmp_path, capsys):
     from transformers import MistralConfig, MistralForCausalLM
 
-    from tests.conftest import save_model
+    from tests.support.models import save_model
 
     small = MistralConfig(
         vocab_size=96, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,

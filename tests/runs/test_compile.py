@@ -11,7 +11,7 @@ from dora_dist.device import constant_when_compiled
 from dora_dist.dora.layers import AdapterSpec, DoraLinear
 from dora_dist.quant.nf4 import Nf4
 from dora_dist.training.trainer import Trainer
-from tests.conftest import ROOT
+from tests.support import ROOT
 from tests.support.rounding import assert_near, roundings
 
 

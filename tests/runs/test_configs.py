@@ -5,7 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT
+from tests.support import ROOT
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks

@@ -20,7 +20,8 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT, make_rows, make_tiny_distilbert, make_tiny_llama
+from tests.support import ROOT
+from tests.support.models import make_rows, make_tiny_distilbert, make_tiny_llama
 from tests.support.ranks import run_ranks
 from tests.support.rounding import TRAINED
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from tests.conftest import child_environment
+from tests.support.launch import child_environment
 
 LOOK = "import sys; print(*(name for name in sys.argv[1].split() if name in sys.modules), sep='\\n', end='!')"
 HEAVY = "torch numpy transformers datasets rich safetensors"

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tests.conftest import child_environment
+from tests.support import ROOT
 
 SECONDS = 300  # after which something hangs; nothing here takes nearly as long, also on a busy machine
 
@@ -77,3 +77,8 @@ def wait_until(condition, seconds: float) -> bool:
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+def child_environment() -> dict[str, str]:
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}

@@ -11,56 +11,9 @@ from torch import nn
 
 from dora_dist import DoraConfig, inject_dora
 from dora_dist.adapters.peft_format import trained_tensors
+from tests.support.models import bert, distilbert, gpt2, llama
 
 IDS = torch.tensor([[5, 17, 3, 90, 41, 41, 8], [1, 2, 60, 11, 77, 30, 95]])
-
-
-def llama(**settings) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    common = {
-        "vocab_size": 96, "hidden_size": 12, "intermediate_size": 17, "num_hidden_layers": 2, "head_dim": 4,
-        "num_attention_heads": 3, "num_key_value_heads": 1, "initializer_range": 0.3, "pad_token_id": 0,
-    }  # fmt: skip
-    return _made(LlamaForCausalLM, LlamaConfig(**{"tie_word_embeddings": False, **common, **settings}))
-
-
-def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(vocab_size=96, n_positions=64, n_embd=10, n_layer=2, n_head=2, initializer_range=0.3)
-    return _made(GPT2LMHeadModel, config)
-
-
-def bert() -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig(
-        vocab_size=96, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=17,
-        max_position_embeddings=32, initializer_range=0.3, num_labels=3,
-    )  # fmt: skip
-    return _made(BertForSequenceClassification, config)
-
-
-def distilbert() -> nn.Module:
-    from transformers import DistilBertConfig, DistilBertForSequenceClassification
-
-    config = DistilBertConfig(
-        vocab_size=96, dim=12, n_layers=2, n_heads=2, hidden_dim=17, max_position_embeddings=32,
-        initializer_range=0.3, num_labels=3,
-    )  # fmt: skip
-    return _made(DistilBertForSequenceClassification, config)
-
-
-def _made(cls: type, config) -> nn.Module:
-    """Random weights from one seed, biases among them, in evaluation mode."""
-    torch.manual_seed(0)
-    model = cls(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(0, 0.2)
-    return model
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Ranks that are forked from a process which has imported what they need: 0.1 s each rather than 6 to 10.
 
-For tests of what ranks compute. Where the launcher itself is tested, see `conftest.torchrun` and `support.launch`.
+For tests of what ranks compute. Where the launcher itself is tested, see `support.launch`.
 The process that they are forked from computes nothing, as a child of a process that has threads can hang.
 """
 
@@ -20,8 +20,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import NoReturn
 
-from tests.conftest import child_environment
-from tests.support.launch import free_port
+from tests.support.launch import child_environment, free_port
 
 _GRACE_S = 60  # for the other ranks to end after one that failed
 _forks = multiprocessing.get_context("forkserver")

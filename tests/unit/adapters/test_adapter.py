@@ -22,7 +22,8 @@ from dora_dist.adapters.peft_format import trained_tensors
 from dora_dist.dora.layers import DoraLayer
 from dora_dist.dora.norm_cache import cache_norms
 from dora_dist.io import durable
-from tests.support.peft import CASES, IDS, Case, distilbert, gpt2, llama, logits, ours, randomized
+from tests.support.models import distilbert, gpt2, llama
+from tests.support.peft import CASES, IDS, Case, logits, ours, randomized
 from tests.support.rounding import MODEL, assert_near, roundings
 
 MERGED = {

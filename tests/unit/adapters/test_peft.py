@@ -10,14 +10,12 @@ from torch import nn
 
 from dora_dist import DoraConfig, UserError, inject_dora, load_adapter, save_adapter
 from dora_dist.adapters.peft_format import trained_tensors
+from tests.support.models import bert, distilbert, llama
 from tests.support.peft import (
     CASES,
     IDS,
     Case,
-    bert,
-    distilbert,
     file_tensors,
-    llama,
     logits,
     ours,
     peft_load,

@@ -9,7 +9,8 @@ from torch import nn
 
 from dora_dist import DoraConfig, DoraEmbedding, DoraLinear, UserError, inject_dora
 from dora_dist.dora.norm_cache import attach_norm_refresh, initialize_adapters
-from tests.support.peft import FIRST_Q, IDS, LLAMA_TARGETS, bert, distilbert, gpt2, llama
+from tests.support.models import bert, distilbert, gpt2, llama
+from tests.support.peft import FIRST_Q, IDS, LLAMA_TARGETS
 
 LINEARS = [f"model.layers.{i}.{part}" for i in (0, 1) for part in (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

@@ -14,7 +14,8 @@ from dora_dist.dora import kernels
 from dora_dist.quant import kernels as nf4_kernels
 from dora_dist.quant import nf4
 from dora_dist.quant.nf4 import Nf4, PackedMatrix, dequantize, quantize
-from tests.conftest import ROOT, child_environment
+from tests.support import ROOT
+from tests.support.launch import child_environment
 from tests.support.rounding import assert_sums
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -12,7 +12,8 @@ from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, load_adapter
 from dora_dist.dora.layers import DoraLayer
 from dora_dist.dora.norm_cache import cache_norms, dora_layers
 from dora_dist.dora.norm_math import norm_ratio
-from tests.support.peft import CASES, IDS, Case, gpt2, llama, logits, ours, randomized
+from tests.support.models import gpt2, llama
+from tests.support.peft import CASES, IDS, Case, logits, ours, randomized
 from tests.support.rounding import MODEL, assert_near, rounding, roundings
 
 KINDS = {

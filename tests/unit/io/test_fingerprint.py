@@ -20,9 +20,9 @@ from dora_dist.io.fingerprint import Base, base_fingerprint, tokenizer_fingerpri
 from dora_dist.models.build import make_blueprint
 from dora_dist.models.weights import SafetensorsFiles
 from dora_dist.parallel.process import Processes
-from tests.conftest import letter_tokenizer
 from tests.support.data import load, make_tokenizer, write_jsonl
-from tests.support.peft import CASES, llama, logits, ours, randomized
+from tests.support.models import letter_tokenizer, llama
+from tests.support.peft import CASES, logits, ours, randomized
 from tests.support.rounding import MODEL, assert_near
 
 

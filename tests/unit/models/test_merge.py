@@ -20,7 +20,7 @@ from dora_dist.models import merge, merge_loaded, merge_weights
 from dora_dist.models.build import build, make_blueprint
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.replicated import Single
-from tests.conftest import letter_tokenizer, save_model
+from tests.support.models import letter_tokenizer, save_model
 from tests.support.ranks import run_ranks
 from tests.support.rounding import MODEL, assert_near, rounding
 from tests.support.small import small_config, small_model

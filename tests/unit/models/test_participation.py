@@ -19,7 +19,7 @@ from dora_dist.errors import UserError
 from dora_dist.models import build
 from dora_dist.models.huggingface import meta_model
 from dora_dist.models.participation import idle_modules, refuse_idle
-from tests.conftest import save_model
+from tests.support.models import save_model
 from tests.support.ranks import run_ranks
 from tests.support.small import small_config, small_model
 

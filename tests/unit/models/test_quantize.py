@@ -11,7 +11,7 @@ from dora_dist.dora.inject import inject_dora
 from dora_dist.errors import UserError
 from dora_dist.models.quantize import pack_linears
 from dora_dist.quant.modules import PackedLinear
-from tests.conftest import ROOT
+from tests.support import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.rounding import roundings
 

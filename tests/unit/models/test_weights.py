@@ -15,7 +15,8 @@ from dora_dist.models.weights import SafetensorsFiles
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.replicated import Single
 from dora_dist.parallel.shards import Rectangle
-from tests.conftest import ROOT, save_model
+from tests.support import ROOT
+from tests.support.models import save_model
 from tests.support.ranks import run_ranks
 from tests.support.rounding import MODEL, assert_near
 from tests.support.small import small_config

@@ -18,7 +18,9 @@ from dora_dist.planning.fits import certainly_fits, check_fits
 from dora_dist.planning.hardware import GPUS, find_cluster
 from dora_dist.planning.plan import as_json, as_text, make_plan
 from dora_dist.planning.rehearse import Job
-from tests.conftest import ROOT, child_environment, letter_tokenizer
+from tests.support import ROOT
+from tests.support.launch import child_environment
+from tests.support.models import letter_tokenizer
 from tests.support.ranks import run_ranks
 from tests.unit.planning.test_rehearse import SHAPE_8B, config_of, write
 

@@ -15,7 +15,7 @@ from dora_dist.config import RunConfig, load_config
 from dora_dist.planning.hardware import GB, find_cluster
 from dora_dist.planning.known_models import known_models
 from dora_dist.planning.plan import make_plan
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 CONFIGS = ROOT / "configs"
 

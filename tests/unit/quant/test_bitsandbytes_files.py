@@ -14,7 +14,7 @@ from dora_dist.config import DataConfig, DoraConfig, ModelConfig, QuantConfig, R
 from dora_dist.errors import UserError
 from dora_dist.models.build import make_blueprint
 from dora_dist.quant.bitsandbytes_files import find_four_bit
-from tests.conftest import letter_tokenizer
+from tests.support.models import letter_tokenizer
 from tests.support.ranks import run_ranks
 from tests.support.rounding import MODEL, assert_near
 

@@ -14,7 +14,7 @@ from dora_dist.dora.norm_math import squared_norms
 from dora_dist.quant import nf4
 from dora_dist.quant.modules import PackedLinear
 from dora_dist.quant.nf4 import CODES, Nf4, PackedMatrix, dequantize, quantize
-from tests.conftest import child_environment
+from tests.support.launch import child_environment
 from tests.support.memory import memory_profile
 from tests.support.rounding import assert_near, assert_sums, roundings
 
