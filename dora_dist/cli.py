@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import NoReturn
 
 from dora_dist.config import load_config
@@ -18,16 +18,19 @@ STOPPED = 75  # exit status of a run that a signal ended after a checkpoint: EX_
 _SECONDS_FOR_RANK_0 = 10
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dora-dist", description="DoRA fine-tuning that is aware of sharding.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    train = verbs.add_parser("train", help="fine-tune a model as a YAML says (under torchrun or alone)")
-    train.add_argument("--config", required=True, metavar="C.yaml")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(name, help=about)
+        verb.add_argument("--config", required=True, metavar="RUN/config.yaml" if name == "merge" else "C.yaml")
+        verb.set_defaults(run=run)
+        return verb
+
+    train = add("train", _train, "fine-tune a model as a YAML says (under torchrun or alone)")
     train.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the deepspeed launcher, as is LOCAL_RANK
-    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="laid over the YAML")
-    train.set_defaults(run=_train)
-    merge = verbs.add_parser("merge", help="write base and adapter as one 16-bit Hugging Face model")
-    merge.add_argument("--config", required=True, metavar="RUN/config.yaml")
+    merge = add("merge", _merge, "write base and adapter as one 16-bit Hugging Face model")
     merge.add_argument("--adapter", metavar="DIR", help="default: adapter in the run's output_dir")
     merge.add_argument(
         "--base",
@@ -36,17 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="of a 4-bit run: the weights that the adapter was trained on (default), or the unquantized ones",
     )
     merge.add_argument("out", metavar="OUT_DIR", help="a new directory")
-    merge.add_argument("overrides", nargs="*", metavar="key.sub=value", help="laid over the YAML")
-    merge.set_defaults(run=_merge)
-    plan = verbs.add_parser("plan", help="what a run will hold and how long a step will take, without a GPU")
-    plan.add_argument("--config", required=True, metavar="C.yaml")
+    plan = add("plan", _plan, "what a run will hold and how long a step will take, without a GPU")
     plan.add_argument("--gpus", type=int, default=1, help="in all (default: 1)")
     plan.add_argument("--gpu", required=True, help="rtx4090, a100-80, h100, h200 or b200")
     plan.add_argument("--nodes", type=int, default=1, help="machines that the GPUs are in (default: 1)")
     plan.add_argument("--net", default="400g", help="Gb/s of each GPU between machines (default: 400g)")
     plan.add_argument("--json", action="store_true", help="numbers in place of the table")
-    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="laid over the YAML")
-    plan.set_defaults(run=_plan)
+    for verb in (train, merge, plan):
+        verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="laid over the YAML")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") or "=" not in word for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -21,7 +21,6 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -137,7 +136,7 @@ def train(config: RunConfig) -> dict[str, int]:
     loading_peak = memory.peak()
     gc.collect()
     held = memory.held()
-    trainer = Trainer(config, built, strategy, SimpleNamespace(steps=steps, causal=True), log=None)
+    trainer = Trainer(built, config.model, config.train, config.data.packing, steps)
     rows, length = config.train.micro_batch_size, config.data.seq_len
     ids = torch.arange(length).expand(rows, length) % 128  # the tiny model knows as many words
     targets = rows * length * processes.world_size

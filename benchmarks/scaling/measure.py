@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -111,8 +110,14 @@ def measure_strategy(config: RunConfig, args: argparse.Namespace, processes: Pro
     built = build_to_train(blueprint, strategy)
     phases = Phases()
     total = args.warmup + args.rounds * args.steps + 2
-    data = SimpleNamespace(steps=total, causal=True)
-    trainer = Trainer(config, built, strategy, data, log=None, watch=phases)  # type: ignore[arg-type]
+    trainer = Trainer(
+        built,
+        config.model,
+        config.train,
+        config.data.packing,
+        total,
+        watch=phases,  # type: ignore[arg-type]
+    )
     batch = make_batch(config, built.model.config.vocab_size, processes)
     first_loss = processes.sum_(trainer.train_step(batch)[0]).item()
     for _ in range(args.warmup - 1):

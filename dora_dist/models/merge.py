@@ -109,7 +109,8 @@ class Check:
         )
         self.config, self.processes = config, processes
         self.blueprint = make_blueprint(config, directory)
-        data = RunData(config, self.blueprint.model, load_tokenizer(directory), processes)
+        tokenizer, task = load_tokenizer(directory), config.model.task
+        data = RunData(config.data, config.train, task, self.blueprint.model, tokenizer, processes)
         self.pad_id: int = data.pad_id
         self.batches = [
             {n: t[:, :_TOKENS_TO_CHECK] for n, t in micro.items() if n not in ("targets", "labels")}

@@ -8,13 +8,14 @@ other. On CPUs (`Device.blocking`) the cores that compute send, too: a collectiv
 stand still where they wait for it, and computing loses `Cluster.lost` to it.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dora_dist.parallel.phases import Phase
 from dora_dist.planning.hardware import Cluster, Link
-from dora_dist.planning.rehearse import Rehearsed, Short
+from dora_dist.planning.rehearse import Rehearsed
 from dora_dist.planning.trace import COPY_IN, Call, Collective
 
 
@@ -36,62 +37,47 @@ class StepTime:
 
 def step_time(rehearsed: Rehearsed, cluster: Cluster) -> StepTime:
     accumulation = rehearsed.job.config.train.accumulation
-
-    def measure(run: Short) -> dict[tuple, float]:
-        return _flat(_accumulated(run.calls, cluster, accumulation))
-
-    flat = rehearsed.at_full_depth(measure)
-    parts: dict[str, dict] = {"sent": {}, "messages": {}, "phases": {}}
-    for (kind, *key), value in flat.items():
-        if kind in parts:
-            parts[kind][key[0] if kind == "phases" else tuple(key)] = value
-    return StepTime(flat[("total",)], flat[("kernels",)], **parts)
-
-
-def _flat(time: StepTime) -> dict[tuple, float]:
-    found: dict[tuple, float] = {("total",): time.total, ("kernels",): time.kernels}
-    found |= {("sent", *key): value for key, value in time.sent.items()}
-    found |= {("messages", *key): value for key, value in time.messages.items()}
-    return found | {("phases", phase): value for phase, value in time.phases.items()}
-
-
-def _accumulated(calls: Sequence[Call], cluster: Cluster, accumulation: int) -> StepTime:
-    """Of a trace of at most two micro-batches, the first of which stands for all but the last."""
-    whole = simulate(calls, cluster)
-    if accumulation <= 2:
-        return whole
-    first = simulate([call for call in calls if call.micro == 1], cluster)
-    more = accumulation - 2
-
-    def add(a: dict, b: dict) -> dict:
-        return {key: a.get(key, 0.0) + more * b.get(key, 0.0) for key in dict.fromkeys([*a, *b])}
-
-    return StepTime(
-        whole.total + more * first.total,
-        whole.kernels + more * first.kernels,
-        add(whole.sent, first.sent),
-        add(whole.messages, first.messages),
-        add(whole.phases, first.phases),
-    )
+    return _from_parts(rehearsed.at_full_depth(lambda run: _accumulated(run.calls, cluster, accumulation)))
 
 
 def simulate(calls: Sequence[Call], cluster: Cluster) -> StepTime:
     """The time of a trace's calls, in their order, from one moment at which nothing runs."""
+    return _from_parts(_parts(calls, cluster))
+
+
+def _from_parts(parts: Mapping[tuple, float]) -> StepTime:
+    by_name: dict[str, dict] = {"sent": {}, "messages": {}, "phases": {}}
+    for (name, *key), value in parts.items():
+        if name in by_name:
+            by_name[name][key[0] if name == "phases" else tuple(key)] = value
+    return StepTime(parts["total",], parts["kernels",], **by_name)
+
+
+def _accumulated(calls: Sequence[Call], cluster: Cluster, accumulation: int) -> Mapping[tuple, float]:
+    """Of a trace of at most two micro-batches, the first of which stands for all but the last."""
+    whole = _parts(calls, cluster)
+    if accumulation <= 2:
+        return whole
+    first = _parts([call for call in calls if call.micro == 1], cluster)
+    return {key: value + (accumulation - 2) * first.get(key, 0.0) for key, value in whole.items()}
+
+
+def _parts(calls: Sequence[Call], cluster: Cluster) -> Mapping[tuple, float]:
+    """A step's seconds, bytes and messages: ("total",), ("kernels",), ("phases", phase), ("sent", phase, kind),
+    ("messages", phase, kind)."""
     device = cluster.device
     now = host = kernels = gate = last = 0.0
     free = {False: 0.0, True: 0.0}  # by whether it crosses machines: when the last collective there is done
     written: dict[int, float] = {}  # when a storage's last writer is done
     gathered: set[int] = set()  # written by gathers that nothing has read
-    sent: Counter[tuple[Phase, str]] = Counter()
-    messages: Counter[tuple[Phase, str]] = Counter()
-    phases: dict[Phase, float] = {}
+    parts: dict[tuple, Any] = defaultdict(int)
     for call in calls:
         host += device.launch_s
         before = now
         ready = max((written.get(number, 0.0) for number in call.reads), default=0.0)
         if call.collective is not None:
-            sent[call.phase, call.collective.kind] += call.collective.bytes
-            messages[call.phase, call.collective.kind] += 1
+            parts["sent", call.phase, call.collective.kind] += call.collective.bytes
+            parts["messages", call.phase, call.collective.kind] += 1
             across = crosses(call.collective, cluster)
             latency, transfer = collective_parts(call.collective, cluster)
             if device.blocking:  # by its own cores, when it comes to it
@@ -120,8 +106,9 @@ def simulate(calls: Sequence[Call], cluster: Cluster) -> StepTime:
             if not gathered.isdisjoint(call.reads):
                 gathered.difference_update(call.reads)
                 gate = now
-        phases[call.phase] = phases.get(call.phase, 0.0) + now - before
-    return StepTime(max(now, last), kernels, dict(sent), dict(messages), phases)
+        parts["phases", call.phase] = parts["phases", call.phase] + now - before
+    parts["total",], parts["kernels",] = max(now, last), kernels
+    return parts
 
 
 def kernel_time(call: Call, cluster: Cluster) -> float:

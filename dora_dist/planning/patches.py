@@ -1,6 +1,5 @@
-"""What a rehearsal replaces in torch, in DeepSpeed and in this package, in one place, which asserts that each name
-is there and that what must be called is called: a name that another version has moved would be replaced in vain.
-"""
+"""Attributes replaced for a while. Each must be there, and what must be called is called: a name that another
+version has moved would be replaced in vain."""
 
 from collections import Counter
 from collections.abc import Callable

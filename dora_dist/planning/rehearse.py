@@ -14,41 +14,29 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dora_dist.config import RunConfig
 from dora_dist.data.batches import GlobalBatch
 from dora_dist.device import rehearsed_gpu
-from dora_dist.dora import norm_math, products
 from dora_dist.errors import RunFailed, UserError
-from dora_dist.models import weights
 from dora_dist.models.build import Blueprint, make_blueprint, sizes_of
 from dora_dist.parallel.orphans import end_with_parent
 from dora_dist.parallel.phases import Phase
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import blocks
 from dora_dist.parallel.strategy import Strategy, choose_strategy, strategy_for
-from dora_dist.planning.fake_group import (
-    collective_of,
-    every_rank_alike,
-    fake_group,
-    ignore_moves,
-    reduce_in_python,
-    shapes_uncounted,
-)
+from dora_dist.planning.fake_group import collective_of, fake_group, reduce_in_python
 from dora_dist.planning.forked import Forked
-from dora_dist.planning.patches import Patches
+from dora_dist.planning.replacements import replacements
 from dora_dist.planning.stand_ins import (
     BASE,
     Files,
@@ -60,7 +48,6 @@ from dora_dist.planning.stand_ins import (
     tag_what_is_held,
 )
 from dora_dist.planning.trace import HOST, Call, Tracer
-from dora_dist.quant import modules
 from dora_dist.training.optim import build_to_train
 from dora_dist.training.trainer import Trainer
 
@@ -72,11 +59,6 @@ _last_drawn: tuple[tuple, Blueprint] | None = None  # what about it matters, and
 _SHORT = {"single": (2, 3), "zero3": (3, 5)}
 _UNKNOWN = "this run cannot be rehearsed, so whether it fits is not known: "
 _KILLED = _UNKNOWN + "its process was killed; perhaps the machine has no memory left"
-# What goes through a weight or an activation piece by piece holds the same for each.
-_PIECES = (
-    (modules, "pieces"), (weights, "_pieces"), (norm_math, "row_tiles"), (products, "row_tiles"),
-    (products, "token_tiles"),
-)  # fmt: skip
 
 Peaks = dict[tuple[Phase, bool], dict[str, float]]  # (phase, on the host) -> what is held at the fullest -> bytes
 
@@ -104,7 +86,6 @@ class Short:
     blocks: int
     peaks: Peaks  # over all steps
     calls: list[Call]
-    replaced: dict[str, int]  # what a rehearsal replaces -> how often it was called
 
 
 @dataclass(frozen=True)
@@ -242,47 +223,31 @@ def rehearse_here(job: Job) -> Short:
     # torch makes its pool of threads anew after a fork; two of autograd's threads that ask at once would fail.
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    with ExitStack() as around:
-        around.enter_context(warnings.catch_warnings())
+    with (
+        warnings.catch_warnings(),
+        fake_group(job.world_size, job.ranks_per_node),
+        rehearsed_gpu() if job.gpu else nullcontext(),
+        job.around() if job.around is not None else nullcontext(),
+    ):
         warnings.simplefilter("ignore")
-        around.enter_context(fake_group(job.world_size, job.ranks_per_node))
-        if job.gpu:
-            around.enter_context(rehearsed_gpu())
-        if job.around is not None:
-            around.enter_context(job.around())
-        processes = Processes()
         blueprint = _draw(job)
         if job.blocks is not None:
             _shorten(blueprint.model, job.blocks)
-        strategy = choose_strategy(
-            job.config.parallel, job.config.train, sizes_of(blueprint.model), processes, job.device_memory
-        )
+        settings = (job.config.parallel, job.config.train)
+        strategy = choose_strategy(*settings, sizes_of(blueprint.model), Processes(), job.device_memory)
         if strategy.name == "fsdp":
             strategy.mesh  # type: ignore[union-attr]  # noqa: B018 - a mesh cannot be made of fake tensors
         tracer = Tracer(collective_of, **({"rounded": rounded} if job.gpu else {"scratch_of": gloo_scratch}))
-        patches = around.enter_context(Patches())
-        _replace(patches, job, blueprint.model, strategy.name, tracer)
         batch = full_batch(job.config, job.world_size)  # real: the lengths of documents are read
-        around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        around.enter_context(tracer)
-        count = sum(1 for _ in blocks(blueprint.model))
-        _run(job, blueprint, strategy, tracer, batch)
-        patches.check()
+        with (
+            replacements(blueprint.model, strategy.name, tracer, job.gpu, job.every_piece),
+            FakeTensorMode(allow_non_fake_inputs=True),
+            tracer,
+        ):
+            count = sum(1 for _ in blocks(blueprint.model))
+            _run(job, blueprint, strategy, tracer, batch)
         peaks: Peaks = {key: dict(held) for key, held in tracer.peaks.items()}
-        return Short(strategy.name, count, peaks, tracer.calls, dict(patches.calls))
-
-
-def _replace(patches: Patches, job: Job, model: nn.Module, strategy: str, tracer: Tracer) -> None:
-    """All that is replaced in a rehearsal."""
-    if job.gpu:
-        patches.replace(F, "scaled_dot_product_attention", _without_dropout)
-    for module, name in () if job.every_piece else _PIECES:
-        patches.replace(module, name, _first_of)
-    every_rank_alike(patches, zero=strategy.startswith("zero"))
-    ignore_moves(patches, model)
-    patches.replace(torch, "compile", _uncompiled)
-    shapes_uncounted(patches, tracer.paused, needed=strategy == "fsdp")
-    tracer.follow_resizes(patches)
+        return Short(strategy.name, count, peaks, tracer.calls)
 
 
 def _run(job: Job, blueprint: Blueprint, strategy: Strategy, tracer: Tracer, batch: GlobalBatch) -> None:
@@ -298,27 +263,12 @@ def _run(job: Job, blueprint: Blueprint, strategy: Strategy, tracer: Tracer, bat
     reduce_in_python(built.engine.module)
     tag_head(built.model, tracer)
     steps = 2  # the second has the optimizer's states
-    told: Any = SimpleNamespace(steps=steps, causal=config.model.task == "causal_lm")
-    trainer = Trainer(config, built, strategy, told, log=None, watch=Watch(tracer, offloaded))  # type: ignore[arg-type]
+    watch: Any = Watch(tracer, offloaded)
+    trainer = Trainer(built, config.model, config.train, config.data.packing, steps, watch)
     first = replace(batch, micro_batches=batch.micro_batches[:1])
     for step in range(steps):
         tracer.calls = []
         trainer.train_step(batch if step == steps - 1 else first)
-
-
-def _uncompiled(_: Callable) -> Callable:
-    """Of a library that decorates functions with torch.compile: nothing here computes, and inductor's import takes
-    longer than a step."""
-    return lambda model=None, **_: model or (lambda function: function)
-
-
-def _without_dropout(attend: Callable) -> Callable:
-    """GPUs' kernels drop without holding what they drop; a CPU's attention would fall back to its definition."""
-    return lambda *arguments, dropout_p=0.0, **options: attend(*arguments, **options)
-
-
-def _first_of(pieces: Callable) -> Callable:
-    return lambda *arguments: list(islice(pieces(*arguments), 1))
 
 
 def _draw(job: Job) -> Blueprint:

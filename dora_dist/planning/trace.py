@@ -8,9 +8,10 @@ what happens.
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -116,23 +117,13 @@ class Tracer(TorchDispatchMode):
             if held.tag == old:
                 self._set(held, held.bytes, new)
 
-    @contextmanager
-    def held_for(self, tag: str) -> Iterator[None]:
+    def held_for(self, tag: str) -> AbstractContextManager:
         """New memory is held for `tag` inside."""
-        before, self.tag = self.tag, tag
-        try:
-            yield
-        finally:
-            self.tag = before
+        return mock.patch.object(self, "tag", tag)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager:
         """Nothing is counted inside."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
+        return mock.patch.object(self, "_paused", True)
 
     def follow_resizes(self, patches: Patches, needed: bool = False) -> None:
         """FSDP2 frees gathered weights by them, and takes memory for them again."""

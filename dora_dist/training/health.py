@@ -1,4 +1,4 @@
-"""What befalls a run while it trains: signals, steps that are not finite, losses that leap, slow ranks."""
+"""A run's health while it trains: signals, steps that are not finite, losses that leap, slow ranks."""
 
 import math
 import os

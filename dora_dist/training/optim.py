@@ -12,6 +12,7 @@ from dora_dist.config import TrainConfig
 from dora_dist.errors import UserError
 from dora_dist.models.build import Blueprint, ShardedModel, build
 from dora_dist.parallel.engine import Engine, LossScale
+from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import Strategy
 
 
@@ -19,6 +20,7 @@ from dora_dist.parallel.strategy import Strategy
 class TrainableModel(ShardedModel):
     """The same with what takes its optimizer steps."""
 
+    processes: Processes
     engine: Engine
     optimizer: torch.optim.Optimizer
 
@@ -29,7 +31,7 @@ def build_to_train(blueprint: Blueprint, strategy: Strategy) -> TrainableModel:
     optimizer = make_optimizer(built.model, config.train, built.shards.shape)
     loss_scale = LossScale(active=config.model.dtype == "float16")
     engine = strategy.engine(built.model, optimizer, config.train, loss_scale)
-    return TrainableModel(**vars(built), engine=engine, optimizer=optimizer)
+    return TrainableModel(**vars(built), processes=strategy.processes, engine=engine, optimizer=optimizer)
 
 
 def make_optimizer(

@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 
 from dora_dist.adapters.adapter import save_adapter, try_saving
 from dora_dist.config import RunConfig
-from dora_dist.data.run_data import RunData, load_tokenizer
+from dora_dist.data.run_data import RunData, check_lengths, load_tokenizer
 from dora_dist.dora.inject import injection_of
 from dora_dist.errors import RunFailed, Stopped, UserError
 from dora_dist.models.build import Blueprint, make_blueprint, sizes_of
@@ -28,12 +27,14 @@ from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import Strategy, choose_strategy, device_memory
 from dora_dist.parallel.watchdog import Watchdog
 from dora_dist.schema import difference_between_ranks
-from dora_dist.training.checkpoint import Checkpoint, Checkpoints
+from dora_dist.training.checkpoint import Checkpoints
+from dora_dist.training.checkpoint_files import Checkpoint
 from dora_dist.training.health import StopSignals
+from dora_dist.training.loop import Loop, evaluates_at
 from dora_dist.training.optim import TrainableModel, build_to_train, optimizer_class
 from dora_dist.training.resume_rules import contradictions, describe_run, free_changes
 from dora_dist.training.run_log import Resumed, RunLog
-from dora_dist.training.trainer import Progress, Trainer, evaluates_at
+from dora_dist.training.trainer import Progress, Trainer
 
 CheckFits = Callable[[RunConfig, Path, nn.Module, Processes, float], list[str]]
 
@@ -60,8 +61,43 @@ def run_training(config: RunConfig, check_fits: CheckFits | None = None) -> None
 
 def _run(config: RunConfig, processes: Processes, watch: Watchdog, check_fits: CheckFits | None) -> None:
     watch.at(0, Phase.LOADING, watched=False)
+    blueprint, strategy, data, warnings = _check(config, processes, check_fits)
+    about, output_dir = _describe(blueprint, strategy, data), Path(config.output_dir)
+    checkpoints = Checkpoints(output_dir / "checkpoints", config.checkpoint, processes, about)
+    with _alone_in(output_dir, processes), StopSignals() as signals:
+        found, notices = checkpoints.find()
+        if found is not None:
+            notices += _compare(found, about, config.checkpoint.force, data.steps)
+        _prepare_output(output_dir, processes, {"config.yaml": config.to_yaml(), **strategy.files})
+        _seed(config.train.seed, processes.rank, found)
+        resumed = _log_position(found, checkpoints, config.train.eval_every, data.steps)
+        with RunLog(config.log, output_dir, data.steps, about["config"], processes.is_main, resumed) as log:
+            log.say(*warnings, *notices, data.describe())
+            built = build_to_train(blueprint, strategy)
+            adapter = _Adapter(built, output_dir / "adapter", config.model.path)
+            log.say(*describe(built, strategy))
+            adapter.try_saving()
+            if found is not None:
+                checkpoints.restore(found, built)
+            log.say(*checkpoints.begin(found))
+            progress, packing = _progress(found), config.data.packing
+            trainer = Trainer(built, config.model, config.train, packing, data.steps, watch, progress)
+            signals.heed(signal.SIGINT)  # until now it had nothing to save
+            loop = Loop(trainer, data, config.log, log, checkpoints, signals)
+            loop.run()
+            watch.at(data.steps, Phase.ADAPTER, watched=False)
+            adapter.save(otherwise=loop.keep)
+            log.say(f"adapter: {adapter.directory}")
+
+
+def _check(
+    config: RunConfig, processes: Processes, check_fits: CheckFits | None
+) -> tuple[Blueprint, Strategy, RunData, list[str]]:
+    """Start the processes, and find what is wrong with the settings, the model's files and the data."""
     processes.start(config.parallel.timeout_s, needed=processes.world_size > 1)
-    _refuse_different_settings(config, processes)
+    settings = dataclasses.asdict(config)
+    del settings["output_dir"]  # each node may have its own
+    _refuse_different(settings, processes)
     directory = resolve_model(config.model.path, config.model.allow_pickle)
     blueprint = make_blueprint(config, directory, processes.world_size)
     tokenizer = load_tokenizer(directory)
@@ -70,68 +106,80 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog, check_fits: C
     memory = -processes.agree([-int(device_memory(processes))]).read()[0]
     strategy = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes, memory)
     optimizer_class(config.train)  # raises UserError where its package is missing
-    unplanned = check_fits(config, directory, blueprint.model, processes, memory) if check_fits is not None else []
-    data = RunData(config, blueprint.model, tokenizer, processes)
+    warnings = check_fits(config, directory, blueprint.model, processes, memory) if check_fits is not None else []
+    prompts = config.log.sample_prompts if config.model.task == "causal_lm" else []
+    check_lengths(blueprint.model, tokenizer, config.data.seq_len, prompts, config.log.sample_tokens)
+    data = RunData(config.data, config.train, config.model.task, blueprint.model, tokenizer, processes)
     processes.start(config.parallel.timeout_s, needed=strategy.needs_group)
     processes.wait_for_all()  # reading rows takes some longer than others
-    output_dir = Path(config.output_dir)
-    run = _describe(blueprint, data, strategy)
-    checkpoints = Checkpoints(output_dir / "checkpoints", config.checkpoint, processes, run)
-    with _alone_in(output_dir, processes), StopSignals() as signals:
-        found, notices = checkpoints.find()
-        if found is not None:
-            notices += _compare(found, run, config, data.steps)
-        _prepare_output(config, processes, {"config.yaml": config.to_yaml(), **strategy.files})
-        # Dropout differs between ranks, and from what it was before a checkpoint of another number of ranks.
-        torch.manual_seed(config.train.seed + processes.rank + (found.step << 32 if found else 0))
-        resumed = _log_position(found, checkpoints, config, data.steps)
-        settings = dataclasses.asdict(config)
-        with RunLog(config.log, output_dir, data.steps, settings, processes.is_main, resumed) as log:
-            for line in (*unplanned, *notices, data.describe()):
-                log.say(line)
-            built = build_to_train(blueprint, strategy)
-            adapter = (built.model, output_dir / "adapter", config.model.path, built.shards)
-            log.say(describe(built, strategy))
-            for line in _left_out(built.model):
-                log.say(line)
-            problem = _attempt(partial(try_saving, *adapter), processes)
-            if problem is not None:
-                raise UserError(f"output_dir: the adapter could not be written at the end: {problem}")
-            progress = Progress()
-            if found is not None:
-                checkpoints.restore(found, built)
-                progress = Progress.of(found)
-            for line in checkpoints.begin(found):
-                log.say(line)
-            trainer = Trainer(config, built, strategy, data, log, watch, checkpoints, progress, signals)
-            signals.heed(signal.SIGINT)  # until now it had nothing to save
-            trainer.run()
-            watch.at(data.steps, Phase.ADAPTER, watched=False)
-            problem = _attempt(partial(save_adapter, *adapter), processes)
-            if problem is not None:
-                raise RunFailed(_lost_adapter(problem, trainer.keep()))
-            log.say(f"adapter: {output_dir / 'adapter'}")
+    return blueprint, strategy, data, warnings
 
 
-def _attempt(save: Callable[[], None], processes: Processes) -> str | None:
-    """Have rank 0 write files. Returns what kept it from doing so, the same on every rank."""
-    problem = None
-    try:
-        save()
-    except OSError as error:
-        problem = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-    except Exception as error:  # whatever it is, what was trained shall not be lost for it
-        if not processes.is_main:
-            raise
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return processes.from_main(problem)
+def _refuse_different(tree: Mapping[str, Any], processes: Processes, what: str = "") -> None:
+    """UserError, on every rank: the ranks do not have the same values."""
+    everyones = processes.all_gather_bytes(json.dumps(tree).encode())
+    problem = difference_between_ranks([json.loads(text) for text in everyones])
+    if problem is not None:
+        raise UserError(what + problem)
 
 
-def _lost_adapter(problem: str, checkpoint: Path | None) -> str:
-    line = f"output_dir: the adapter cannot be written: {problem}"
-    if checkpoint is None:
-        return f"{line}; nor can a checkpoint"
-    return f"{line}; the newest checkpoint is {checkpoint}, from which the same command goes on"
+def _describe(blueprint: Blueprint, strategy: Strategy, data: RunData) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run. UserError, on every rank: the ranks read different rows."""
+    processes, settings = strategy.processes, dataclasses.asdict(blueprint.config)
+    fingerprints = {"base": blueprint.base.fingerprint, **data.fingerprints()}
+    _refuse_different({"fingerprint": fingerprints}, processes, "the ranks do not read the same files: ")
+    world_size, device = processes.world_size, processes.device.type
+    return processes.from_main(describe_run(settings, world_size, device, strategy.name, fingerprints))
+
+
+def _seed(seed: int, rank: int, found: Checkpoint | None) -> None:
+    """Dropout differs between ranks, and from what it was before a checkpoint of another number of ranks."""
+    torch.manual_seed(seed + rank + (found.step << 32 if found else 0))
+
+
+def _progress(found: Checkpoint | None) -> Progress:
+    if found is None:
+        return Progress()
+    return Progress(found.step, **{name: found.counters[name] for name in ("tokens", "before", "samples")})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Adapter:
+    """The adapter that the run leaves behind. Rank 0 writes it; what keeps it from that is known to every rank."""
+
+    built: TrainableModel
+    directory: Path
+    base_model: str
+
+    def try_saving(self) -> None:
+        """UserError: it could not be saved at the end."""
+        problem = self._attempt(try_saving)
+        if problem is not None:
+            raise UserError(f"output_dir: the adapter could not be written at the end: {problem}")
+
+    def save(self, otherwise: Callable[[], Path | None]) -> None:
+        """RunFailed: it cannot be; `otherwise` keeps what was trained in a checkpoint, where it can."""
+        problem = self._attempt(save_adapter)
+        if problem is None:
+            return
+        checkpoint = otherwise()
+        kept = (
+            "nor can a checkpoint" if checkpoint is None
+            else f"the newest checkpoint is {checkpoint}, from which the same command goes on"
+        )  # fmt: skip
+        raise RunFailed(f"output_dir: the adapter cannot be written: {problem}; {kept}")
+
+    def _attempt(self, save: Callable) -> str | None:
+        problem = None
+        try:
+            save(self.built.model, self.directory, self.base_model, self.built.shards)
+        except OSError as error:
+            problem = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        except Exception as error:  # whatever it is, what was trained shall not be lost for it
+            if not self.built.processes.is_main:
+                raise
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return self.built.processes.from_main(problem)
 
 
 @contextmanager
@@ -159,42 +207,19 @@ def _alone_in(output_dir: Path, processes: Processes) -> Iterator[None]:
 
 
 def _log_position(
-    found: Checkpoint | None, checkpoints: Checkpoints, config: RunConfig, steps: int
+    found: Checkpoint | None, checkpoints: Checkpoints, eval_every: int | None, steps: int
 ) -> Resumed | None:
     """Where metrics.jsonl goes on: a run that goes on from another's checkpoint has a log of its own."""
-    if found is None or found.path.parent.resolve() != checkpoints.directory.resolve():
+    if found is None or not checkpoints.is_own(found):
         return None
-    again = evaluates_at(found.step, config, steps) or found.step >= steps
+    again = evaluates_at(found.step, eval_every, steps) or found.step >= steps
     return Resumed(found.step, found.counters["log"], again)
 
 
-def _refuse_different_settings(config: RunConfig, processes: Processes) -> None:
-    """UserError, on every rank: the ranks were not given the same settings."""
-    tree = dataclasses.asdict(config)
-    del tree["output_dir"]  # each node may have its own
-    settings = processes.all_gather_bytes(json.dumps(tree).encode())
-    problem = difference_between_ranks([json.loads(text) for text in settings])
-    if problem is not None:
-        raise UserError(problem)
-
-
-def _describe(blueprint: Blueprint, data: RunData, strategy: Strategy) -> dict[str, Any]:
-    """What a checkpoint's manifest says of the run. UserError, on every rank: the ranks read different rows."""
-    processes = strategy.processes
-    fingerprints = {"base": blueprint.base.fingerprint, **data.fingerprints()}
-    everyones = processes.all_gather_bytes(json.dumps({"fingerprint": fingerprints}).encode())
-    problem = difference_between_ranks([json.loads(text) for text in everyones])
-    if problem is not None:
-        raise UserError(f"the ranks do not read the same files: {problem}")
-    run = describe_run(blueprint.config, processes.world_size, processes.device.type, strategy.name, fingerprints)
-    return processes.from_main(run)
-
-
-def _compare(found: Checkpoint, run: dict[str, Any], config: RunConfig, steps: int) -> list[str]:
+def _compare(found: Checkpoint, run: dict[str, Any], force: bool, steps: int) -> list[str]:
     """Lines that say where the run goes on and what has changed. UserError: it cannot go on from there."""
-    then = found.manifest["run"]
-    problems = contradictions(then, run)
-    if problems and not config.checkpoint.force:
+    problems = contradictions(found.run, run)
+    if problems and not force:
         raise UserError(
             f"checkpoint.resume: {str(found.path)!r} belongs to another run: {'; '.join(problems)}. Set "
             "checkpoint.force=true to go on from it all the same, or checkpoint.resume=none to begin anew"
@@ -202,11 +227,12 @@ def _compare(found: Checkpoint, run: dict[str, Any], config: RunConfig, steps: i
     lines = [f"resumed from {found.path}, after step {found.step} of {steps}"]
     if found.step >= steps:
         lines.append("no step is left to train; to begin anew, set checkpoint.resume=none")
-    changes = [*problems, *free_changes(then, run)]
+    changes = [*problems, *free_changes(found.run, run)]
     return lines + ([f"changed since then: {'; '.join(changes)}"] if changes else [])
 
 
-def describe(built: TrainableModel, strategy: Strategy) -> str:
+def describe(built: TrainableModel, strategy: Strategy) -> list[str]:
+    """Lines for the person who watches."""
     sizes = {p: built.shards.shape(p).numel() for p in built.model.parameters()}
     packed = 0
     for layer in packed_layers(built.model).values():
@@ -216,22 +242,17 @@ def describe(built: TrainableModel, strategy: Strategy) -> str:
         packed += sizes[layer.weight]
     trained = sum(size for p, size in sizes.items() if p.requires_grad)
     total = sum(sizes.values())
-    world = strategy.processes.world_size
+    world, device = strategy.processes.world_size, strategy.processes.device.type
     in_4_bits = f", {packed / 1e6:,.1f} M in 4 bits" if packed else ""
-    return (
-        f"model: {total / 1e6:,.1f} M parameters{in_4_bits}, {trained / 1e6:,.2f} M trained; "
-        f"strategy {strategy.name}, "
-        f"{world} process{'es' if world > 1 else ''} on {strategy.processes.device.type}"
-    )
+    sizes_told = f"{total / 1e6:,.1f} M parameters{in_4_bits}, {trained / 1e6:,.2f} M trained"
+    where = f"strategy {strategy.name}, {world} process{'es' if world > 1 else ''} on {device}"
+    lines = [f"model: {sizes_told}; {where}"]
+    if names := injection_of(built.model).left_out:
+        lines.append(f"left out, as they take no part in the loss of text: {summary(names)}")
+    return lines
 
 
-def _left_out(model: nn.Module) -> list[str]:
-    names = injection_of(model).left_out
-    return [f"left out, as they take no part in the loss of text: {summary(names)}"] if names else []
-
-
-def _prepare_output(config: RunConfig, processes: Processes, files: Mapping[str, str]) -> Path:
-    output_dir = Path(config.output_dir)
+def _prepare_output(output_dir: Path, processes: Processes, files: Mapping[str, str]) -> None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if processes.is_main:
@@ -239,5 +260,4 @@ def _prepare_output(config: RunConfig, processes: Processes, files: Mapping[str,
             for name, text in files.items():
                 (output_dir / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"output_dir: {config.output_dir!r} cannot be written: {error.strerror}") from None
-    return output_dir
+        raise UserError(f"output_dir: {str(output_dir)!r} cannot be written: {error.strerror}") from None

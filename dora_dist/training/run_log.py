@@ -78,9 +78,10 @@ class RunLog(AbstractContextManager):
         except OSError as error:
             raise UserError(f"output_dir: {str(error.filename)!r} cannot be written: {error.strerror}") from None
 
-    def say(self, text: str = "") -> None:
-        """A line for the person who watches."""
-        self._console.print(text, markup=False)
+    def say(self, *lines: str) -> None:
+        """Lines for the person who watches."""
+        for line in lines:
+            self._console.print(line, markup=False)
 
     def training(self, step: int, metrics: dict[str, Any]) -> None:
         """The metrics of optimizer step `step` (from 1), one line of metrics.jsonl."""

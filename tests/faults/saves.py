@@ -19,6 +19,8 @@ from dora_dist.models.build import make_blueprint, sizes_of
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import choose_strategy
 from dora_dist.training.checkpoint import Checkpoints
+from dora_dist.training.health import StopSignals
+from dora_dist.training.loop import Loop
 from dora_dist.training.optim import build_to_train
 from dora_dist.training.resume_rules import describe_run
 from dora_dist.training.run_log import RunLog
@@ -29,62 +31,65 @@ from tests.unit.io.test_durable import in_child
 Counted = tuple[int, int, str]  # held, tried, note
 
 
-def make_trainer(case: Case, place: Path, *overrides: str) -> Trainer:
+def make_loop(case: Case, place: Path, *overrides: str) -> Loop:
     torch.set_num_threads(1)  # a forked child has no thread pool
     config = load_config(case.config, [f"output_dir={place}", "parallel.strategy=single", *overrides])
     directory, processes = Path(config.model.path), Processes()
     blueprint = make_blueprint(config, directory)
     strategy = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes)
-    data = RunData(config, blueprint.model, load_tokenizer(directory), processes)
+    tokenizer = load_tokenizer(directory)
+    data = RunData(config.data, config.train, config.model.task, blueprint.model, tokenizer, processes)
     place.mkdir(parents=True, exist_ok=True)
-    run = describe_run(config, 1, "cpu", strategy.name, {})
+    run = describe_run(dataclasses.asdict(config), 1, "cpu", strategy.name, {})
     checkpoints = Checkpoints(place / "checkpoints", config.checkpoint, processes, run)
     quiet = dataclasses.replace(config.log, every=10**6)
     log = RunLog(quiet, place, data.steps, {}, is_main=True)
-    return Trainer(config, build_to_train(blueprint, strategy), strategy, data, log, checkpoints=checkpoints)
+    built = build_to_train(blueprint, strategy)
+    trainer = Trainer(built, config.model, config.train, config.data.packing, data.steps)
+    return Loop(trainer, data, quiet, log, checkpoints, StopSignals())
 
 
-def train_and_save(trainer: Trainer) -> bool:
-    trainer.train_step(trainer.data.plan.global_batch(trainer.progress.step))
-    return trainer._save()
+def train_and_save(loop: Loop) -> bool:
+    loop.trainer.train_step(loop.data.plan.global_batch(loop.progress.step))
+    return loop._save()
 
 
-def is_clean(trainer: Trainer) -> bool:
+def is_clean(loop: Loop) -> bool:
     """No orphans."""
-    directory = trainer.checkpoints.directory
+    directory = loop.checkpoints.directory
     return not [path for path in directory.parent.rglob("*") if path.name.startswith(".")]
 
 
 def killed_saves(case: Case, every: int = 1, random_kills: int = 50) -> Counted:
-    trainer = make_trainer(case, case.scratch / "killed-saves")
-    directory, held = trainer.checkpoints.directory, 0
-    train_and_save(trainer)
-    trainer.train_step(trainer.data.plan.global_batch(1))
-    operations = in_child(trainer._save)
+    loop = make_loop(case, case.scratch / "killed-saves")
+    directory, held = loop.checkpoints.directory, 0
+    train_and_save(loop)
+    loop.trainer.train_step(loop.data.plan.global_batch(1))
+    operations = in_child(loop._save)
     shutil.rmtree(directory / "step-00000002")
     for n in range(0, operations, every):
-        assert in_child(trainer._save, kill_before=n) == -1
-        found, _ = trainer.checkpoints.find()
-        held += found is not None and found.step in (1, 2) and is_clean(trainer)
+        assert in_child(loop._save, kill_before=n) == -1
+        found, _ = loop.checkpoints.find()
+        held += found is not None and found.step in (1, 2) and is_clean(loop)
         shutil.rmtree(directory / "step-00000002", ignore_errors=True)
     chance = random.Random(4)
     for _ in range(random_kills):
-        reported = killed_at(trainer, chance.uniform(0.0, 0.1))
-        found, _ = trainer.checkpoints.find()
-        held += found is not None and found.step >= reported and is_clean(trainer)
+        reported = killed_at(loop, chance.uniform(0.0, 0.1))
+        found, _ = loop.checkpoints.find()
+        held += found is not None and found.step >= reported and is_clean(loop)
     tried = len(range(0, operations, every)) + random_kills
     return held, tried, f"{operations} operations, {random_kills} random moments"
 
 
-def killed_at(trainer: Trainer, seconds: float) -> int:
+def killed_at(loop: Loop, seconds: float) -> int:
     """Save again and again in a child, kill it, and return the last step that it had reported as saved."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
         while True:
-            trainer.progress.step += 1
-            trainer._save()
-            os.write(write, b"%d\n" % trainer.progress.step)
+            loop.progress.step += 1
+            loop._save()
+            os.write(write, b"%d\n" % loop.progress.step)
     os.close(write)
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
@@ -95,10 +100,10 @@ def killed_at(trainer: Trainer, seconds: float) -> int:
 
 
 def damaged_checkpoints(case: Case, flips: int = 200) -> Counted:
-    trainer = make_trainer(case, case.scratch / "damaged")
-    directory = trainer.checkpoints.directory
-    train_and_save(trainer)
-    train_and_save(trainer)
+    loop = make_loop(case, case.scratch / "damaged")
+    directory = loop.checkpoints.directory
+    train_and_save(loop)
+    train_and_save(loop)
     newest, whole = directory / "step-00000002", directory.parent / "whole"
     newest.rename(whole)
     files = sorted(path.name for path in whole.iterdir())
@@ -109,9 +114,9 @@ def damaged_checkpoints(case: Case, flips: int = 200) -> Counted:
     for name, kind in damages:
         shutil.copytree(whole, newest)
         damage(newest / name, kind, chance)
-        found, notices = trainer.checkpoints.find()
+        found, notices = loop.checkpoints.find()
         held += found is not None and found.step == 1 and any(name in notice for notice in notices)
-        trainer.checkpoints.begin(found)
+        loop.checkpoints.begin(found)
         for path in directory.glob("aside-*"):
             shutil.rmtree(path)
     return held, len(damages), f"{len(files)} files, {flips} bit flips"
@@ -133,15 +138,15 @@ def full_disks(case: Case, times: int = 20) -> Counted:
     place = case.scratch / "small-disk"
     held, chance = 0, random.Random(6)
     with small_disk(place) as kind:
-        trainer = make_trainer(case, place / "run")
-        assert train_and_save(trainer)
-        size = sum(path.stat().st_size for path in (trainer.checkpoints.directory / "step-00000001").iterdir())
+        loop = make_loop(case, place / "run")
+        assert train_and_save(loop)
+        size = sum(path.stat().st_size for path in (loop.checkpoints.directory / "step-00000001").iterdir())
         for _ in range(times):
             with filled(place, leaving=chance.randrange(size)):
-                failed = not train_and_save(trainer)
-            found, _ = trainer.checkpoints.find()
-            held += failed and found is not None and found.step == 1 and is_clean(trainer)
-        held -= not train_and_save(trainer)  # with room again
+                failed = not train_and_save(loop)
+            found, _ = loop.checkpoints.find()
+            held += failed and found is not None and found.step == 1 and is_clean(loop)
+        held -= not train_and_save(loop)  # with room again
     return held, times, kind
 
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from dora_dist.cli import main
-from dora_dist.training.checkpoint import FORMAT
+from dora_dist.training.checkpoint_files import FORMAT
 from tests.faults import whole_runs
 from tests.faults.case import STEPS, Case
-from tests.faults.saves import damaged_checkpoints, full_disks, killed_saves, make_trainer, train_and_save
+from tests.faults.saves import damaged_checkpoints, full_disks, killed_saves, make_loop, train_and_save
 
 pytestmark = pytest.mark.ranks
 
@@ -96,14 +96,14 @@ def test_whatever_is_trained_resumes(more, tmp_path):
 
 
 def test_the_loss_scale_is_restored(case):
-    trainer = make_trainer(case, case.scratch / "scale", "model.dtype=float16")
-    scale = trainer.built.engine.loss_scale
+    loop = make_loop(case, case.scratch / "scale", "model.dtype=float16")
+    scale = loop.trainer.built.engine.loss_scale
     scale.value, scale.good_steps = 2.0**7, 41
-    train_and_save(trainer)
-    other = make_trainer(case, case.scratch / "scale", "model.dtype=float16")
+    train_and_save(loop)
+    other = make_loop(case, case.scratch / "scale", "model.dtype=float16")
     found, _ = other.checkpoints.find()
-    other.checkpoints.restore(found, other.built)
-    restored = other.built.engine.loss_scale
+    other.checkpoints.restore(found, other.trainer.built)
+    restored = other.trainer.built.engine.loss_scale
     assert (restored.value, restored.good_steps) == (scale.value, scale.good_steps) == (2.0**7, 42)
 
 
@@ -131,12 +131,12 @@ def test_killed_damaged_or_without_room_an_older_one_stands(case):
 
 
 def test_where_a_checkpoint_cannot_be_written_the_run_can_end(case):
-    trainer = make_trainer(case, case.scratch / "stop", "checkpoint.on_failure=stop")
-    trainer.checkpoints.directory.write_text("in the way")
+    loop = make_loop(case, case.scratch / "stop", "checkpoint.on_failure=stop")
+    loop.checkpoints.directory.write_text("in the way")
     with pytest.raises(
         RuntimeError, match="step 1: the checkpoint was not written: .*Not a directory|File exists"
     ):
-        train_and_save(trainer)
+        train_and_save(loop)
 
 
 MISTAKES = {

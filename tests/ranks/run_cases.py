@@ -22,7 +22,6 @@ from dora_dist.models.build import make_blueprint, sizes_of
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import choose_strategy
 from dora_dist.training.optim import build_to_train
-from dora_dist.training.run_log import RunLog
 from dora_dist.training.trainer import Trainer
 
 
@@ -31,7 +30,9 @@ def run_case(config, processes: Processes, adapter: Path) -> dict:
     directory = Path(config.model.path)
     blueprint = make_blueprint(config, directory, processes.world_size)
     strategy = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes)
-    data = RunData(config, blueprint.model, load_tokenizer(directory), processes)
+    data = RunData(
+        config.data, config.train, config.model.task, blueprint.model, load_tokenizer(directory), processes
+    )
     processes.start(60, needed=strategy.needs_group)
     built = build_to_train(blueprint, strategy)
     shards = built.shards
@@ -56,15 +57,14 @@ def run_case(config, processes: Processes, adapter: Path) -> dict:
         return [safe_get_full_grad(p) for p in named.values()]
 
     built.engine.step = note_first_and_step
-    with RunLog(config.log, Path(config.output_dir), data.steps, {}, is_main=False) as log:
-        trainer = Trainer(config, built, strategy, data, log)
-        losses, norms = [], []
-        for step in range(data.steps):
-            if step == 1:
-                trainer.evaluate(step)  # leaves nothing behind in the steps that follow
-            loss, grad_norm = trainer.train_step(data.plan.global_batch(step))
-            losses.append(processes.sum_(loss).item())
-            norms.append(grad_norm.item())
+    trainer = Trainer(built, config.model, config.train, config.data.packing, data.steps)
+    losses, norms = [], []
+    for step in range(data.steps):
+        if step == 1 and data.evaluation is not None:
+            trainer.evaluate(data.evaluation)  # leaves nothing behind in the steps that follow
+        loss, grad_norm = trainer.train_step(data.plan.global_batch(step))
+        losses.append(processes.sum_(loss).item())
+        norms.append(grad_norm.item())
     cached = {name: layer.norm.clone() for name, layer in layers.items()}
     for norm in cached.values():
         assert torch.equal(processes.broadcast_(norm.clone()), norm)  # ranks that differ would drift apart

@@ -62,9 +62,9 @@ def test_sampling_compiles_nothing(tiny_llama, tiny_rows, tmp_path, monkeypatch)
         graphs.append(graph)
         return graph.forward
 
-    def noted(trainer, sample=Trainer.sample):
+    def noted(trainer, *arguments, sample=Trainer.sample):
         before = len(graphs)
-        texts = sample(trainer)
+        texts = sample(trainer, *arguments)
         seen.append((before, len(graphs), len(texts)))
         return texts
 

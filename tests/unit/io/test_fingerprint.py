@@ -172,7 +172,7 @@ def test_a_runs_data(tiny_llama, tiny_rows, tmp_path):
         config = dataclasses.replace(config, dora=DoraConfig(rank=2), train=TrainConfig(steps=1))
         tokenizer = load_tokenizer(tiny_llama)
         model = make_blueprint(config, tiny_llama).model
-        return RunData(config, model, tokenizer, Processes()).fingerprints()
+        return RunData(config.data, config.train, config.model.task, model, tokenizer, Processes()).fingerprints()
 
     first, evaluated, streamed = fingerprints(), fingerprints(eval=str(tiny_rows)), fingerprints(streaming=True)
     assert first["tokenizer"] == tokenizer_fingerprint(load_tokenizer(tiny_llama))

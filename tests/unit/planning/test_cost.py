@@ -96,7 +96,7 @@ def test_rings():
 def test_more_micro_batches_and_more_blocks_than_were_rehearsed():
     def run(blocks):
         calls = [kernel(1.0, micro=1) for _ in range(blocks)] + [kernel(1.0, micro=2) for _ in range(blocks)]
-        return Short("fsdp", blocks, {}, [*calls, kernel(0.5)], {})
+        return Short("fsdp", blocks, {}, [*calls, kernel(0.5)])
 
     class Job:
         class config:

@@ -1,15 +1,13 @@
 """What a rehearsal replaces is there and is called, or the rehearsal fails."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from dora_dist.planning import fake_group, rehearse
+from dora_dist.planning import fake_group, replacements
 from dora_dist.planning.patches import Patches
-from dora_dist.planning.rehearse import Job
 from dora_dist.planning.trace import Tracer
 from dora_dist.quant import modules
 
@@ -28,9 +26,7 @@ def test_what_is_replaced_is_counted_and_put_back():
 
 
 def replace_all(strategy="single"):
-    with Patches() as patches:
-        job = Job(None, Path(), 1, 1)
-        rehearse._replace(patches, job, nn.Linear(1, 1), strategy, Tracer(lambda *_: None))
+    with replacements.replacements(nn.Linear(1, 1), strategy, Tracer(lambda *_: None)) as patches:
         return dict(patches.calls)
 
 
@@ -44,10 +40,10 @@ def test_all_that_a_rehearsal_replaces_is_there():
 
 
 def test_a_target_that_was_renamed_fails_loudly(monkeypatch):
-    monkeypatch.setattr(rehearse, "_PIECES", ((modules, "_chunks"),))
+    monkeypatch.setattr(replacements, "_PIECES", ((modules, "_chunks"),))
     with pytest.raises(LookupError, match=r"modules\._chunks is to be replaced in a rehearsal, and is not there"):
         replace_all()
-    monkeypatch.setattr(rehearse, "_PIECES", ())
+    monkeypatch.setattr(replacements, "_PIECES", ())
     monkeypatch.setattr(fake_group, "_EVERY_RANK_ALIKE", {"is_bad_grad_norm": lambda norm: False})
     with pytest.raises(LookupError, match="is_bad_grad_norm of DeepSpeed is to be replaced"):
         replace_all("zero3")

@@ -6,7 +6,6 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,9 +70,7 @@ def allocated(config, steps):
     ids = torch.zeros(rows, length, dtype=torch.long)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         built = build_to_train(blueprint, strategy)
-        data = SimpleNamespace(steps=steps, causal=True)
-        watch = SimpleNamespace(at=lambda *_, **__: None)
-        trainer = Trainer(config, built, strategy, data, log=None, watch=watch)
+        trainer = Trainer(built, config.model, config.train, config.data.packing, steps)
         with torch.profiler.record_function("steps begin"):
             pass
         for _ in range(steps):

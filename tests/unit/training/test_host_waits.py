@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dora_dist.config import DataConfig, DoraConfig, LogConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from dora_dist.config import DataConfig, DoraConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from dora_dist.data.run_data import RunData, load_tokenizer
 from dora_dist.models import head_loss
 from dora_dist.models.build import make_blueprint, sizes_of
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import choose_strategy
-from dora_dist.training import trainer as loop
 from dora_dist.training.optim import build_to_train
-from dora_dist.training.run_log import RunLog
+from dora_dist.training.trainer import Trainer
 
 READS = {
     "_local_scalar_dense",
@@ -63,28 +62,27 @@ class Watch(TorchDispatchMode):
             yield
 
 
-def make_trainer(model, rows, scratch, packing=False, checkpointing=False, dtype="float32"):
+def make_trainer(model, rows, packing=False, checkpointing=False, dtype="float32"):
     config = RunConfig(
         model=ModelConfig(path=str(model), dtype=dtype),
         data=DataConfig(train=str(rows), seq_len=48, packing=packing),
         dora=DoraConfig(rank=2, targets="all-linear"),
         train=TrainConfig(steps=4, micro_batch_size=2, accumulation=2, activation_checkpointing=checkpointing),
         parallel=ParallelConfig(strategy="single"),
-        log=LogConfig(),
-        output_dir=str(scratch),
     )
     processes = Processes()
     blueprint = make_blueprint(config, model)
     strategy = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes)
-    data = RunData(config, blueprint.model, load_tokenizer(model), processes)
-    log = RunLog(config.log, scratch, data.steps, {}, is_main=False)
-    return loop.Trainer(config, build_to_train(blueprint, strategy), strategy, data, log)
+    data = RunData(config.data, config.train, config.model.task, blueprint.model, load_tokenizer(model), processes)
+    built = build_to_train(blueprint, strategy)
+    trainer = Trainer(built, config.model, config.train, packing, data.steps)
+    return trainer, data.plan.global_batch
 
 
-def watched_step(trainer, monkeypatch):
+def watched_step(trainer, batch_of, monkeypatch):
     """What a step, not the first, reads. The batch and the optimizer's count of steps are the host's own."""
-    trainer.train_step(trainer.data.plan.global_batch(0))
-    batch = trainer.data.plan.global_batch(1)
+    trainer.train_step(batch_of(0))
+    batch = batch_of(1)
     counts = [state["step"] for state in trainer.built.optimizer.state.values()]
     watch = Watch([*counts, *(t for micro in batch.micro_batches for t in micro.values())])
     find = head_loss.supervised_positions
@@ -101,15 +99,15 @@ def watched_step(trainer, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_step_reads_nothing_back(name, tiny_llama, tiny_rows, tmp_path, monkeypatch):
-    trainer = make_trainer(tiny_llama, tiny_rows, tmp_path, **SETTINGS[name])
-    assert watched_step(trainer, monkeypatch) == []
+def test_a_step_reads_nothing_back(name, tiny_llama, tiny_rows, monkeypatch):
+    trainer, batch_of = make_trainer(tiny_llama, tiny_rows, **SETTINGS[name])
+    assert watched_step(trainer, batch_of, monkeypatch) == []
 
 
-def test_a_step_does_not_walk_over_the_modules(tiny_llama, tiny_rows, tmp_path, monkeypatch):
+def test_a_step_does_not_walk_over_the_modules(tiny_llama, tiny_rows, monkeypatch):
     """Thousands in a large model, in Python."""
-    trainer = make_trainer(tiny_llama, tiny_rows, tmp_path)
-    trainer.train_step(trainer.data.plan.global_batch(0))
+    trainer, batch_of = make_trainer(tiny_llama, tiny_rows)
+    trainer.train_step(batch_of(0))
     walks = []
     for name in ("train", "modules", "named_modules"):
         method = getattr(torch.nn.Module, name)
@@ -120,28 +118,28 @@ def test_a_step_does_not_walk_over_the_modules(tiny_llama, tiny_rows, tmp_path, 
             return method(module, *args, **kwargs)
 
         monkeypatch.setattr(torch.nn.Module, name, noted)
-    trainer.train_step(trainer.data.plan.global_batch(1))
+    trainer.train_step(batch_of(1))
     assert walks == []
-    trainer.sample()
-    trainer.train_step(trainer.data.plan.global_batch(2))
+    trainer.sample(None, [], 1)
+    trainer.train_step(batch_of(2))
     assert walks.count("train") == 2 and trainer.built.model.training  # eval is train(False)
 
 
-def test_the_watch_sees_what_transformers_reads(tiny_llama, tiny_rows, tmp_path, monkeypatch):
+def test_the_watch_sees_what_transformers_reads(tiny_llama, tiny_rows, monkeypatch):
     """Left to make masks, transformers looks into the position ids in each forward."""
-    trainer = make_trainer(tiny_llama, tiny_rows, tmp_path)
+    trainer, batch_of = make_trainer(tiny_llama, tiny_rows)
     trainer.attention = None
-    assert len(watched_step(trainer, monkeypatch)) == 2  # once in each micro-batch
+    assert len(watched_step(trainer, batch_of, monkeypatch)) == 2  # once in each micro-batch
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_step_on_a_gpu_does_not_synchronize(name, tiny_llama, tiny_rows, tmp_path):
-    trainer = make_trainer(tiny_llama, tiny_rows, tmp_path, **SETTINGS[name])
-    trainer.train_step(trainer.data.plan.global_batch(0))
+def test_a_step_on_a_gpu_does_not_synchronize(name, tiny_llama, tiny_rows):
+    trainer, batch_of = make_trainer(tiny_llama, tiny_rows, **SETTINGS[name])
+    trainer.train_step(batch_of(0))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.train_step(trainer.data.plan.global_batch(1))
+        trainer.train_step(batch_of(1))
     finally:
         torch.cuda.set_sync_debug_mode("default")

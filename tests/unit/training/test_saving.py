@@ -53,7 +53,7 @@ def test_the_trial_leaves_an_older_adapter_and_clears_up_after_a_killed_one(comm
     adapter = tmp_path / "run" / "adapter"
     (adapter / ".partial-trial-1").mkdir(parents=True)
     (adapter / "adapter_model.safetensors").write_text("older")
-    monkeypatch.setattr(run.Trainer, "run", full)
+    monkeypatch.setattr(run.Loop, "run", full)
     with pytest.raises(OSError, match="No space"):
         main(command)
     assert {path.name: path.read_text() for path in adapter.iterdir()} == {"adapter_model.safetensors": "older"}
