@@ -8,6 +8,8 @@ base and adapter, then what was merged.
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -55,10 +57,7 @@ def run_merge(
         RuntimeError: the merged model's logits differ from the run's by more than rounding explains.
     """
     out, adapter = Path(out), Path(config.output_dir) / "adapter" if adapter is None else Path(adapter)
-    processes = Processes()
-    if processes.world_size > 1:
-        raise UserError(f"merge runs in one process, but {processes.world_size} were launched")
-    processes.device = torch.device("cpu")
+    processes = _one_process()
     _refuse_existing(out)
     config = _alone(config)
     directory = resolve_model(config.model.path, config.model.allow_pickle)
@@ -70,12 +69,7 @@ def run_merge(
     entries, unties = read_plan(blueprint, adapter, loaded or blueprint.files)
     _compare_base(adapter, config.model.path)
     check = Check(config, directory, adapter, base, processes)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
-    try:
+    with _new_directory(out) as partial:
         if loaded is None:
             files = write_weights(entries, blueprint, partial, base, max_shard_bytes)
         else:
@@ -84,11 +78,6 @@ def run_merge(
         _copy_files(directory, partial)
         _write_config(blueprint, directory, partial, unties, check.pad_id)
         check.run(partial)
-        _refuse_existing(out)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     size = sum(entry.bytes for entry in entries) / 1e9
     print(f"merged: {out} ({len(entries)} tensors, {size:,.2f} GB in {files} file{'s' if files > 1 else ''})")
 
@@ -148,6 +137,31 @@ class Check:
     def _logits(self, model: nn.Module) -> list[Tensor]:
         model.eval()
         return [model(**batch).logits.float() for batch in self.batches]
+
+
+def _one_process() -> Processes:
+    processes = Processes()
+    if processes.world_size > 1:
+        raise UserError(f"merge runs in one process, but {processes.world_size} were launched")
+    processes.device = torch.device("cpu")
+    return processes
+
+
+@contextmanager
+def _new_directory(out: Path) -> Iterator[Path]:
+    """A directory beside `out` that takes its name at the end of the block; an error removes it."""
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    try:
+        yield partial
+        _refuse_existing(out)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _alone(config: RunConfig) -> RunConfig:

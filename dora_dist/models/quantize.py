@@ -1,6 +1,6 @@
 """Put the linear layers of a model into 4 bits, adapted or not."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,31 +32,16 @@ def pack_linears(
         UserError: a name of `skip` matches nothing, a layer's weight is tied to another module's, or one of
             `stored` is not to be held in 4 bits.
     """
-    saved = injection_of(model).saved
     linears = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, DoraLinear) or is_linear(module)
     }
-    for pattern in config.skip:
-        if pattern != "lm_head" and not any(matches(name, [pattern]) for name in linears):
-            raise UserError(f"quant.skip: {pattern!r} matches no linear layer; {nearest(pattern, linears)}")
-    owners: dict[nn.Parameter, set[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter, set()).add(module)
-    stored = dict(stored or {})
-    chosen = {name.removesuffix(".weight") for name in stored}
-    read, dtype = _read_by_the_model(model), getattr(getattr(model, "config", None), "dtype", None)
+    _check_skip(config.skip, linears)
+    owners, stored = _owners(model), dict(stored or {})
     made: dict[nn.Module, nn.Module] = {}
-    for name, module in linears.items():
-        # PEFT takes modules for ones trained in full by their last letters, and wants them in the adapter.
-        if matches(name, config.skip) or inside(name, saved) or name.endswith(tuple(saved)):
-            continue
-        if (chosen and name not in chosen) or read & set(name.split(".")):
-            continue
-        if dtype is not None and module.weight.dtype.itemsize > dtype.itemsize:
-            continue  # what stays in fp32 inside a model of 16 bits is not for 4
+    for name in _to_pack(model, linears, config, {key.removesuffix(".weight") for key in stored}):
+        module = linears[name]
         if module in made:  # used under another name, too
             set_module(model, name, made[module])
             continue
@@ -75,6 +60,42 @@ def pack_linears(
             f"model.path: {name!r} is in 4 bits in the checkpoint, so it must be the weight of a linear layer of "
             "the model that neither quant.skip nor dora.modules_to_save names"
         )
+
+
+def _check_skip(skip: Sequence[str], linears: Mapping[str, nn.Module]) -> None:
+    """Raises UserError: a name matches nothing."""
+    for pattern in skip:
+        if pattern != "lm_head" and not any(matches(name, [pattern]) for name in linears):
+            raise UserError(f"quant.skip: {pattern!r} matches no linear layer; {nearest(pattern, linears)}")
+
+
+def _owners(model: nn.Module) -> dict[nn.Parameter, set[nn.Module]]:
+    """The modules that hold each parameter: several where it is tied."""
+    owners: dict[nn.Parameter, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, set()).add(module)
+    return owners
+
+
+def _to_pack(
+    model: nn.Module, linears: Mapping[str, nn.Module], config: QuantConfig, stored: Collection[str]
+) -> list[str]:
+    """The names of the layers to hold in 4 bits. `stored`: those that the checkpoint holds so, if any."""
+    saved = injection_of(model).saved
+    read, dtype = _read_by_the_model(model), getattr(getattr(model, "config", None), "dtype", None)
+
+    def fits(name: str) -> bool:
+        # PEFT takes modules for ones trained in full by their last letters, and wants them in the adapter.
+        if matches(name, config.skip) or inside(name, saved) or name.endswith(tuple(saved)):
+            return False
+        if (stored and name not in stored) or read & set(name.split(".")):
+            return False
+        weight: Any = linears[name].weight
+        # What stays in fp32 inside a model of 16 bits is not for 4.
+        return dtype is None or weight.dtype.itemsize <= dtype.itemsize
+
+    return [name for name in linears if fits(name)]
 
 
 def _read_by_the_model(model: nn.Module) -> set[str]:
