@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NUMERIC = """
     unit/dora/test_functional unit/dora/test_layers unit/quant/test_nf4 unit/models/test_head_loss
     unit/models/test_attention runs/test_compile unit/dora/test_inject unit/adapters/test_peft
-    unit/adapters/test_adapter unit/models/test_merge unit/models/test_weights
+    unit/adapters/test_adapter unit/models/test_merge unit/models/test_merge_renamed unit/models/test_weights
     unit/quant/test_bitsandbytes_files unit/parallel/test_optimizer_state unit/data/test_batches runs/test_cli
     unit/training/test_train
     """.split()

@@ -12,52 +12,15 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from dora_dist.adapters.adapter import save_adapter
 from dora_dist.cli import main
 from dora_dist.config import load_config
 from dora_dist.dora import norm_math
-from dora_dist.models import merge, merge_loaded, merge_weights
-from dora_dist.models.build import build, make_blueprint
-from dora_dist.parallel.process import Processes
-from dora_dist.parallel.replicated import Single
-from tests.support.models import letter_tokenizer, save_model
+from dora_dist.models import merge, merge_weights
 from tests.support.ranks import run_ranks
 from tests.support.rounding import MODEL, assert_near, rounding
-from tests.support.small import small_config, small_model
 
 NF4 = {"scheme": "nf4", "block_size": 32}
 GPT2 = {"rank": 2, "targets": ["c_attn", "c_proj", "c_fc"]}
-
-
-@pytest.fixture
-def run(tiny_llama, tiny_rows, tmp_path):
-    """Makes a configuration and an adapter of random A, B and m. Gives the former's path and the adapted model."""
-
-    def make(model: Path = tiny_llama, dtype: str = "float32", quant: dict | None = None, **dora):
-        config = {
-            "model": {"path": str(model), "dtype": dtype},
-            "dora": dora or {"rank": 2, "targets": ["q_proj", "v_proj", "down_proj", "up_proj"]},
-            "quant": quant or {},
-            "data": {"train": str(tiny_rows), "seq_len": 48},
-            "output_dir": str(tmp_path / "run"),
-        }
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(config))
-        loaded = load_config(path, ["parallel.strategy=single"])
-        built = build(make_blueprint(loaded, model), Single(Processes())).model.eval()
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in built.parameters():
-                if parameter.requires_grad:
-                    noise = torch.randn(parameter.shape, generator=generator)
-                    parameter.add_(noise * (0.3 if parameter.dim() > 1 else 0.1))
-        for layer in built.modules():
-            if hasattr(layer, "mark_norm_stale"):
-                layer.mark_norm_stale()
-        save_adapter(built, tmp_path / "run" / "adapter")
-        return path, built
-
-    return make
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -305,82 +268,6 @@ def test_buffers_are_the_checkpoints(run, tiny_llama, tmp_path, monkeypatch):
     path, _ = run(tmp_path / "model", rank=2, targets=["q_proj"])
     assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 0
     assert load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")["model.scale"].item() == 3.0
-
-
-@pytest.fixture(scope="module")
-def renamed(tmp_path_factory) -> dict[str, Path]:
-    """Bases whose tensors transformers renames (GPT-2 without its prefix) or fuses (experts; DeepSeek-V3 also has
-    a buffer, its router's correction bias)."""
-    found = {}
-    for name in ("gpt2", "mixtral", "deepseek_v3"):
-        torch.manual_seed(0)
-        config = small_config(name)
-        config.initializer_range, config.num_key_value_heads = 0.3, config.num_attention_heads
-        model = type(small_model(name))(config)
-        found[name] = save_model(model, tmp_path_factory.mktemp(name))
-    path = found["gpt2"] / "model.safetensors"
-    tensors = load_file(path)
-    save_file({n.removeprefix("transformer."): t for n, t in tensors.items()}, path, {"format": "pt"})
-    return found
-
-
-RENAMED = {
-    "renamed, tied": ("gpt2", {"rank": 2, "targets": ["c_attn", "c_fc"]}),
-    "renamed, parting": ("gpt2", {"rank": 2, "targets": ["c_attn", "wte"]}),
-    "fused": ("mixtral", {"rank": 2, "targets": ["q_proj", "o_proj"], "modules_to_save": ["mlp.gate"]}),
-    "fused, with a buffer": ("deepseek_v3", {"rank": 2, "targets": ["o_proj"], "magnitude_only": ["down_proj"]}),
-    "fused, in 4 bits": ("mixtral", {"rank": 2, "targets": ["q_proj", "o_proj"], "quant": NF4}),
-}
-
-
-@pytest.mark.parametrize("case", RENAMED)
-def test_a_base_that_transformers_renames_is_merged_by_it(run, renamed, tmp_path, capsys, case):
-    name, settings = RENAMED[case]
-    path, adapted = run(renamed[name], **settings)
-    assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 0, capsys.readouterr().err
-    assert "their logits differ by" in capsys.readouterr().out
-    wanted, merged = logits(adapted), load(tmp_path / "out")
-    assert (logits(merged) - wanted).norm() <= rounding(MODEL, torch.float32) * wanted.norm()
-    if name == "gpt2":  # transformers compares the tensors when it loads them; other readers go by this
-        config = json.loads((tmp_path / "out" / "config.json").read_text())
-        assert config.get("tie_word_embeddings", True) == (case == "renamed, tied")
-    else:
-        written, base = (load_file(d / "model.safetensors") for d in (tmp_path / "out", renamed[name]))
-        assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in base.items()}
-        experts = [n for n in base if ".experts." in n]
-        assert experts and all(torch.equal(written[n], base[n]) for n in experts)
-
-
-@pytest.mark.parametrize("wrong", [without_magnitude, half_of_B])
-def test_a_wrong_merge_of_a_renamed_base_is_found(run, renamed, tmp_path, monkeypatch, wrong):
-    path, _ = run(renamed["gpt2"], rank=2, targets=["c_attn"])
-    monkeypatch.setattr(merge_weights, "merge_", wrong)
-    with pytest.raises(RuntimeError, match="random vectors"):
-        merge.run_merge(load_config(path), tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_a_renamed_base_in_several_files(run, renamed, tmp_path, capsys):
-    path, _ = run(renamed["mixtral"], rank=2, targets=["q_proj"], quant=NF4)
-    merge.run_merge(load_config(path), tmp_path / "out", base="original", max_shard_bytes=20_000)
-    files = list((tmp_path / "out").glob("*.safetensors"))
-    told = capsys.readouterr().out
-    assert len(files) > 3 and f"in {len(files)} files" in told
-    assert "merged weights differ by" in told
-
-
-def test_a_base_that_memory_does_not_hold_is_refused_with_a_way_that_works(
-    run, renamed, tmp_path, monkeypatch, capsys
-):
-    path, _ = run(renamed["mixtral"], rank=2, targets=["q_proj"])
-    monkeypatch.setattr(merge_loaded, "available_memory", lambda: 1000.0)
-    assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 2
-    assert "save_pretrained(DIRECTORY, save_original_format=False)" in capsys.readouterr().err
-    anew = tmp_path / "anew"
-    load(renamed["mixtral"]).save_pretrained(anew, save_original_format=False)
-    letter_tokenizer().save_pretrained(anew)
-    words = ["merge", "--config", str(path), str(tmp_path / "out"), f"model.path={anew}"]
-    assert main([*words, "dora.accept_other_base=true"]) == 0, capsys.readouterr().err
 
 
 def test_a_classifier_with_its_new_head(tiny_llama, tmp_path):
