@@ -4,7 +4,7 @@ norm_math                   norms by tiles, the ratio m/n, merging: plain functi
 products, functional        mixed-precision products; a layer's forward and backward
 kept_output                 what the backward reads of an output that a model may write into
 kernels, triton_kernels     the same, fused, on a GPU
-layers                      DoraLinear and DoraEmbedding
+layers                      DoraLayer, and DoraLinear and DoraEmbedding made from it
 targets, inject             which modules of a model become them; how they do
 norm_cache                  norms, computed once per optimizer step from each rank's own rows
 """
