@@ -127,8 +127,10 @@ def _call_the_roll(options: Namespace) -> None:
 def _meeting_place(options: Namespace, static: bool, nodes: int) -> tuple[float, bool | None, str, int]:
     """Seconds to wait, whether this host serves (None: to be found), address, port. UserError: there is none."""
     try:
-        pairs = [pair.partition("=") for pair in options.rdzv_conf.split(",") if pair.strip()]
+        pairs = [pair.partition("=") for pair in options.rdzv_conf.split(",")] if options.rdzv_conf.strip() else []
         given = {key.strip(): value.strip() for key, _, value in pairs}
+        if not all(key and value for key, value in given.items()):
+            raise ValueError("expected key=value, separated by commas")
         settings = RendezvousParameters(options.rdzv_backend, "", "roll", nodes, nodes, **given)
         seconds = float(settings.get("timeout", _STATIC_S) if static else settings.get("join_timeout", _JOIN_S))
         if static and not options.rdzv_endpoint:

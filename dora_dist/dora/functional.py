@@ -153,7 +153,7 @@ class _LinearIn(Function):
     def forward(ctx, x_TI, A_RI, B_OR, m_I, n_I, bias, keep_TI, constants, *parts):
         gx_TI = x_TI * norm_ratio(m_I, n_I)
         y_TO = mm_wide_left(gx_TI, constants.weight(parts))
-        z_TR = low_rank_z(gx_TI.to(x_TI.dtype), A_RI, keep_TI, constants.keep_scale)
+        z_TR = None if A_RI is None else low_rank_z(gx_TI.to(x_TI.dtype), A_RI, keep_TI, constants.keep_scale)
         if z_TR is not None:
             y_TO.addmm_(z_TR.to(y_TO.dtype), B_OR.t().to(y_TO.dtype), alpha=constants.scaling)
         if bias is not None:

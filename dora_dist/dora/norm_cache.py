@@ -84,11 +84,11 @@ def attach_norm_refresh(
         refresh_norms(model, shards)
 
     _require_engine(model, optimizer)
-    cache_norms(model, shards)
     if isinstance(optimizer, torch.optim.Optimizer):
         optimizer.register_step_post_hook(refresh)
     elif optimizer is not None:
         zero.after_each_step(optimizer, refresh)
+    cache_norms(model, shards)  # last: of what is refused above no norm may stay
 
 
 def _require_engine(model: nn.Module, optimizer: object) -> None:

@@ -111,9 +111,8 @@ def read_header(path: Path) -> Header:
         UserError: it is no such file, is cut off, or contradicts itself.
     """
     try:
-        with safe_open(path, framework="pt"):
-            pass
-        with path.open("rb") as file:
+        # safe_open calls missing what it cannot open, so it is opened here. For torch it would map all bytes.
+        with path.open("rb") as file, safe_open(path, framework="np"):
             raw = file.read(int.from_bytes(file.read(8), "little"))
         tree = parse_json(raw)  # safe_open takes the last of two tensors of one name
         metadata = tree.pop("__metadata__", None) or {}

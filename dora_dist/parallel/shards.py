@@ -6,6 +6,7 @@ collectives that do nothing.
 """
 
 import hashlib
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -88,7 +89,13 @@ class Whole(Shards):
         return parameter.shape
 
     def rectangles(self, parameter: Tensor) -> list[Rectangle]:
-        return [Rectangle(as_matrix(parameter.detach()))]
+        whole = parameter.detach()
+        if whole.dim() <= 2 or whole.is_contiguous():
+            return [Rectangle(as_matrix(whole))]
+        # A convolution's in channels_last, say, is no view of a matrix, but each of its lines is.
+        lines = itertools.product(*map(range, whole.shape[1:-1]))
+        places: list[tuple[Any, ...]] = [(slice(None), *at) for at in lines]
+        return [Rectangle(whole[place], col=n * whole.shape[-1]) for n, place in enumerate(places)]
 
     def owns(self, parameter: Tensor) -> bool:
         return True

@@ -1,7 +1,7 @@
 """Checkpoints: one format for every strategy and world size, written from shards, whole or not there.
 
-A checkpoint is a directory `step-NNNNNNNN` of safetensors and JSON. Tensors are unsharded and go by PEFT's keys, so
-what one strategy wrote any other reads:
+A checkpoint is a directory `step-NNNNNNNN` of safetensors and JSON. Tensors are unsharded and go by PEFT's keys,
+so what one strategy wrote any other reads:
 
     adapter_model.safetensors, adapter_config.json    the trained tensors: a PEFT adapter
     optimizer.safetensors                             AdamW's moments and step of each of them

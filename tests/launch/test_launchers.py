@@ -196,7 +196,8 @@ def test_ctrl_c_saves_and_ends_a_run_of_several(name, endless, tmp_path):
         ("--node-rank=1 --master-addr=10.0.0.1 --master-port=7", (900.0, False, "10.0.0.1", 7)),
         ("--node-rank=1 --master-addr=10.0.0.1", (900.0, False, "10.0.0.1", 29500)),
         ("--rdzv-backend=c10d --rdzv-endpoint=a:port", "a:port"),
-        ("--rdzv-backend=c10d --rdzv-endpoint=a --rdzv-conf=is_host", "is_host"),
+        ("--rdzv-backend=c10d --rdzv-endpoint=a --rdzv-conf=is_host", "expected key=value"),
+        ("--rdzv-backend=c10d --rdzv-endpoint=a --rdzv-conf=is_host=1,,read_timeout=9", "expected key=value"),
     ],
 )
 def test_where_hosts_meet_is_read_as_torchrun_reads_it(words, meant):

@@ -12,6 +12,7 @@ from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, load_adapter
 from dora_dist.dora.layers import DoraLayer
 from dora_dist.dora.norm_cache import cache_norms, dora_layers
 from dora_dist.dora.norm_math import norm_ratio
+from dora_dist.errors import UserError
 from tests.support.models import gpt2, llama
 from tests.support.peft import CASES, IDS, Case, logits, ours, randomized
 from tests.support.rounding import MODEL, assert_near, rounding, roundings
@@ -76,6 +77,13 @@ def test_cached_norms_are_renewed_once_per_optimizer_step(kind, count_norms, mon
         assert len(refreshes) == step + 2
     assert count_norms() == before, "a forward computed its norm although it was cached"
     assert torch.equal(model(X), fresh_output(model))
+
+
+def test_what_is_refused_caches_no_norm():
+    model = small()
+    with pytest.raises(UserError, match="the engine"):
+        attach_norm_refresh(model, nn.Linear(1, 1))
+    assert not any(layer.norm_is_cached for layer in dora_layers(model).values())
 
 
 def test_dropout_ends_with_training():

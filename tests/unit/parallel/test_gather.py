@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from dora_dist.errors import UserError
 from dora_dist.parallel.gather import ShardedTensor, gathered, spread
 from dora_dist.parallel.process import Processes
-from dora_dist.parallel.shards import Rectangle, as_matrix
+from dora_dist.parallel.shards import Rectangle, Whole, as_matrix, write_whole
 
 CPU = torch.device("cpu")
 
@@ -26,6 +26,17 @@ def test_parts_make_the_whole_and_copies_count_once():
     list(gathered(ranks[1], lambda flat: sent.append(flat.clone()), CPU))
     got = list(gathered(ranks[0], lambda flat: flat.add_(sent.pop()), CPU))
     assert torch.equal(got[0], rows) and torch.equal(got[1], copy)
+
+
+def test_a_tensor_whose_lines_lie_apart_is_gathered_and_written():
+    whole = torch.randn(5, 3, 2, 4)
+    apart = whole.to(memory_format=torch.channels_last)
+    shards = Whole()
+    tensor = ShardedTensor("convolution", whole.dtype, tuple(whole.shape), shards.rectangles(apart), owned=True)
+    (got,) = gathered([tensor], shards.sum_, CPU)
+    assert not apart.is_contiguous() and torch.equal(got, whole)
+    write_whole(apart, -whole, shards)
+    assert torch.equal(apart, -whole)
 
 
 def test_what_does_not_fit_is_named(tmp_path):
