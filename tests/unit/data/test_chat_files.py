@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 import types
+from copy import deepcopy
 
 import pytest
 
@@ -22,7 +23,7 @@ def tokenizer():
 def tool_rows():
     other = {"name": "add", "arguments": {"x": 1, "y": [None, 2]}}
     return [
-        chat(ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}, tools=TOOLS),
+        chat(ASKED, {"role": "assistant", "content": None, "tool_calls": [deepcopy(CALL)]}, tools=TOOLS),
         chat(
             {"role": "system", "content": "speak"},
             ASKED,
