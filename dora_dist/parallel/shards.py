@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
@@ -167,9 +168,10 @@ class GroupShards(Shards):
     def _all_gather(self, parts: list[Tensor], slots: list[int], shapes: list[torch.Size]) -> list[Tensor]:
         """The whole tensors of `shapes` by one collective. This rank holds `parts`, each padded to its slot, which
         has as many elements on every rank."""
-        own = torch.zeros(sum(slots), dtype=common_dtype(parts), device=self.device)
-        for slot, part in zip(own.split(slots), parts, strict=True):
-            slot[: part.numel()].copy_(part.reshape(-1))
+        dtype = common_dtype(parts)
+        flat = [part.reshape(-1).to(self.device, dtype) for part in parts]
+        short = [slot - part.numel() for slot, part in zip(slots, flat, strict=True)]
+        own = torch.cat([F.pad(part, (0, n)) if n else part for part, n in zip(flat, short, strict=True)])
         everyone = torch.empty(self.size * own.numel(), dtype=own.dtype, device=self.device)
         all_gather(everyone, own, group=self.group)
         columns = everyone.view(self.size, -1).split(slots, dim=1)

@@ -15,6 +15,7 @@ TEXT = [
     "user and assistant speak in turns; the assistant answers",
     "Below is an instruction. Write a response that completes the request.",
 ]
+SEQ_LEN = 30  # no multiple of 8, so that the cap is met
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n"
     "{{ message['content'] }}{{ eos_token }}\n{% endfor %}"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 
@@ -132,3 +133,12 @@ def make_rows(path: Path, count: int) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def train_command(directory: Path, **sections: Any) -> list[str]:
+    """The arguments of `dora-dist` for a run of these sections of a YAML. Writes the YAML to `directory`; the
+    run's output goes to `directory`/run."""
+    config = {**sections, "parallel": {"force": True}, "output_dir": str(directory / "run")}
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["train", "--config", str(path)]

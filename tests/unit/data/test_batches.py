@@ -13,22 +13,10 @@ from dora_dist.data.batches import BatchPlan, evaluation_batches
 from dora_dist.data.packing import additive_mask, pack, packed_attention
 from dora_dist.errors import UserError
 from dora_dist.models.huggingface import check_model
-from tests.support.data import load, make_tokenizer, write_jsonl
+from tests.support.data import SEQ_LEN, load, make_tokenizer, write_jsonl
 from tests.support.rounding import MODEL, assert_near
 
-SEQ_LEN = 30  # no multiple of 8, so that the cap is met
 SHAPE = {"seq_len": SEQ_LEN, "pad_id": 0}
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    rows = [{"prompt": f"{i}:", "completion": "fox " * (i % 14)} for i in range(50)]
-    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
-
-
-@pytest.fixture(scope="module")
-def examples(path):
-    return load(path, make_tokenizer(), seq_len=SEQ_LEN)
 
 
 @pytest.fixture(scope="module")

@@ -15,22 +15,10 @@ from dora_dist.data.streaming import StreamPlan
 from dora_dist.data.windows import Told, units_of
 from dora_dist.data.worker import Worker
 from dora_dist.errors import RunFailed, UserError
-from tests.support.data import load, make_tokenizer, write_jsonl
+from tests.support.data import SEQ_LEN, make_tokenizer, write_jsonl
 from tests.unit.data.test_batches import contents
 
-SEQ_LEN = 30
 BAD = {"prompt": "a"}
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    rows = [{"prompt": f"{i}:", "completion": "fox " * (i % 14)} for i in range(50)]
-    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
-
-
-@pytest.fixture(scope="module")
-def examples(path):
-    return load(path, make_tokenizer(), seq_len=SEQ_LEN)
 
 
 def stream(path, rank=0, **changes):

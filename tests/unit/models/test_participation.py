@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,7 +18,7 @@ from dora_dist.errors import UserError
 from dora_dist.models import build
 from dora_dist.models.huggingface import meta_model
 from dora_dist.models.participation import idle_modules, refuse_idle
-from tests.support.models import save_model
+from tests.support.models import save_model, train_command
 from tests.support.ranks import run_ranks
 from tests.support.small import small_config, small_model
 
@@ -153,17 +152,13 @@ def gemma3(tmp_path_factory):
 
 @pytest.fixture
 def command(gemma3, tiny_rows, tmp_path):
-    config = {
-        "model": {"path": str(gemma3), "dtype": "float32", "attention": "eager"},
-        "dora": {"rank": 2, "targets": "all-linear"},
-        "data": {"train": str(tiny_rows), "seq_len": 16},
-        "train": {"steps": 1},
-        "parallel": {"force": True},
-        "output_dir": str(tmp_path / "run"),
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return ["train", "--config", str(path)]
+    return train_command(
+        tmp_path,
+        model={"path": str(gemma3), "dtype": "float32", "attention": "eager"},
+        dora={"rank": 2, "targets": "all-linear"},
+        data={"train": str(tiny_rows), "seq_len": 16},
+        train={"steps": 1},
+    )
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "[q_proj, o_proj]"])

@@ -4,27 +4,23 @@ import errno
 import os
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 
 from dora_dist.cli import main
 from dora_dist.io import durable
 from dora_dist.training import run
+from tests.support.models import train_command
 
 
 @pytest.fixture
 def command(tiny_llama, tiny_rows, tmp_path):
-    config = {
-        "model": {"path": str(tiny_llama), "dtype": "float32"},
-        "dora": {"rank": 2, "targets": ["q_proj"]},
-        "data": {"train": str(tiny_rows), "seq_len": 48},
-        "train": {"steps": 2},
-        "parallel": {"force": True},
-        "output_dir": str(tmp_path / "run"),
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return ["train", "--config", str(path)]
+    return train_command(
+        tmp_path,
+        model={"path": str(tiny_llama), "dtype": "float32"},
+        dora={"rank": 2, "targets": ["q_proj"]},
+        data={"train": str(tiny_rows), "seq_len": 48},
+        train={"steps": 2},
+    )
 
 
 def full(*_: object) -> None:
