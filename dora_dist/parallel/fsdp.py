@@ -8,6 +8,7 @@ rows of W holds the same rows of B and m. Mixed precision is the layer's own bus
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,11 +138,11 @@ class Fsdp:
         if self.cpu_offload:
             offload = CPUOffloadPolicy(pin_memory=self.processes.device.type == "cuda")
         words = getattr(model, "get_input_embeddings", lambda: None)()
-        for module in _groups(model):
-            fully_shard(module, mesh=self.mesh, offload_policy=offload)
-            if module is words and not any(p.requires_grad for p in module.parameters()):
-                module.set_unshard_in_backward(False)  # there is none, but FSDP would prefetch for it
-        fully_shard(model, mesh=self.mesh, offload_policy=offload)
+        with _codes_need_no_gradient():
+            for module in [*_groups(model), model]:
+                fully_shard(module, mesh=self.mesh, offload_policy=offload)
+                if module is words and not any(p.requires_grad for p in module.parameters()):
+                    module.set_unshard_in_backward(False)  # there is none, but FSDP would prefetch for it
 
     @staticmethod
     def gather_in_backward_if(module: nn.Module, needed: Callable[[], bool]) -> None:
@@ -165,6 +166,21 @@ class Fsdp:
         assert isinstance(model, FSDPModule)
         shards, device = self.shards(model), self.processes.device
         return TorchEngine(model, optimizer, shards, config, loss_scale, device, partial(_accumulating, model))
+
+
+@contextmanager
+def _codes_need_no_gradient() -> Iterator[None]:
+    """torch 2.11 has every sharded parameter require gradients for a moment, which integers refuse."""
+    require: Any = DTensor.requires_grad_
+
+    def where_possible(self: DTensor, requires_grad: bool = True) -> Tensor:
+        return require(self, requires_grad and self.is_floating_point())
+
+    DTensor.requires_grad_ = where_possible  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        DTensor.requires_grad_ = require  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def quantize(W_NK: Tensor, layout: Nf4) -> list[Tensor]:
     scales, stored = blocks.abs().amax(dim=2), []
     if layout.double_quant:
         low, high = scales.aminmax(dim=1, keepdim=True)
-        step = (high - low) / 255
+        step = (high - low) / torch.full_like(low, 255)  # by a number GPUs multiply by its rounded inverse
         codes = ((scales - low) / step.masked_fill(step == 0, 1.0)).round().to(torch.uint8)
         stored = [codes, torch.cat([low, step], dim=1)]
         scales = _scales(stored)
@@ -136,7 +136,7 @@ def _scales(stored: Sequence[Tensor]) -> Tensor:
     if len(stored) == 1:
         return stored[0]
     codes, ranges = stored
-    return torch.addcmul(ranges[:, :1], codes.float(), ranges[:, 1:])
+    return (codes.float() * ranges[:, 1:]).add_(ranges[:, :1])  # not addcmul: some processors round that once
 
 
 @constant_when_compiled

@@ -11,6 +11,9 @@ from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, refresh_norm
 from dora_dist.dora.functional import adapted_linear
 from dora_dist.dora.norm_math import _SCRATCH_BYTES_GPU, squared_norms
 from dora_dist.dora.products import wide_mm
+from dora_dist.quant import nf4
+from dora_dist.quant.kernels import dequantize
+from dora_dist.quant.nf4 import Nf4, quantize
 from tests.unit.dora.test_functional import reference
 
 CUDA = os.environ.get("GPU_TESTS_DEVICE", "cuda")  # cpu: to run every line where there is no GPU
@@ -107,6 +110,19 @@ def check_wide_products(device, dtype):
 @pytest.mark.parametrize("dtype", NARROW)
 def test_wide_products_are_not_rounded(dtype):
     check_wide_products(CUDA, dtype)
+
+
+def check_codes(device, dtype):
+    W = torch.randn(256, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    layout = Nf4(256, 1000, dtype)
+    here, there = quantize(W, layout), quantize(W.to(device), layout)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there, strict=True))
+    assert torch.equal(nf4.dequantize(here, layout), dequantize(there, layout).cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_makes_the_codes_of_a_cpu(dtype):
+    check_codes(CUDA, dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- norms

@@ -46,7 +46,7 @@ def real(logits):
 
 
 def gradients(logits, model):
-    weights = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+    weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
     return torch.autograd.grad((logits * weights).sum(), list(model.parameters()))
 
 
