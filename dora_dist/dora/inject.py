@@ -30,6 +30,7 @@ class Injection:
     casts: tuple[RemovableHandle, ...]  # the hooks around modules trained in fp32 inside a 16-bit model
     base: Base | None = None  # what the model was before, where that is known
     left_out: tuple[str, ...] = ()  # modules that the configuration means, but which take no part in the loss
+    too_small: tuple[str, ...] = ()  # modules that all-linear or a glob means, but whose rank exceeds a side
 
 
 def inject_dora(
@@ -37,10 +38,10 @@ def inject_dora(
 ) -> nn.Module:
     """Swap the targets of `config` for DoRA layers, in place, and return the model.
 
-    Targets are nn.Linear, transformers' Conv1D (GPT-2) and nn.Embedding modules. The layers share the model's
-    weights; afterwards only A, B, the magnitudes and `modules_to_save` (held in fp32) require gradients. At
-    first the model computes what it computed before. On the meta device values are left to
-    `initialize_adapters`.
+    Targets are nn.Linear (and subclasses that compute the same), transformers' Conv1D (GPT-2) and nn.Embedding
+    modules. The layers share the model's weights; afterwards only A, B, the magnitudes and `modules_to_save` (held
+    in fp32) require gradients. At first the model computes what it computed before. On the meta device values are
+    left to `initialize_adapters`.
 
     Args:
         base: what the model is; `save_adapter` writes it down, and `load_adapter` refuses adapters of another.
@@ -48,7 +49,8 @@ def inject_dora(
 
     Raises:
         UserError: a name matches nothing (the closest names are given), a module is of another kind, a rank
-            exceeds its layer, a name means idle modules alone, or the model was injected or sharded before.
+            exceeds a side of a layer that was named (those that all-linear or a glob means are left out), a name
+            means idle modules alone, or the model was injected or sharded before.
     """
     if any(isinstance(m, DoraLayer) for m in model.modules()):
         raise UserError("the model already has DoRA layers; inject_dora works once per model")
@@ -72,7 +74,8 @@ def inject_dora(
     }
     narrow = {name: _narrowest_dtype(model.get_submodule(name)) for name in saved}
     casts = [h for name, dtype in narrow.items() for h in _train_in_full(model.get_submodule(name), dtype)]
-    injection = Injection(config, tuple(targets), tuple(saved), dtypes, tuple(casts), base, tuple(chosen.left_out))
+    left_out, too_small = tuple(chosen.left_out), tuple(chosen.too_small)
+    injection = Injection(config, tuple(targets), tuple(saved), dtypes, tuple(casts), base, left_out, too_small)
     model.dora = injection  # type: ignore[assignment]
     return model
 

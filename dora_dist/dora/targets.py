@@ -6,10 +6,12 @@ Only looks at the model, so that all mistakes are told before anything is change
 import fnmatch
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from dora_dist.config import DoraConfig
+from dora_dist.dora.linear_subclasses import computes_linear
 from dora_dist.errors import UserError, nearest
 
 _GLOB = set("*?[")
@@ -23,6 +25,7 @@ class Choice:
     magnitude_only: set[str]  # the targets that train the magnitude alone
     saved: list[str]  # trained in full
     left_out: list[str]  # meant too, but idle: they take no part in the loss
+    too_small: list[str]  # meant by all-linear or a glob, but a side is smaller than the rank
 
 
 def choose(model: nn.Module, config: DoraConfig, idle: Collection[str]) -> Choice:
@@ -41,10 +44,15 @@ def choose(model: nn.Module, config: DoraConfig, idle: Collection[str]) -> Choic
     meant = _selected("dora.targets", names, modules, free) | magnitude_only
     chosen = set(_without_idle("dora.targets", [*names, *config.magnitude_only], sorted(meant), idle))
     if "all-linear" in config.target_list():
-        heads = _output_heads(model)
+        heads = output_heads(model)
         linear = {name for name in free if is_linear(modules[name]) and modules[name] not in heads}
         meant |= linear
         chosen |= linear.difference(idle)
+    small = {
+        name for name in chosen.intersection(candidates) - magnitude_only if _is_small(name, modules[name], config)
+    }
+    too_small = small - _named(small, names, chosen - small)
+    chosen -= too_small
     if not chosen:
         raise UserError("dora.targets: nothing to adapt; name at least one module, or all-linear")
     targets = {name: module for name, module in modules.items() if name in chosen}
@@ -52,7 +60,7 @@ def choose(model: nn.Module, config: DoraConfig, idle: Collection[str]) -> Choic
     _require_all_match("dora.rank_pattern", config.rank_pattern, targets)
     _require_all_match("dora.alpha_pattern", config.alpha_pattern, targets)
     left_out = [name for name in modules if name in idle and (name in meant or name in meant_in_full)]
-    return Choice(targets, magnitude_only, saved, left_out)
+    return Choice(targets, magnitude_only, saved, left_out, [name for name in modules if name in too_small])
 
 
 def matches(name: str, patterns: Iterable[str]) -> str | None:
@@ -82,8 +90,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    # Exact types: a subclass may compute something else in its forward.
-    return type(module) is nn.Linear or is_conv1d(module)
+    return type(module) is nn.Linear or is_conv1d(module) or computes_linear(module)
 
 
 def is_target_kind(module: nn.Module) -> bool:
@@ -111,6 +118,17 @@ def _without_idle(key: str, patterns: Iterable[str], meant: list[str], idle: Col
             told = f"{found[0]!r}, which takes" if len(found) == 1 else f"{found[0]!r} and other modules that take"
             raise UserError(f"{key}: {pattern!r} means {told} no part in the loss of text; name modules that do")
     return [name for name in meant if name not in idle]
+
+
+def _is_small(name: str, module: nn.Module, config: DoraConfig) -> bool:
+    weight: Any = module.weight
+    return rank_and_alpha(name, config)[0] > min(weight.shape)
+
+
+def _named(small: set[str], patterns: Iterable[str], others: Collection[str]) -> set[str]:
+    """Those of `small` that a name means, or a glob that means none of the `others`."""
+    strict = [p for p in patterns if not _is_glob(p) or not any(matches(name, [p]) for name in others)]
+    return {name for name in small if matches(name, strict)}
 
 
 def _refuse_idle_parts(saved: Iterable[str], idle: Iterable[str]) -> None:
@@ -142,8 +160,9 @@ def _check_targets(targets: dict[str, nn.Module], candidates: list[str], saved: 
     for name, module in targets.items():
         if not is_target_kind(module):
             inner = [n for n in candidates if n.startswith(name + ".")]
+            other = ", which does not compute as nn.Linear does" if isinstance(module, nn.Linear) else ""
             raise UserError(
-                f"dora.targets: {name!r} is a {type(module).__name__}; targets are Linear, Conv1D and "
+                f"dora.targets: {name!r} is a {type(module).__name__}{other}; targets are Linear, Conv1D and "
                 f"Embedding modules{', such as ' + repr(inner[0]) if inner else ''}"
             )
         if inside(name, saved):
@@ -165,7 +184,7 @@ def _check_ties(model: nn.Module, saved: list[str]) -> None:
             )
 
 
-def _output_heads(model: nn.Module) -> set[nn.Module]:
+def output_heads(model: nn.Module) -> set[nn.Module]:
     """The modules that make a model's final outputs: what transformers calls output embeddings, or, in a
     classifier, the linear layers outside the base model."""
     heads = set()

@@ -21,6 +21,7 @@ from dora_dist.dora.layers import DoraLayer
 from dora_dist.dora.norm_cache import cache_norms, initialize_adapters
 from dora_dist.errors import UserError
 from dora_dist.io.fingerprint import Base, base_fingerprint
+from dora_dist.models.coverage import coverage
 from dora_dist.models.head_loss import HeadLoss, attach_head_loss, has_plain_logits
 from dora_dist.models.huggingface import check_model, classifier_head, load_with_transformers, meta_model
 from dora_dist.models.participation import idle_modules
@@ -53,6 +54,7 @@ class Blueprint:
     base: Base
     head_loss: HeadLoss | None = None  # a causal model's, where the loss may take the logits' place
     all_take_part: bool = True  # in the loss, the trained modules; False: not known yet
+    coverage: tuple[str, ...] = ()  # lines on which share of the base is adapted, and what is not
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,12 @@ def make_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from
     saved = [*config.dora.modules_to_save, *(h for h in head if h not in config.dora.modules_to_save)]
     idle = idle_modules(model, config.dora.modules_to_save)
     inject_dora(model, replace(config.dora, modules_to_save=saved), base, idle or ())
+    told = tuple(coverage(model, idle or ()))
     if config.quant.scheme == "nf4":
         split = world_size if config.parallel.strategy == "zero3" else 1
         pack_linears(model, config.quant, split, files.block_sizes() if files is not None else {})
     head_loss = attach_head_loss(model) if plain_logits else None
-    return Blueprint(config, model, files, head, base, head_loss, idle is not None)
+    return Blueprint(config, model, files, head, base, head_loss, idle is not None, told)
 
 
 def sizes_of(model: nn.Module) -> Sizes:

@@ -53,6 +53,7 @@ def _idle(model: nn.Module, saved: list[str]) -> set[str] | None:
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     roots = [name for name in modules if matches(name, saved)]
     in_full = [name for name in modules if inside(name, roots)]
+    adaptable = [m for m in modules.values() if is_target_kind(m)]
     with FakeTensorMode(allow_non_fake_inputs=True), _experts_at_once(model):
         named = dict(model.named_parameters(remove_duplicate=False))
         fake = {p: torch.empty_like(p, device="cpu") for p in named.values()}  # tied ones stay tied
@@ -60,7 +61,7 @@ def _idle(model: nn.Module, saved: list[str]) -> set[str] | None:
         trained = {name: [t for key, t in tensors.items() if key.startswith(f"{name}.")] for name in in_full}
         for tensor in (t for own in trained.values() for t in own):
             tensor.requires_grad_()
-        factors = {m: torch.ones((), requires_grad=True) for m in modules.values() if is_target_kind(m)}
+        factors = {m: torch.ones((), requires_grad=True) for m in adaptable}
         hooks = [module.register_forward_hook(_times(factor)) for module, factor in factors.items()]
         try:
             ids = torch.zeros(1, _TOKENS, dtype=torch.long)

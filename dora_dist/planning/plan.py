@@ -190,6 +190,7 @@ def as_text(plan: Plan) -> str:
     lines = [
         f"{plan.cluster}: {device.usable() / GB:.1f} of {device.memory / GB:.1f} GB of each are for the run",
         f"strategy: {_strategy(plan)} ({plan.reason})",
+        *plan.rehearsed.coverage,
         "",
         f"memory of a GPU at its fullest ({plan.moment.value})",
         *_rows(plan.memory, plan.peak),
@@ -260,6 +261,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "strategy": plan.strategy,
         "reason": plan.reason,
+        "coverage": list(plan.rehearsed.coverage),
         "fits": plan.fits,
         "peak_bytes": plan.peak,
         "fullest": plan.moment.value,

@@ -97,6 +97,7 @@ class Rehearsed:
     reason: str  # for the strategy
     blocks: int
     runs: tuple[Short, ...]
+    coverage: tuple[str, ...] = ()  # lines on which share of the base is adapted
 
     def at_full_depth(self, measure: Callable[[Short], Mapping[Any, float]]) -> dict[Any, float]:
         """What `measure` finds in each run, drawn on to all blocks. What it leaves out is zero."""
@@ -189,7 +190,7 @@ def _rehearsed(job: Job, in_child: Callable[[Job], Any]) -> Rehearsed | UserErro
     runs = tuple(result for result in results if isinstance(result, Short))
     if len(runs) < len(results):
         return next(result for result in results if not isinstance(result, Short))
-    return Rehearsed(job, name, reason, len(found), runs)
+    return Rehearsed(job, name, reason, len(found), runs, drawn.coverage)
 
 
 def _in_child(job: Job) -> Short | UserError | RunFailed:

@@ -16,11 +16,9 @@ from torch import nn
 from dora_dist.adapters.adapter import save_adapter, try_saving
 from dora_dist.config import RunConfig
 from dora_dist.data.run_data import RunData, check_lengths, load_tokenizer
-from dora_dist.dora.inject import injection_of
 from dora_dist.errors import RunFailed, Stopped, UserError
 from dora_dist.models.build import Blueprint, make_blueprint, sizes_of
 from dora_dist.models.huggingface import resolve_model
-from dora_dist.models.participation import summary
 from dora_dist.models.weights import packed_layers
 from dora_dist.parallel.phases import Phase
 from dora_dist.parallel.process import Processes
@@ -75,7 +73,7 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog, check_fits: C
             log.say(*warnings, *notices, data.describe())
             built = build_to_train(blueprint, strategy)
             adapter = _Adapter(built, output_dir / "adapter", config.model.path)
-            log.say(*describe(built, strategy))
+            log.say(*describe(built, strategy), *blueprint.coverage)
             adapter.try_saving()
             if found is not None:
                 checkpoints.restore(found, built)
@@ -246,10 +244,7 @@ def describe(built: TrainableModel, strategy: Strategy) -> list[str]:
     in_4_bits = f", {packed / 1e6:,.1f} M in 4 bits" if packed else ""
     sizes_told = f"{total / 1e6:,.1f} M parameters{in_4_bits}, {trained / 1e6:,.2f} M trained"
     where = f"strategy {strategy.name}, {world} process{'es' if world > 1 else ''} on {device}"
-    lines = [f"model: {sizes_told}; {where}"]
-    if names := injection_of(built.model).left_out:
-        lines.append(f"left out, as they take no part in the loss of text: {summary(names)}")
-    return lines
+    return [f"model: {sizes_told}; {where}"]
 
 
 def _prepare_output(output_dir: Path, processes: Processes, files: Mapping[str, str]) -> None:

@@ -40,6 +40,18 @@ def gpt2() -> nn.Module:
     return _made(GPT2LMHeadModel, GPT2Config(**sizes))
 
 
+def qwen2_moe() -> nn.Module:
+    """Three experts in 3-D parameters, a shared one, and a gate of one row."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        vocab_size=96, hidden_size=12, intermediate_size=17, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, moe_intermediate_size=7, shared_expert_intermediate_size=10, num_experts=3,
+        num_experts_per_tok=2, initializer_range=0.3,
+    )  # fmt: skip
+    return _made(Qwen2MoeForCausalLM, config)
+
+
 def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from dora_dist import DoraConfig, DoraEmbedding, DoraLinear, UserError, inject_dora
 from dora_dist.dora.norm_cache import attach_norm_refresh, initialize_adapters
-from tests.support.models import bert, distilbert, gpt2, llama
+from tests.support.models import bert, distilbert, gpt2, llama, qwen2_moe
 from tests.support.peft import FIRST_Q, IDS, LLAMA_TARGETS
 
 LINEARS = [f"model.layers.{i}.{part}" for i in (0, 1) for part in (
@@ -101,13 +103,91 @@ def test_a_glob_means_what_can_be_adapted_and_is_not_trained_in_full():
     assert model.model.layers[0].mlp.up_proj.lora_A is None
 
 
-def test_subclasses_that_may_compute_something_else_are_refused():
-    model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4))
-    with pytest.raises(UserError, match="'1' is a Doubled"):
+class Renamed(nn.Linear):
+    pass
+
+
+class Written(nn.Linear):
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + (0.1 * torch.randn_like(x[..., :1]) if self.training else 0)
+
+
+class Scaled(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cls", [Renamed, Written, FalconLinear])
+def test_subclasses_that_compute_the_same_are_adapted(cls, bias):
+    with torch.device("meta"):
+        assert inject(nn.Sequential(cls(6, 4, bias)), "all-linear").dora.layers == ("0",)
+    plain = cls(6, 4, bias).double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    wanted = plain(x)
+    (layer,) = inject(nn.Sequential(plain), "all-linear")
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-12, atol=1e-12)
+    assert layer.weight is plain.weight and layer.bias is plain.bias
+
+
+def other_linears() -> list[nn.Module]:
+    grouped = DeepseekV4GroupedLinear(4, 8, n_groups=2)
+    noted = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    return [Doubled(4, 4), Noisy(4, 4), Scaled(4, 4), Router(4, 4), grouped, noted]
+
+
+@pytest.mark.parametrize("other", other_linears(), ids=lambda m: type(m).__name__)
+def test_subclasses_that_compute_something_else_are_refused(other):
+    model = nn.Sequential(nn.Linear(4, 4), other)
+    told = f"'1' is a {type(other).__name__}, which does not compute as nn.Linear does; targets are"
+    with pytest.raises(UserError, match=told):
         inject(model, ["1"])
     assert inject(model, "all-linear").dora.layers == ("0",)
+
+
+def test_what_is_read_past_its_forward_or_rewritten_is_refused():
+    with pytest.raises(UserError, match="'out_proj' is a NonDynamicallyQuantizableLinear"):
+        inject(nn.MultiheadAttention(4, 2), ["out_proj"])
     with pytest.raises(UserError, match="is a Embedding"):  # it rewrites its weight in each forward
         inject(nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), ["0"])
+
+
+GATES = tuple(f"model.layers.{i}.mlp.shared_expert_gate" for i in (0, 1))  # [1, 12]
+
+
+@pytest.mark.parametrize("settings", [{"targets": "all-linear"}, {"targets": ["*.mlp.shared_expert*", "q_proj"]}])
+def test_a_layer_smaller_than_the_rank_is_left_out_and_listed(settings):
+    model = inject(qwen2_moe(), **settings)
+    assert model.dora.too_small == GATES and not set(GATES).intersection(model.dora.layers)
+    assert any(name.endswith("shared_expert.up_proj") for name in model.dora.layers)
+    assert type(model.get_submodule(GATES[0])) is nn.Linear
+    one = inject(qwen2_moe(), **settings, rank_pattern={"shared_expert_gate": 1})
+    assert one.dora.too_small == () and set(GATES) < set(one.dora.layers)
+    alone = inject(qwen2_moe(), **settings, magnitude_only=[GATES[1]])
+    assert alone.dora.too_small == GATES[:1] and GATES[1] in alone.dora.layers
+
+
+@pytest.mark.parametrize("pattern", ["shared_expert_gate", "*.shared_expert_gate", "^" + GATES[0]])
+def test_a_layer_smaller_than_the_rank_is_refused_where_it_was_named(pattern):
+    with pytest.raises(
+        UserError, match=r"dora.rank: 2 is larger than the smaller side of '.*gate' \(1, 12\); at most 1"
+    ):
+        inject(qwen2_moe(), ["all-linear", pattern])
 
 
 def test_injecting_twice_is_refused():

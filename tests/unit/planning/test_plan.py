@@ -32,6 +32,7 @@ train: {{steps: 1}}
 """
 
 
+LINEAR_8B = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336)
 IN_CHILD = rehearsals._in_child
 
 
@@ -58,7 +59,7 @@ def test_the_verb_needs_neither_weights_nor_a_gpu(shape_8b, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    weights = 2 * (2 * 128256 * 4096 + 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336))
+    weights = 2 * (2 * 128256 * 4096 + LINEAR_8B)
     assert found["memory_bytes"]["base weights"] == pytest.approx(weights / 2, rel=0.001)
     assert found["peak_bytes"] == pytest.approx(sum(found["memory_bytes"].values()))
     assert found["strategy"] == "fsdp" and found["fits"] and found["changes"] == []
@@ -75,7 +76,11 @@ def test_what_does_not_fit_comes_with_what_would(too_large):
     text = as_text(too_large)
     assert "it does not fit" in text and "train.activation_checkpointing=true" in text
     assert "16.06 GB  base weights" in text and "not measured" in text
-    assert json.loads(json.dumps(as_json(too_large)))["changes"][-1]["fits"]
+    share = LINEAR_8B / (LINEAR_8B + 2 * 128256 * 4096 + 65 * 4096)  # embeddings, head, norms
+    adapted = f"adapted: {100 * share:.1f} % of the base's weights"
+    assert adapted in text.splitlines()
+    told = json.loads(json.dumps(as_json(too_large)))
+    assert told["changes"][-1]["fits"] and told["coverage"] == [adapted]
 
 
 @pytest.mark.parametrize(
