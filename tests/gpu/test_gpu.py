@@ -14,6 +14,7 @@ from dora_dist.dora.products import wide_mm
 from dora_dist.quant import nf4
 from dora_dist.quant.kernels import dequantize
 from dora_dist.quant.nf4 import Nf4, quantize
+from tests.support.models import llama_config
 from tests.unit.dora.test_functional import reference
 
 CUDA = os.environ.get("GPU_TESTS_DEVICE", "cuda")  # cpu: to run every line where there is no GPU
@@ -202,12 +203,13 @@ def test_neither_the_layers_nor_the_norms_make_the_host_wait(axis, gradient):
 
 def step_memory(device, method, checkpointing, hidden=1024, tokens=2048):
     """Bytes that a training step holds beyond the model and the optimizer's state."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = llama_config(
         vocab_size=512, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=tokens, use_cache=False,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=hidden // 8, max_position_embeddings=tokens,
+        use_cache=False,
     )  # fmt: skip
     with torch.device(device):
         model = LlamaForCausalLM(config).to(torch.bfloat16).train()

@@ -1,26 +1,24 @@
 """Count one training step's collectives at a faked world size: real FSDP2 code, fake tensors, a fake group.
 
-usage: count_collectives.py WORLD_SIZE STRATEGY     prints {"METHOD/LAYERS": {"step": {...}, "refresh": {...}}}
+usage: count_collectives.py WORLD_SIZE STRATEGY     prints {"METHOD/LAYERS": {"step": ..., "refresh": ...}}
 STRATEGY is single, ddp, fsdp or hybrid (two replicas). Under ddp the step is that of the model alone.
 """
 
 import json
 import os
 import sys
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.common.collectives import Counter
 from dora_dist import DoraConfig, inject_dora, refresh_norms
 from dora_dist.dora.norm_cache import cache_norms
 from dora_dist.models.build import shard
 from dora_dist.models.head_loss import HeadLoss
-from dora_dist.parallel import shards as sharding
 from dora_dist.parallel.fsdp import Fsdp
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.replicated import Ddp, Single
@@ -52,7 +50,7 @@ class Model(nn.Module):
         return self.head(x)
 
 
-def count(layers: int, method: str, strategy: Single | Fsdp) -> dict[str, dict[str, int]]:
+def count(layers: int, method: str, strategy: Single | Fsdp) -> dict[str, dict]:
     model = Model(layers)
     inject_dora(model, DoraConfig(method=method, rank=4, targets="all-linear"))
     head_loss = HeadLoss(model.head, WORDS)
@@ -60,49 +58,28 @@ def count(layers: int, method: str, strategy: Single | Fsdp) -> dict[str, dict[s
     shards = strategy.shards(model)
     cache_norms(model, shards)
     step = step_after_evaluation(model, head_loss)
-    with CommDebugMode() as refresh, watch() as received:
+    with Counter() as refresh:
         refresh_norms(model, shards)
-    small = sum(p.numel() for n, p in model.named_parameters() if n.endswith("lora_A"))
-    norms = sum(p.numel() for n, p in model.named_parameters() if n.endswith("magnitude"))
+    factors, norms = (
+        4 * sum(p.numel() for name, p in model.named_parameters() if name.endswith(kind))
+        for kind in ("lora_A", "magnitude")
+    )
     return {
-        "step": named(step),
-        "refresh": named(refresh),
-        "bytes": {"received": sum(received), "norms": 4 * norms, "floor": 4 * (small + norms)},
+        "step": step.by_collective(),
+        "refresh": refresh.by_collective(),
+        "bytes": {"factors": factors, "norms": norms},
     }
 
 
-def step_after_evaluation(model: nn.Module, head_loss: HeadLoss) -> CommDebugMode:
+def step_after_evaluation(model: nn.Module, head_loss: HeadLoss) -> Counter:
     """The second of two steps with an evaluation before each."""
     x, positions, targets = torch.zeros(2, 3, 16), torch.arange(2), torch.zeros(2, dtype=torch.long)
     for _ in range(2):
         with torch.no_grad():
             model(x)
-        with CommDebugMode() as step, head_loss.of(positions, targets):
+        with Counter() as step, head_loss.of(positions, targets):
             model(x).backward()
     return step
-
-
-@contextmanager
-def watch():
-    """Gives the bytes of each collective's output, in order."""
-    received: list[int] = []
-    all_reduce, all_gather = dist.all_reduce, sharding.all_gather
-
-    def watched_all_reduce(tensor, **options):
-        received.append(tensor.nbytes)
-        return all_reduce(tensor, **options)
-
-    def watched_all_gather(output, own, **options):
-        received.append(output.nbytes)
-        return all_gather(output, own, **options)
-
-    dist.all_reduce, sharding.all_gather = watched_all_reduce, watched_all_gather
-    yield received
-    dist.all_reduce, sharding.all_gather = all_reduce, all_gather
-
-
-def named(mode: CommDebugMode) -> dict[str, int]:
-    return {str(op).rpartition(".")[2].strip("_"): n for op, n in mode.get_comm_counts().items() if n}
 
 
 def main(world_size: str, name: str) -> None:

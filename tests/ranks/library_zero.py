@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor.debug import CommDebugMode
 from transformers import AutoModelForCausalLM
 
+from benchmarks.common.collectives import Counter
 from dora_dist import (
     DoraConfig,
     UserError,
@@ -26,7 +26,6 @@ from dora_dist.dora.norm_cache import dora_layers, find_shards, refresh_norms
 from dora_dist.parallel.engine import LossScale
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.zero import ZeroEngine, import_deepspeed
-from tests.ranks.count_collectives import watch
 from tests.ranks.library_fsdp import IDS, model_from
 from tests.support.rounding import MODEL, TRAINED, assert_near, rounding
 
@@ -99,7 +98,7 @@ def check_odd_shapes(deepspeed, stage: int) -> None:
 def check_collectives(engine) -> None:
     """The refresh is one gather of A (and of B where ranks split its rows) and one sum; the step beside it gathers
     nothing, so no base weight moves outside forward and backward."""
-    with watch() as received:
+    with Counter() as refresh:
         refresh_norms(engine.module)
     shards = find_shards(engine.module)
     layers = dora_layers(engine.module).values()
@@ -109,12 +108,15 @@ def check_collectives(engine) -> None:
         if layer.lora_B is not None and (layer.transposed or layer.out_features % shards.size)
     ]  # fmt: skip
     gathered = sum(shards.size * -(-shards.shape(p).numel() // shards.size) for p in factors)
-    assert received == [4 * gathered, 4 * sum(layer.norm.numel() for layer in layers)], received
+    assert refresh.by_collective() == {
+        "all_gather": {"count": 1, "bytes": 4 * gathered},
+        "all_reduce": {"count": 1, "bytes": 4 * sum(layer.norm.numel() for layer in layers)},
+    }
     engine.backward(engine(input_ids=IDS, labels=IDS).loss)
-    with CommDebugMode() as mode:
+    with Counter() as sent:
         engine.step()
-    counts = {str(op): n for op, n in mode.get_comm_counts().items() if n}
-    assert sum(n for op, n in counts.items() if "gather" in op or "broadcast" in op) == 1, counts
+    counts = sent.by_collective()
+    assert counts["all_gather"]["count"] == 1 and "broadcast" not in counts, counts  # the refresh's, of A
 
 
 def check_steps(engine) -> None:

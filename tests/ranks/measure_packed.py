@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig
 
 from dora_dist.cli import leave
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, ParallelConfig, QuantConfig, RunConfig
@@ -18,11 +17,9 @@ from dora_dist.models.weights import packed_layers
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import choose_strategy
 from dora_dist.training.optim import build_to_train
+from tests.support.models import llama_config
 
-CONFIG = LlamaConfig(
-    vocab_size=32, hidden_size=512, intermediate_size=1408, num_hidden_layers=2, num_attention_heads=4,
-    tie_word_embeddings=False,
-)  # fmt: skip
+SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 4, "num_key_value_heads": 4}
 
 
 def main(out: str, *strategies: str) -> None:
@@ -30,7 +27,7 @@ def main(out: str, *strategies: str) -> None:
     processes.start(60)
     held: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        CONFIG.save_pretrained(directory)
+        llama_config(**SIZES, head_dim=128).save_pretrained(directory)
         for name in strategies:
             config = RunConfig(
                 ModelConfig(path=directory, init="random"),

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from tests.support import ROOT
+from tests.support.models import llama_config
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -18,9 +19,9 @@ WORLD = 2
 def figures(tmp_path_factory):
     directory = tmp_path_factory.mktemp("mid_llama")
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = llama_config(
         vocab_size=512, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
-        num_key_value_heads=16, tie_word_embeddings=False, dtype="bfloat16",
+        num_key_value_heads=16, head_dim=64, dtype="bfloat16",
     )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

@@ -34,6 +34,7 @@ from dora_dist.planning.stand_ins import Watch
 from dora_dist.planning.trace import COPY_IN, Tracer
 from dora_dist.training.optim import build_to_train
 from dora_dist.training.trainer import Trainer
+from tests.support.models import llama_config
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPE_8B = {
@@ -43,9 +44,7 @@ SHAPE_8B = {
 
 
 def write(directory, **sizes):
-    from transformers import LlamaConfig
-
-    LlamaConfig(tie_word_embeddings=False, **sizes).save_pretrained(directory)
+    llama_config(head_dim=None, **sizes).save_pretrained(directory)
     return directory
 
 

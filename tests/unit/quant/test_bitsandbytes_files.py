@@ -14,7 +14,7 @@ from dora_dist.config import DataConfig, DoraConfig, ModelConfig, QuantConfig, R
 from dora_dist.errors import UserError
 from dora_dist.models.build import make_blueprint
 from dora_dist.quant.bitsandbytes_files import find_four_bit
-from tests.support.models import letter_tokenizer
+from tests.support.models import letter_tokenizer, llama
 from tests.support.ranks import run_ranks
 from tests.support.rounding import MODEL, assert_near
 
@@ -29,16 +29,9 @@ QUANTIZATION = {
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     """A Llama whose rows are whole blocks; 3 ranks cannot share its 2 rows of k and v."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=32,
-        num_key_value_heads=1, head_dim=2, attention_bias=True, max_position_embeddings=64, initializer_range=0.3,
-        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
     directory = tmp_path_factory.mktemp("dense")
-    LlamaForCausalLM(config).save_pretrained(directory)
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 32, "head_dim": 2}
+    llama(**sizes, attention_bias=True, max_position_embeddings=64).save_pretrained(directory)
     return directory
 
 
