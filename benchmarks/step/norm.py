@@ -11,7 +11,6 @@ those of one block times their number. Scratch is the most that is held beyond t
 """
 
 import argparse
-import json
 import math
 import tempfile
 from collections.abc import Callable
@@ -20,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common.collectives import Counter
+from benchmarks.common.memory import memory_profile
 from benchmarks.common.models import add_shape, llama, sizes
 from benchmarks.common.results import chosen_device, default_path, parser_of, ratios, save, spread
 from benchmarks.common.timing import growth, time_rounds
@@ -112,17 +111,8 @@ def scratch_bytes(way: Callable[[], object], device: torch.device) -> int:
     """The most that is held beyond the inputs while `way` runs, its result included."""
     if device.type == "cuda":
         return growth(way, device)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        way()
     with tempfile.TemporaryDirectory() as directory:
-        trace = Path(directory) / "trace.json"
-        profiled.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    held = peak = 0
-    for _, change in sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"):
-        held += change
-        peak = max(peak, held)
-    return peak
+        return memory_profile(lambda _: way(), Path(directory) / "trace.json")[0]
 
 
 def measure(strategy: str, ranks: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.common.timing import growth
 from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, refresh_norms
 from dora_dist.dora.functional import adapted_linear
 from dora_dist.dora.norm_math import _SCRATCH_BYTES_GPU, squared_norms
@@ -135,12 +136,13 @@ def check_norms_by_tiles(device, dim, shape):
     L, U = (torch.randn(s, generator=generator, device=device) for s in ((shape[0], 16), (16, shape[1])))
 
     def compute():
-        return squared_norms(weight, L, U, 0.7, dim).sqrt_()
+        found.append(squared_norms(weight, L, U, 0.7, dim).sqrt_())
 
+    found = []
     want = (weight.double() + 0.7 * L.double() @ U.double()).norm(dim=1 - dim)
     compute()  # the BLAS workspace is made once and stays
-    scratch, got = extra_memory(device, compute)
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+    scratch = growth(compute, torch.device(device))
+    torch.testing.assert_close(found[-1].double(), want, rtol=1e-5, atol=0)
     assert scratch <= _SCRATCH_BYTES_GPU + (4 << 20)  # the tile, the result, the sums of one tile
 
 
@@ -148,18 +150,6 @@ def check_norms_by_tiles(device, dim, shape):
 @pytest.mark.parametrize("shape", [(1000, 300), (3000, 8192)])
 def test_norms_by_tiles_against_fp64_in_bounded_memory(dim, shape):
     check_norms_by_tiles(CUDA, dim, shape)
-
-
-def extra_memory(device, work):
-    """(bytes held at most while `work` runs beyond those held before, its result); 0 bytes on a CPU."""
-    if torch.device(device).type == "cpu":
-        return 0, work()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = work()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before, result
 
 
 @contextmanager
@@ -227,7 +217,7 @@ def step_memory(device, method, checkpointing, hidden=1024, tokens=2048):
 
     step()
     held = sum(p.nbytes for p in model.parameters())
-    return held + extra_memory(device, step)[0]
+    return held + growth(step, torch.device(device))
 
 
 @pytest.mark.parametrize(("checkpointing", "limit"), [(True, 1.5), (False, 1.6)])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.planning.strategy_memory import resident
 from dora_dist.cli import leave
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, RunConfig, TrainConfig
 from dora_dist.models.build import build, make_blueprint
@@ -24,11 +25,11 @@ class PeakMemory(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.done, self.start_bytes, self.peak = threading.Event(), resident(), 0
+        self.done, self.start_bytes, self.peak = threading.Event(), resident("RssAnon"), 0
 
     def run(self) -> None:
         while not self.done.wait(0.001):
-            self.peak = max(self.peak, resident())
+            self.peak = max(self.peak, resident("RssAnon"))
 
     def __enter__(self):
         self.start()
@@ -41,11 +42,6 @@ class PeakMemory(threading.Thread):
     @property
     def growth(self) -> int:
         return self.peak - self.start_bytes
-
-
-def resident() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def bf16_bytes() -> int:

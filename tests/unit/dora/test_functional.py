@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
+from benchmarks.common.memory import memory_profile
 from dora_dist.dora import norm_math, products
 from dora_dist.dora.functional import adapted_embedding, adapted_linear
 from dora_dist.dora.norm_math import merge_, norm_ratio, norm_with_gradient, squared_norms
 from dora_dist.quant.nf4 import Nf4, quantize
-from tests.support.memory import memory_profile
 from tests.support.rounding import assert_near, assert_sums, roundings
 
 TERMS = 100  # of the products after each other in the small layers below, forward and backward

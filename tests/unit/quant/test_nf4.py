@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.common.memory import memory_profile
 from dora_dist.dora.functional import adapted_linear
 from dora_dist.dora.layers import AdapterSpec, DoraLinear
 from dora_dist.dora.norm_math import squared_norms
@@ -16,7 +17,6 @@ from dora_dist.quant import nf4
 from dora_dist.quant.modules import PackedLinear
 from dora_dist.quant.nf4 import CODES, Nf4, PackedMatrix, dequantize, quantize
 from tests.support.launch import child_environment
-from tests.support.memory import memory_profile
 from tests.support.rounding import assert_near, assert_sums, roundings
 
 SHAPES = [(6, 128), (5, 53), (1, 1), (3, 64), (4, 130)]
