@@ -24,8 +24,8 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _REQUIRED: dict[str, Any] = {"peft_type": str, "r": int, "lora_alpha": int | float}
 _OPTIONAL: dict[str, Any] = {
     "use_dora": bool, "use_rslora": bool, "fan_in_fan_out": bool, "lora_dropout": int | float, "bias": str,
-    "target_modules": str | list, "modules_to_save": list, "rank_pattern": dict, "alpha_pattern": dict,
-    "magnitude_axis": str, "init_lora_weights": bool | str,
+    "target_modules": str | list, "target_parameters": list, "modules_to_save": list, "rank_pattern": dict,
+    "alpha_pattern": dict, "magnitude_axis": str, "init_lora_weights": bool | str,
 }  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def _check_config(path: Path, config: Any) -> None:
     for key, kind in _OPTIONAL.items():
         if config.get(key) is not None and not _is(config[key], kind):
             raise UserError(f"{path}: {key!r} is of the wrong type")
-    for key in ("target_modules", "modules_to_save"):
+    for key in ("target_modules", "target_parameters", "modules_to_save"):
         if isinstance(config.get(key), list) and not all(isinstance(name, str) for name in config[key]):
             raise UserError(f"{path}: {key!r} is of the wrong type; valid would be a list of names")
     if config["peft_type"] not in ("LORA", OWN_TYPE):

@@ -3,23 +3,24 @@
 PEFT finds modules by loose rules: `target_modules` by dotted suffix, `modules_to_save` by any suffix
 ("classifier" takes "pre_classifier" too), patterns by regular expression. What is written here means our
 modules and no others under these rules, and what PEFT wrote is read by them. An adapter that PEFT cannot
-express (one magnitude per input feature) gets a `peft_type` of our own: PEFT refuses it instead of loading it
-wrong.
+express (one magnitude per input feature) gets a `peft_type` of our own, and says why: PEFT refuses it instead of
+loading it wrong.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from dora_dist.adapters.peft_parameters import is_listed, name_in_peft, taken_for_experts
 from dora_dist.config import DoraConfig
 from dora_dist.dora.inject import injection_of
 from dora_dist.dora.layers import DoraEmbedding, DoraLayer
 from dora_dist.dora.norm_cache import dora_layers
-from dora_dist.dora.targets import inside, rank_and_alpha
+from dora_dist.dora.targets import inside, is_linear, rank_and_alpha
 from dora_dist.errors import UserError
 
 PREFIX = "base_model.model."
@@ -29,8 +30,8 @@ _SEQ_CLS_HEADS = ("classifier", "score")  # what PEFT trains in full whenever th
 _WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # torch.compile, checkpoint_wrapper
 # Not read: what selects or computes something else, and bases that were changed to fit the initial A and B.
 _UNSUPPORTED = (
-    "layers_to_transform", "exclude_modules", "target_parameters", "trainable_token_indices",
-    "layer_replication", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+    "layers_to_transform", "exclude_modules", "trainable_token_indices", "layer_replication",
+    "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
     "megatron_config", "arrow_config",
 )  # fmt: skip
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -78,18 +79,22 @@ def to_peft_config(model: nn.Module, base_model: str | None) -> dict[str, Any]:
     config = injection.config
     task = _task_type(model, injection.saved)
     saved = [*injection.saved, *(_SEQ_CLS_HEADS if task == "SEQ_CLS" else ())]
-    hidden = any(_is_saved_by_peft(name, saved) or _stands_in_one_of(name, saved) for name in layers)
-    others = [n for n in _module_names(model) if n not in layers and not _is_saved_by_peft(n, saved)]
+    taken = taken_for_experts(model, layers)
+    modules = [name for name in layers if name not in taken]
+    others = [n for n in _module_names(model) if n not in modules and not _is_saved_by_peft(n, saved)]
+    peft_names = {name: f"{name}.weight" if name in taken else name for name in layers}
     ranks = {n: rank_and_alpha(n, config)[0] if layer.spec.rank else 1 for n, layer in layers.items()}
     alphas = {n: rank_and_alpha(n, config)[1] for n in layers}
     own_axis = {} if config.magnitude_axis == "out" else {"magnitude_axis": config.magnitude_axis}
+    reason = _why_not_for_peft(config, layers, saved, taken)
     return {
-        "peft_type": OWN_TYPE if own_axis or hidden else "LORA",
+        "peft_type": OWN_TYPE if reason else "LORA",
+        **({"not_for_peft": reason} if reason else {}),
         "task_type": task,
         "base_model_name_or_path": base_model or getattr(getattr(model, "config", None), "_name_or_path", None),
         "r": config.rank,
         "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
+        "lora_dropout": 0.0 if taken and not reason else config.dropout,  # PEFT has none for parameters
         "use_dora": config.method == "dora",
         "use_rslora": config.rslora,
         "fan_in_fan_out": any(
@@ -97,12 +102,24 @@ def to_peft_config(model: nn.Module, base_model: str | None) -> dict[str, Any]:
         ),
         "bias": "none",
         "inference_mode": True,
-        "target_modules": _target_modules(layers, others),
+        "target_modules": _target_modules(modules, others),
+        **({"target_parameters": [peft_names[name] for name in taken]} if taken else {}),
         "modules_to_save": sorted(injection.saved) or None,
-        "rank_pattern": {_exactly(n): r for n, r in ranks.items() if r != config.rank},
-        "alpha_pattern": {_exactly(n): a for n, a in alphas.items() if a != config.alpha},
+        "rank_pattern": {_exactly(peft_names[n]): r for n, r in ranks.items() if r != config.rank},
+        "alpha_pattern": {_exactly(peft_names[n]): a for n, a in alphas.items() if a != config.alpha},
         **own_axis,
     }
+
+
+def _why_not_for_peft(
+    config: DoraConfig, layers: Mapping[str, DoraLayer], saved: Iterable[str], taken: Sequence[str]
+) -> str | None:
+    if config.magnitude_axis != "out":
+        return f"magnitude_axis {config.magnitude_axis}: PEFT has one magnitude per output feature"
+    if taken and config.method == "dora":
+        return f"{taken[0]}: PEFT takes layers of this name for fused experts, and has no DoRA for those"
+    bent = [name for name in layers if _is_saved_by_peft(name, saved) or _stands_in_one_of(name, saved)]
+    return f"{bent[0]}: PEFT takes it for one of modules_to_save, by its last letters" if bent else None
 
 
 def from_peft_config(
@@ -121,6 +138,7 @@ def from_peft_config(
     names = _module_names(model)
     adapted = [n for n in _selected(config, names, path) if not _is_saved_by_peft(n, to_save)]
     magnitude_only = [n for n in adapted if config.get("use_dora") and _has_zero_factors(n, tensors)]
+    adapted += _selected_weights(model, config, path)
     ranks, alphas = ({n: value_for(n, kind, config) for n in adapted} for kind in ("rank", "alpha"))
     settings: dict[str, Any] = {
         "method": "dora" if config.get("use_dora") else "lora",
@@ -144,7 +162,7 @@ def from_peft_config(
 def value_for(name: str, kind: str, config: Mapping[str, Any]) -> Any:
     """The rank or alpha that PEFT gives a module: of the first pattern that fits its name, else of all."""
     for pattern, value in (config.get(f"{kind}_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if re.match(rf"(.*\.)?({pattern})$", name_in_peft(name, config)):
             return value
     return config["r" if kind == "rank" else "lora_alpha"]
 
@@ -186,11 +204,27 @@ def _selected(config: dict[str, Any], names: list[str], path: Path) -> list[str]
     if isinstance(targets, str):
         selected = [name for name in names if re.fullmatch(targets, name)]
     else:
-        endings = tuple("." + target for target in targets)
-        selected = [name for name in names if name in targets or name.endswith(endings)]
-    if not selected:
+        selected = [name for name in names if is_listed(name, targets)]
+    if not selected and (targets or not config.get("target_parameters")):
         raise UserError(f"{path}: target_modules {targets!r} match no module of this model")
     return selected
+
+
+def _selected_weights(model: nn.Module, config: dict[str, Any], path: Path) -> list[str]:
+    """The linear layers whose weights `target_parameters` mean to PEFT."""
+    targets = config.get("target_parameters") or []
+    weights = {_WRAPPERS.sub("", f"{n}.weight"): n for n, m in model.named_modules() if is_linear(m)}
+    named = (_WRAPPERS.sub("", name) for name, _ in model.named_parameters(remove_duplicate=False))
+    found = [name for name in named if is_listed(name, targets)]
+    unknown = next((name for name in found if name not in weights), None)
+    if unknown is not None or (targets and not found):
+        told = (
+            "match no parameter of this model"
+            if unknown is None
+            else f"mean {unknown!r}, no linear layer's weight"
+        )
+        raise UserError(f"{path}: target_parameters {targets!r} {told}")
+    return [_WRAPPERS.sub("", weights[name]) for name in found]
 
 
 def _is_saved_by_peft(name: str, to_save: Iterable[str]) -> bool:

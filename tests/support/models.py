@@ -52,6 +52,21 @@ def qwen2_moe() -> nn.Module:
     return _made(Qwen2MoeForCausalLM, config)
 
 
+def deepseek_v3() -> nn.Module:
+    """A dense layer, and two with four experts and a shared one."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = DeepseekV3Config(
+        vocab_size=96, hidden_size=12, intermediate_size=17, moe_intermediate_size=7, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=2, n_shared_experts=1, n_routed_experts=4, kv_lora_rank=5,
+        q_lora_rank=6, qk_rope_head_dim=4, v_head_dim=4, qk_nope_head_dim=4, n_group=2, topk_group=1,
+        num_experts_per_tok=2, first_k_dense_replace=1, initializer_range=0.3,
+    )  # fmt: skip
+    model = _made(DeepseekV3ForCausalLM, config)
+    model.set_experts_implementation("eager")  # on CPUs, the default takes no odd sizes
+    return model
+
+
 def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from dora_dist import DoraConfig, inject_dora
 from dora_dist.adapters.peft_format import trained_tensors
-from tests.support.models import bert, distilbert, gpt2, llama
+from tests.support.models import bert, deepseek_v3, distilbert, gpt2, llama
 
 IDS = torch.tensor([[5, 17, 3, 90, 41, 41, 8], [1, 2, 60, 11, 77, 30, 95]])
 
@@ -29,6 +29,7 @@ class Case:
 
 LLAMA_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 DISTIL_TARGETS = "q_lin k_lin v_lin out_lin lin1 lin2".split()
+DEEPSEEK_MLPS = ["layers.0.mlp.up_proj", "shared_experts.gate_proj", "layers.2.mlp.shared_experts.down_proj"]
 DISTIL_HEADS = ["pre_classifier", "classifier"]
 PATTERNS = {"rank_pattern": {"k_proj": 2, "layers.1.mlp.down_proj": 5}, "alpha_pattern": {"q_proj": 3.5}}
 FIRST_Q = "model.layers.0.self_attn.q_proj"
@@ -47,6 +48,19 @@ CASES = {
         lambda: llama(tie_word_embeddings=True), ["q_proj"], {"modules_to_save": ["embed_tokens", "lm_head"]}
     ),
     "llama tied, both adapted": Case(lambda: llama(tie_word_embeddings=True), ["embed_tokens", "lm_head"]),
+    # PEFT takes gate_proj and its like for experts of this model, wherever they stand.
+    "deepseek shared": Case(
+        deepseek_v3,
+        ["q_a_proj", *DEEPSEEK_MLPS],
+        {"method": "lora", "rank_pattern": {"layers.0.mlp.up_proj": 2}, "alpha_pattern": {"gate_proj": 5.0}},
+        {
+            "use_dora": False,
+            "target_parameters": [f"{name}.weight" for name in DEEPSEEK_MLPS],
+            "rank_pattern": {"layers.0.mlp.up_proj.weight": 2},
+            "alpha_pattern": {"gate_proj.weight": 5.0},
+        },
+        ["q_a_proj"],
+    ),
     "gpt2": Case(gpt2, ["c_attn", "c_proj", "c_fc"]),
     "gpt2 one block": Case(gpt2, ["h.1.mlp.c_proj"]),
     "gpt2 tied embedding": Case(gpt2, ["wte", "wpe", "c_attn"]),

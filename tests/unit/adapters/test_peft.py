@@ -10,7 +10,7 @@ from torch import nn
 
 from dora_dist import DoraConfig, UserError, inject_dora, load_adapter, save_adapter
 from dora_dist.adapters.peft_format import trained_tensors
-from tests.support.models import bert, distilbert, llama
+from tests.support.models import bert, deepseek_v3, distilbert, llama
 from tests.support.peft import (
     CASES,
     IDS,
@@ -196,6 +196,36 @@ def test_an_adapter_that_peft_would_bend_is_kept_from_it(tmp_path):
     with pytest.raises((ValueError, KeyError)):
         peft_load(distilbert(), tmp_path)
     assert torch.equal(logits(load_adapter(ours(case), tmp_path).eval()), logits(model))
+
+
+def test_names_that_peft_takes_for_experts_are_kept_from_it(tmp_path):
+    """PEFT has no DoRA for them; as LoRA (among CASES) they go by the parameter."""
+    case = Case(deepseek_v3, "all-linear", {"dropout": 0.1})
+    model = randomized(ours(case))
+    save_adapter(model, tmp_path)
+    with pytest.raises(KeyError, match="DORA_DIST"):
+        peft_load(deepseek_v3(), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["not_for_peft"].startswith("model.layers.0.mlp.gate_proj: PEFT takes layers of this name for")
+    assert config["lora_dropout"] == 0.1
+    again = load_adapter(deepseek_v3(), tmp_path).eval()
+    assert again.dora.layers == model.dora.layers
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["mlp.gate.weight"], "mean 'model.layers.1.mlp.gate.weight', no linear layer's weight"),
+        (["nonsense"], "match no parameter of this model"),
+    ],
+)
+def test_parameters_that_are_no_layers_weights_are_refused(targets, message, tmp_path):
+    save_adapter(randomized(ours(CASES["deepseek shared"])), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_parameters": targets}))
+    with pytest.raises(UserError, match=message):
+        load_adapter(deepseek_v3(), tmp_path)
 
 
 @pytest.mark.parametrize(
