@@ -9,9 +9,8 @@ encode          text to token ids and the mask of tokens to learn
 examples        all encoded rows, in flat arrays
 packing         several rows in one sequence
 batches         global batches, shared out over ranks; the evaluation pass
-streaming       the same from a stream too large to hold
+streaming       the same from a stream too large to hold, prepared by a thread
 windows         a stream's rows, of which each rank encodes its share
-worker          the thread that does so ahead of the training
 report          what was read and what was left out, in words
 run_data        all of a run's rows, as its model and its processes need them
 """

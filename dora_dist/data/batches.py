@@ -7,7 +7,7 @@ know the number of targets of the whole global batch without communication.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -131,40 +131,28 @@ class BatchPlan:
     """
 
     def __init__(
-        self,
-        examples: Examples,
-        *,
-        micro_batch_size: int,
-        accumulation: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        packing: bool,
-        seq_len: int,
-        pad_id: int,
-        shuffle: bool = True,
-        causal: bool = True,
+        self, examples: Examples, split: Split, collate: Collate, seed: int, shuffle: bool = True
     ) -> None:
-        packing = packing and causal
-        self._split = Split(micro_batch_size, accumulation, rank, world_size)
-        self._collate = Collate(seq_len, pad_id, packing, causal)
-        self._examples, self._seed, self._shuffle = examples, seed, shuffle
-        self._units = pack(examples.lengths, seq_len) if packing else [[row] for row in range(len(examples))]
+        self._examples, self._split, self._collate = examples, split, collate
+        self._seed, self._shuffle = seed, shuffle
         self.rows = len(examples)
+        self._units = [[row] for row in range(self.rows)]
+        if collate.packing:
+            self._units = pack(examples.lengths, collate.seq_len)
         self.steps_per_epoch = len(self._units) / self._split.global_size
         # Each plan its own cache: a batch asks for its epoch, and for the next where it straddles the two.
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
         if self.steps_per_epoch < 1:
-            raise UserError(self._too_few(packing))
+            raise UserError(self._too_few())
 
     @property
     def fingerprint(self) -> str:
         """Identifies the examples."""
         return self._examples.fingerprint
 
-    def _too_few(self, packing: bool) -> str:
+    def _too_few(self) -> str:
         split, units = self._split, len(self._units)
-        have = f"{self.rows} rows make {units} packs" if packing else f"there are {units} rows"
+        have = f"{self.rows} rows make {units} packs" if self._collate.packing else f"there are {units} rows"
         return (
             f"data.train: {have}, but one step takes {split.global_size}: train.micro_batch_size "
             f"{split.micro_batch_size} x train.accumulation {split.accumulation} x {split.world_size} "
@@ -200,10 +188,16 @@ class BatchPlan:
 
 
 class EvaluationBatches:
-    """One pass over all rows in order; see `evaluation_batches`."""
+    """One pass over all rows in order, in lockstep: every rank gets the same number of micro-batches, without
+    accumulation or packing.
+
+    A rank without rows left gets a micro-batch whose targets are all ignored, because a sharded forward needs
+    all ranks. Iterable again and again; `.targets` and `.tokens` are the totals over all ranks.
+    """
 
     def __init__(self, examples: Examples, split: Split, collate: Collate) -> None:
-        self._examples, self._split, self._collate = examples, split, collate
+        self._examples = examples
+        self._split, self._collate = replace(split, accumulation=1), replace(collate, packing=False)
         self.rows = len(examples)
         self.targets = int(examples.supervised_counts.sum())
         self.tokens = int(examples.lengths.sum())
@@ -224,22 +218,3 @@ class EvaluationBatches:
             for part in self._split.mine():
                 units = [[self._examples[row]] for row in rows[part]]
                 yield self._collate(units) if units else self._collate.dummy()
-
-
-def evaluation_batches(
-    examples: Examples,
-    *,
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
-    seq_len: int,
-    pad_id: int,
-    causal: bool = True,
-) -> EvaluationBatches:
-    """One pass over all rows in order, in lockstep: every rank gets the same number of micro-batches.
-
-    A rank without rows left gets a micro-batch whose targets are all ignored, because a sharded forward needs
-    all ranks. Iterable again and again; `.targets` and `.tokens` are the totals over all ranks.
-    """
-    split = Split(micro_batch_size, 1, rank, world_size)
-    return EvaluationBatches(examples, split, Collate(seq_len, pad_id, False, causal))

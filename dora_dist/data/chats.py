@@ -27,17 +27,16 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 class Chat:
     """One conversation."""
 
-    messages: list[Message]  # arguments of tool calls are objects, and a message without content has none
+    messages: list[Message]  # arguments of tool calls as they were given; a message without content has none
     learned: list[int]  # numbers of the assistant's messages to learn
     tools: list[dict] | None = None
     options: dict[str, Any] = field(default_factory=dict)  # further variables of the template
-    text_arguments: list[Message] | None = None  # the messages with arguments as JSON strings, where there are any
 
     @property
     def variants(self) -> list[list[Message]]:
         """The same messages in the shapes that templates expect, the usual one first: some add strings up where
         others write JSON, and some want a content beside tool calls."""
-        shapes = [self.messages, *([self.text_arguments] if self.text_arguments else [])]
+        shapes = [[_with_arguments(m, shape) for m in self.messages] for shape in (_as_object, _as_text)]
         if all("content" in message for message in self.messages):
             return shapes
         return [*shapes, *([{"content": "", **message} for message in shape] for shape in shapes)]
@@ -67,19 +66,14 @@ def _chat(row: Row, keys: list[str], unlearned: set[str]) -> Chat:
     tools, options = _tools(row.fields), json_field(row.fields, "chat_template_kwargs") or {}
     if not isinstance(options, dict):
         raise BadRow(f"the field 'chat_template_kwargs' is {describe(options)}; valid would be an object")
-    shapes = []
-    for arguments in (_as_object, _as_text):
-        messages: list[Message] = []
-        learned: list[int] = []
-        for key in keys:
-            for message, flag in _turns(row, key, arguments):
-                if message["role"] == "assistant" and flag and key not in unlearned:
-                    learned.append(len(messages))
-                messages.append(message)
-        shapes.append(_with_system(row, messages, learned))
-        if not any("tool_calls" in message for message in messages):
-            break
-    return Chat(shapes[0], learned, tools, options, shapes[1] if len(shapes) > 1 else None)
+    messages: list[Message] = []
+    learned: list[int] = []
+    for key in keys:
+        for message, flag in _turns(row, key):
+            if message["role"] == "assistant" and flag and key not in unlearned:
+                learned.append(len(messages))
+            messages.append(message)
+    return Chat(_with_system(row, messages, learned), learned, tools, options)
 
 
 def _with_system(row: Row, messages: list[Message], learned: list[int]) -> list[Message]:
@@ -97,7 +91,7 @@ def _with_system(row: Row, messages: list[Message], learned: list[int]) -> list[
     return [{"role": "system", "content": system}, *messages]
 
 
-def _turns(row: Row, key: str, arguments: Callable[[Any], Any]) -> list[tuple[Message, bool]]:
+def _turns(row: Row, key: str) -> list[tuple[Message, bool]]:
     """(message, whether it may be learned) of each turn."""
     sharegpt = key == "conversations"
     turns = json_field(row.fields, key)
@@ -113,13 +107,11 @@ def _turns(row: Row, key: str, arguments: Callable[[Any], Any]) -> list[tuple[Me
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             raise BadRow(f"item {number} of {key!r} is {describe(turn)}; valid would be {valid}")
-        read.append(_turn(Row(row.place, turn), f" in item {number} of {key!r}", role_key, content_key, arguments))
+        read.append(_turn(Row(row.place, turn), f" in item {number} of {key!r}", role_key, content_key))
     return read
 
 
-def _turn(
-    turn: Row, where: str, role_key: str, content_key: str, arguments: Callable[[Any], Any]
-) -> tuple[Message, bool]:
+def _turn(turn: Row, where: str, role_key: str, content_key: str) -> tuple[Message, bool]:
     name = text_field(turn, role_key, where)
     if role_key == "from" and name not in SHAREGPT_ROLES:
         raise BadRow(f"{role_key!r} is {name!r}{where}; valid would be {', '.join(SHAREGPT_ROLES)}")
@@ -134,7 +126,7 @@ def _turn(
     message = {key: value for key, value in message.items() if key not in REASONING}
     if reasoning is not None:  # under whichever of the names the template reads it
         message |= dict.fromkeys(REASONING, reasoning)
-    calls = _calls(turn, where, content_key if name == "function_call" else "", arguments)
+    calls = _calls(turn, where, content_key if name == "function_call" else "")
     if calls:
         message["tool_calls"] = calls
     if name != "function_call" and not (calls and turn.fields.get(content_key) is None):
@@ -176,28 +168,26 @@ def _flag(turn: Mapping[str, Any], role: str, where: str) -> bool:
     return learned
 
 
-def _calls(turn: Row, where: str, written_in: str, arguments: Callable[[Any], Any]) -> list[dict]:
+def _calls(turn: Row, where: str, written_in: str) -> list[dict]:
     """The tool calls of a message, as [{"type": "function", "function": {"name", "arguments"}}].
 
     `written_in`: the field whose text is the call, in JSON, of ShareGPT's role function_call; or "".
     """
     if written_in:
         text_field(turn, written_in, where)
-        key, calls = written_in, json_field(turn.fields, written_in, where)
-    elif is_given(turn.fields, "tool_calls"):
-        key, calls = "tool_calls", json_field(turn.fields, "tool_calls", where)
-    elif is_given(turn.fields, "function_call"):
-        key, calls = "function_call", json_field(turn.fields, "function_call", where)
-    else:
+    given = [key for key in ("tool_calls", "function_call") if is_given(turn.fields, key)]
+    key = written_in or next(iter(given), "")
+    if not key:
         return []
+    calls = json_field(turn.fields, key, where)
     if isinstance(calls, dict):
         calls = [calls]
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise BadRow(f"the field {key!r}{where} is {describe(calls)}; valid would be a list of calls")
-    return [_call(call, key, where, arguments) for call in calls]
+    return [_call(call, key, where) for call in calls]
 
 
-def _call(call: dict, key: str, where: str, arguments: Callable[[Any], Any]) -> dict:
+def _call(call: dict, key: str, where: str) -> dict:
     call = {name: value for name, value in call.items() if value is not None}
     function = call.pop("function", None)
     if function is None:
@@ -206,7 +196,18 @@ def _call(call: dict, key: str, where: str, arguments: Callable[[Any], Any]) -> 
         raise BadRow(f'the field {key!r}{where} has a call without a name; valid would be {{"name", "arguments"}}')
     function = {name: value for name, value in function.items() if value is not None}
     given = function.pop("arguments", function.pop("parameters", {}))
-    return {"type": "function", **call, "function": {**function, "arguments": arguments(given)}}
+    return {"type": "function", **call, "function": {**function, "arguments": given}}
+
+
+def _with_arguments(message: Message, shape: Callable[[Any], Any]) -> Message:
+    """The message with the arguments of its calls in a shape."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = {**call["function"], "arguments": shape(call["function"]["arguments"])}
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls}
 
 
 def _as_object(arguments: Any) -> Any:

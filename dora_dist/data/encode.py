@@ -4,8 +4,8 @@ The text of a row is tokenized once as a whole, because tokens made from separat
 those that a user's prompt meets. A token is supervised where its characters overlap a span to be learnt.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -17,8 +17,8 @@ from dora_dist.data.rows import Row, characters
 from dora_dist.data.templates import Draft
 from dora_dist.errors import UserError
 
-Task = Literal["causal_lm", "sequence_classification"]
-CHUNK_ROWS, CHUNK_CHARACTERS = 1000, 4_000_000  # tokenized at once: a fast tokenizer runs in parallel
+_CHUNK_ROWS, _CHUNK_CHARACTERS = 250, 1_000_000
+T = TypeVar("T")
 
 
 class Example(NamedTuple):
@@ -71,34 +71,36 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
         )
 
 
-def begins_with_bos(tokenizer: Any, text: str) -> bool:
-    """Whether a text has the begin-of-sequence token already, so that the tokenizer must add none."""
-    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+def chunks(items: Iterable[T], row_of: Callable[[T], Row]) -> Iterator[list[T]]:
+    """The items in lists of bounded text, to be tokenized at once: a fast tokenizer runs in parallel."""
+    chunk: list[T] = []
+    size = 0
+    for item in items:
+        chunk.append(item)
+        size += characters(row_of(item).fields)
+        if len(chunk) == _CHUNK_ROWS or size >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 class Encoder:
-    """Rows to examples, by one tokenizer and one configuration.
+    """The rows of one source to examples. The first row that can be read decides the format of all.
+
+    Args:
+        tokenizer: a fast one of transformers.
+        labels: of a classifier; None: a language model learns the rows.
+        vocab_size: rows of the model's embedding; None skips that check.
 
     Raises:
         UserError: the tokenizer is slow, has no end-of-sequence token, or more tokens than the model.
     """
 
     def __init__(
-        self,
-        config: DataConfig,
-        tokenizer: Any,
-        task: Task,
-        label2id: dict[str, int] | None,
-        num_labels: int | None,
-        vocab_size: int | None,
+        self, config: DataConfig, tokenizer: Any, labels: Labels | None = None, vocab_size: int | None = None
     ) -> None:
-        self.config, self.tokenizer = config, tokenizer
-        self.classify = task == "sequence_classification"
-        self.labels: Labels | None = None
-        if self.classify:
-            if num_labels is None and not label2id:
-                raise UserError("model.num_labels: sequence_classification needs the number of labels")
-            self.labels = Labels(num_labels or len(label2id or {}), label2id or {})
+        self.config, self.tokenizer, self.labels = config, tokenizer, labels
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
                 f"model.path: {type(tokenizer).__name__} is a slow tokenizer, which does not say where its "
@@ -111,30 +113,23 @@ class Encoder:
 
     def encode(self, rows: Iterable[Row], report: Report) -> Iterator[Example]:
         """The examples of the rows in order; lazily, a chunk at a time."""
-        chunk: list[Row] = []
-        size = 0
-        for row in rows:
-            if not self.begin(row):
-                report.add(row.place, row.problem)
-                continue
-            chunk.append(row)
-            size += characters(row.fields)
-            if len(chunk) == CHUNK_ROWS or size >= CHUNK_CHARACTERS:
-                yield from self._encode_and_tell(chunk, report)
-                chunk, size = [], 0
-        yield from self._encode_and_tell(chunk, report)
+        for chunk in chunks(self._after_bad_ones(rows, report), lambda row: row):
+            for row, made in zip(chunk, self.encode_chunk(chunk), strict=True):
+                report.add(row.place, made.problem, made.truncated, made.split_into_turns)
+                yield from made.examples
+            report.unused |= self.unused
 
-    def _encode_and_tell(self, chunk: list[Row], report: Report) -> Iterator[Example]:
-        encoded = self.encode_chunk(chunk)
-        report.unused |= self.unused
-        for row, made in zip(chunk, encoded, strict=True):
-            report.add(row.place, made.problem, made.truncated, made.split_into_turns)
-            yield from made.examples
+    def _after_bad_ones(self, rows: Iterable[Row], report: Report) -> Iterator[Row]:
+        for row in rows:
+            if self.begin(row):
+                yield row
+            else:
+                report.add(row.place, row.problem)
 
     def begin(self, row: Row) -> bool:
         """Let the first row that can be read decide the format. False: none has come yet."""
         if self._drafter is None and not row.problem:
-            self._form = detect_format(row, self.config, classify=self.classify)
+            self._form = detect_format(row, self.config, classify=self.labels is not None)
             self._check_end(self._form)
             self._drafter = Drafter(self._form, self.config, self.tokenizer, self.labels)
         return self._drafter is not None
@@ -171,18 +166,13 @@ class Encoder:
 
     def _finish(self, drafts: list[tuple[Draft, _Tokens]]) -> Encoded:
         """A row's examples; bad where none of its drafts leaves a token to learn."""
+        make = {"text": self._document, "labels": self._labelled}.get(self._form, self._completion)
         examples: list[Example] = []
         problem, truncated = "", False
         for draft, tokens in drafts:
             try:
-                if self._form == "text":
-                    examples += self._document(tokens)
-                    continue
-                if self._form == "labels":
-                    example, cut = self._labelled(draft, tokens)
-                else:
-                    example, cut = self._completion(draft, tokens)
-                examples.append(example)
+                made, cut = make(draft, tokens)
+                examples += made
                 truncated |= cut
             except BadRow as bad:
                 problem = problem or str(bad)
@@ -209,7 +199,7 @@ class Encoder:
                 encodings[i] = encoding
         return [_Tokens.of(encoding) for encoding in encodings]
 
-    def _labelled(self, draft: Draft, tokens: _Tokens) -> tuple[Example, bool]:
+    def _labelled(self, draft: Draft, tokens: _Tokens) -> tuple[list[Example], bool]:
         """(the example, whether it is cut off)"""
         ids = np.array(tokens.ids, dtype=np.int32)
         if not len(ids):
@@ -217,9 +207,9 @@ class Encoder:
         types = None
         if "token_type_ids" in self.tokenizer.model_input_names:
             types = np.array(tokens.types, dtype=np.uint8)
-        return Example(ids, np.zeros(len(ids), dtype=bool), draft.label, types), tokens.cut
+        return [Example(ids, np.zeros(len(ids), dtype=bool), draft.label, types)], tokens.cut
 
-    def _document(self, tokens: _Tokens) -> list[Example]:
+    def _document(self, draft: Draft, tokens: _Tokens) -> tuple[list[Example], bool]:
         """Consecutive rows of at most seq_len tokens. A row begins with the last token of the one before, so
         that every token but the document's first is predicted exactly once."""
         ids = self._with_end(tokens)
@@ -227,9 +217,9 @@ class Encoder:
             raise BadRow("the text leaves no token to predict; valid would be more text")
         step = self.config.seq_len - 1
         parts = [ids[start : start + step + 1] for start in range(0, len(ids) - 1, step)]
-        return [Example(part, np.ones(len(part), dtype=bool)) for part in parts]
+        return [Example(part, np.ones(len(part), dtype=bool)) for part in parts], False
 
-    def _completion(self, draft: Draft, tokens: _Tokens) -> tuple[Example, bool]:
+    def _completion(self, draft: Draft, tokens: _Tokens) -> tuple[list[Example], bool]:
         """(the example, whether it is cut off)"""
         ids = np.array(tokens.ids, dtype=np.int32) if draft.chat else self._with_end(tokens)
         supervised = np.ones(len(ids), dtype=bool)
@@ -242,7 +232,7 @@ class Encoder:
         example = Example(ids[:limit], supervised[:limit])
         if not example.targets:
             raise BadRow(_nothing_to_learn(supervised, limit))
-        return example, len(ids) > limit
+        return [example], len(ids) > limit
 
     def _with_end(self, tokens: _Tokens) -> np.ndarray:
         """[T] int32: the ids, with exactly the end-of-sequence token after the text."""

@@ -4,12 +4,10 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from dora_dist.config import DataConfig
-from dora_dist.data.encode import Encoder, Example, Task
+from dora_dist.data.encode import Encoder, Example
 from dora_dist.data.report import Report
 from dora_dist.data.sources import Source, find_source
 from dora_dist.errors import UserError
@@ -79,32 +77,19 @@ class Examples:
         return np.where(self.labels >= 0, 1, counts)
 
 
-def load_examples(
-    path: str,
-    config: DataConfig,
-    tokenizer: Any,
-    *,
-    task: Task = "causal_lm",
-    label2id: dict[str, int] | None = None,
-    num_labels: int | None = None,
-    vocab_size: int | None = None,
-    key: str = "data.train",
-) -> Examples:
+def load_examples(path: str, encoder: Encoder, key: str = "data.train") -> Examples:
     """Read and encode all rows of `path`.
 
     Args:
         path: a file, a directory of files of one kind, or a hub id.
-        tokenizer: a fast tokenizer of transformers.
-        label2id, num_labels: of sequence_classification: labels by name, and how many there are.
-        vocab_size: rows of the model's embedding; None skips that check.
+        encoder: has met no other rows.
         key: the setting that names `path`, for errors; `data.eval` takes the hub's validation split.
 
     Raises:
         UserError: what `path` names cannot be read, a row is bad and `data.on_bad_row` is error, or no row is
             left.
     """
-    encoder = Encoder(config, tokenizer, task, label2id, num_labels, vocab_size)
-    report = Report(config.on_bad_row)
+    report = Report(encoder.config.on_bad_row)
     source = find_source(path, key)
     rows = list(encoder.encode(source, report))
     if not rows:

@@ -127,7 +127,8 @@ class Drafter:
 
     def _prompt_completion(self, row: Row) -> list[Draft]:
         if not isinstance(row.fields.get("prompt"), list) and not isinstance(row.fields.get("completion"), list):
-            return [_completion(text_field(row, "prompt"), text_field(row, "completion"))]
+            prompt, completion = text_field(row, "prompt"), text_field(row, "completion")
+            return [Draft(prompt + completion, [(len(prompt), len(prompt) + len(completion))])]
         chat = read_prompt_chat(row)
         self._template = self._template or self._chat_template()
         return self._template(chat)
@@ -157,10 +158,6 @@ def _history(row: Row) -> list[tuple[str, str]]:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise BadRow(f"item {number} of 'history' is {describe(pair)}; valid would be [instruction, answer]")
     return [(asked, answer) for asked, answer in pairs]
-
-
-def _completion(prompt: str, completion: str) -> Draft:
-    return Draft(prompt + completion, [(len(prompt), len(prompt) + len(completion))])
 
 
 def _draft_text(row: Row) -> list[Draft]:

@@ -6,24 +6,28 @@ which each computes the same order of units. Rows may turn out to be bad, severa
 then a rank lacks some of its examples, and the thread encodes those, too.
 """
 
-import copy
+import threading
+import weakref
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import numpy as np
 
-from dora_dist.config import DataConfig
 from dora_dist.data.batches import Collate, GlobalBatch, Split
-from dora_dist.data.encode import Encoder, Task
+from dora_dist.data.encode import Encoder
 from dora_dist.data.examples import nothing_left
 from dora_dist.data.report import Report
-from dora_dist.data.sources import find_source
+from dora_dist.data.sources import Source
 from dora_dist.data.windows import Exchange, OwnExamples, Told, Unit, Window, WindowReader, units_of
-from dora_dist.data.worker import Worker
 
 WINDOW_ROWS = 10_000  # shuffled together
 WINDOW_TEXT = 32_000_000  # characters of a window, after which it ends with fewer rows
+_END_S = 10  # that a job has to notice that it is no longer wanted
+Result = TypeVar("Result")
 
 
 class StreamPlan:
@@ -32,39 +36,27 @@ class StreamPlan:
     The data starts over at its end, so the caller decides the number of steps; `rows` and `steps_per_epoch`
     of `BatchPlan` are unknown here. `report` counts the rows of the first pass so far. All ranks ask for the same
     steps, in the same order: every few of them exchange something.
+
+    Args:
+        encoder: for this plan's thread alone, as is its tokenizer.
     """
 
     def __init__(
         self,
-        path: str,
-        config: DataConfig,
-        tokenizer: Any,
-        *,
-        micro_batch_size: int,
-        accumulation: int,
-        rank: int,
-        world_size: int,
+        source: Source,
+        encoder: Encoder,
+        split: Split,
+        collate: Collate,
         seed: int,
-        pad_id: int,
         exchange: Exchange = lambda data: [data],
-        task: Task = "causal_lm",
-        label2id: dict[str, int] | None = None,
-        num_labels: int | None = None,
-        vocab_size: int | None = None,
         shuffle_rows: int = WINDOW_ROWS,
     ) -> None:
-        causal = task == "causal_lm"
-        self.report = Report(config.on_bad_row)
-        self._config, self._exchange, self._seed = config, exchange, seed
-        self._source = find_source(path, streaming=True)
-        self._split = Split(micro_batch_size, accumulation, rank, world_size)
-        self._collate = Collate(config.seq_len, pad_id, config.packing and causal, causal)
-        own = copy.deepcopy(tokenizer)  # none can be used by two threads at once
-        encoder = Encoder(config, own, task, label2id, num_labels, vocab_size)
+        self._on_bad_row = encoder.config.on_bad_row
+        self.report = Report(self._on_bad_row)
+        self._source, self._split, self._collate = source, split, collate
+        self._seed, self._exchange = seed, exchange
         self._worker = Worker()
-        self._reader = WindowReader(
-            self._source, encoder, self._split, shuffle_rows, WINDOW_TEXT, self._worker.ended
-        )
+        self._reader = WindowReader(source, encoder, split, shuffle_rows, WINDOW_TEXT, self._worker.ended)
         self._next_step = 0
         self._units: deque[tuple[Unit, OwnExamples]] = deque()
         self._made = 0  # units of all windows so far
@@ -127,7 +119,7 @@ class StreamPlan:
         self._count(window, told, unused)
         generator = _generator(self._seed, window.number)
         order = generator.permutation(len(told))
-        units = units_of(told, order, generator, self._config.seq_len if self._collate.packing else None)
+        units = units_of(told, order, generator, self._collate.seq_len if self._collate.packing else None)
         dropped = min(max(skipped - len(self._units), 0), len(units))
         owners = self._split.owners(self._made, len(units))
         own = [units[place] for place in range(dropped, len(units)) if owners[place] == self._split.rank]
@@ -143,7 +135,7 @@ class StreamPlan:
 
     def _count(self, window: Window, told: list[Told], unused: set[str]) -> None:
         """Count a window's rows. UserError, on every rank: one is bad, or a whole pass holds no good one."""
-        report = self.report if self._first_pass else Report(self._config.on_bad_row)  # the same rows again
+        report = self.report if self._first_pass else Report(self._on_bad_row)  # the same rows again
         for row, about in zip(window.rows, told, strict=True):
             report.add(row.place, about.problem, about.truncated, about.split_into_turns)
             report.supervised_tokens += sum(about.targets)
@@ -167,3 +159,47 @@ def _generator(seed: int, window: int) -> np.random.Generator:
 def _order(seed: int, window: int, rows: int) -> np.ndarray:
     """[rows] the shuffled rows of a window."""
     return _generator(seed, window).permutation(rows)
+
+
+class Worker:
+    """A thread that prepares what is asked for next while the main thread trains: jobs one after the other, in the
+    order in which they are given.
+
+    It ends with this object or with the program: a thread that is still in a tokenizer's code while the
+    interpreter goes away can abort the whole process. Jobs that take long ask `ended` now and then.
+    """
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self._jobs: SimpleQueue = SimpleQueue()
+        thread = threading.Thread(target=_work, args=(self._jobs, self.ended), name="data", daemon=True)
+        thread.start()
+        weakref.finalize(self, _end, self._jobs, self.ended, thread)
+
+    def do(self, job: Callable[[], Result]) -> "Future[Result]":
+        """Begin a job, or queue it; its result or its exception comes with the future. A job holds no reference to
+        this object."""
+        future: Future[Any] = Future()
+        self._jobs.put((future, job))
+        return future
+
+
+def _work(jobs: SimpleQueue, ended: threading.Event) -> None:
+    while True:
+        future, job = jobs.get()
+        if job is None:
+            return
+        if ended.is_set():
+            future.cancel()
+            continue
+        try:
+            future.set_result(job())
+        except BaseException as error:
+            future.set_exception(error)
+        del future, job  # so that nothing outlives its use while the thread waits
+
+
+def _end(jobs: SimpleQueue, ended: threading.Event, thread: threading.Thread) -> None:
+    ended.set()
+    jobs.put((None, None))
+    thread.join(_END_S)

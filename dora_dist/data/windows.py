@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dora_dist.data.batches import Split
-from dora_dist.data.encode import Encoded, Encoder, Example
+from dora_dist.data.encode import Encoded, Encoder, Example, chunks
 from dora_dist.data.packing import pack
 from dora_dist.data.rows import Row, characters
 from dora_dist.data.sources import Source
 from dora_dist.errors import RunFailed, UserError
 
-_CHUNK_ROWS, _CHUNK_CHARACTERS = 250, 1_000_000  # encoded between two looks at whether they are still wanted
 Exchange = Callable[[bytes], list[bytes]]  # every rank's bytes, in the order of the ranks
 
 
@@ -139,16 +138,10 @@ class WindowReader:
         if not any(self._encoder.begin(row) for row in rows):
             return {number: Encoded([], rows[number].problem) for number in some}
         encoded: dict[int, Encoded] = {}
-        chunk: list[int] = []
-        size = 0
-        for number in some:
-            chunk.append(number)
-            size += characters(rows[number].fields)
-            if len(chunk) == _CHUNK_ROWS or size >= _CHUNK_CHARACTERS or number == some[-1]:
-                if self._ended.is_set():
-                    return encoded
-                encoded |= zip(chunk, self._encoder.encode_chunk([rows[n] for n in chunk]), strict=True)
-                chunk, size = [], 0
+        for chunk in chunks(some, rows.__getitem__):
+            if self._ended.is_set():
+                break
+            encoded |= zip(chunk, self._encoder.encode_chunk([rows[n] for n in chunk]), strict=True)
         return encoded
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dora_dist.config import ModelConfig, TrainConfig
 from dora_dist.data.batches import EvaluationBatches, GlobalBatch
 from dora_dist.data.packing import additive_mask, packed_attention
-from dora_dist.data.run_data import RunData
+from dora_dist.data.run_data import RunData, encode_prompt
 from dora_dist.device import Stopwatch, to_device
 from dora_dist.dora.norm_cache import dora_layers, refresh_norms
 from dora_dist.models.attention import CausalAttention
@@ -142,7 +142,7 @@ class Trainer:
         texts = []
         for prompt in prompts if self.causal else ():
             self.at(Phase.SAMPLING, watched=False)
-            encoded = data.encode_prompt(prompt).to(self.device)
+            encoded = encode_prompt(data.tokenizer, prompt).to(self.device)
             with torch.compiler.set_stance("force_eager"):  # graphs for a cache would use up dynamo's limit
                 output = self.built.model.generate(  # type: ignore[operator]
                     **encoded,

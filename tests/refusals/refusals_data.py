@@ -8,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from dora_dist.data.formats import Labels
 from tests.support.data import load, make_tokenizer
 from tests.support.refusals import Case
 
@@ -77,11 +78,9 @@ def _tokenizer(template: bool = True):
 
 
 def read(path: Path, form: str = "auto", **settings) -> object:
-    task, more = "causal_lm", {}
-    if form == "labels":
-        task, more = "sequence_classification", {"num_labels": 3, "label2id": {"bad": 0, "good": 2}}
+    labels = Labels(3, {"bad": 0, "good": 2}) if form == "labels" else None
     form = "chat" if form == "sharegpt" else form
-    return load(str(path), settings.pop("tokenizer", None) or _tokenizer(), task, format=form, **more, **settings)
+    return load(str(path), settings.pop("tokenizer", None) or _tokenizer(), labels, format=form, **settings)
 
 
 def write(path: Path, lines: list[str]) -> Path:

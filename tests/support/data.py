@@ -7,7 +7,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from dora_dist.config import DataConfig
+from dora_dist.data.encode import Encoder
 from dora_dist.data.examples import Examples, load_examples
+from dora_dist.data.formats import Labels
 
 TEXT = [
     "the quick brown fox jumps over the lazy dog",
@@ -57,11 +59,12 @@ def write_jsonl(path: Path, rows: list) -> str:
     return str(path)
 
 
-def load(path: str, tokenizer=None, task: str = "causal_lm", **settings) -> Examples:
-    """`load_examples` with the settings of DataConfig and, by their names, its own arguments."""
-    own = {k: settings.pop(k) for k in ("label2id", "num_labels", "vocab_size", "key") if k in settings}
+def load(
+    path: str, tokenizer=None, labels: Labels | None = None, vocab_size=None, key="data.train", **settings
+) -> Examples:
+    """`load_examples` with the settings of DataConfig and, by their names, an encoder's arguments."""
     config = DataConfig(train=path, **settings)
-    return load_examples(path, config, tokenizer or make_tokenizer(), task=task, **own)
+    return load_examples(path, Encoder(config, tokenizer or make_tokenizer(), labels, vocab_size), key)
 
 
 def learnt(examples: Examples, row: int, tokenizer) -> str:

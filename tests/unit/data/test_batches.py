@@ -9,7 +9,8 @@ import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dora_dist.config import DataConfig, ModelConfig, RunConfig
-from dora_dist.data.batches import BatchPlan, evaluation_batches
+from dora_dist.data.batches import BatchPlan, Collate, EvaluationBatches, Split
+from dora_dist.data.formats import Labels
 from dora_dist.data.packing import additive_mask, pack, packed_attention
 from dora_dist.errors import UserError
 from dora_dist.models.huggingface import check_model
@@ -23,12 +24,12 @@ SHAPE = {"seq_len": SEQ_LEN, "pad_id": 0}
 def labelled(tmp_path_factory):
     rows = [{"text": f"{i} fox", "label": i % 2} for i in range(10)]
     path = write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
-    return load(path, make_tokenizer(), "sequence_classification", num_labels=2)
+    return load(path, make_tokenizer(), Labels(2, {}))
 
 
-def plan(examples, *, rank=0, **changes):
-    settings = {"micro_batch_size": 2, "accumulation": 2, "world_size": 2, "seed": 3, "packing": False}
-    return BatchPlan(examples, rank=rank, **{**settings, **SHAPE, **changes})
+def plan(examples, *, micro_batch_size=2, accumulation=2, rank=0, world_size=2, seed=3, shuffle=True, **changes):
+    split = Split(micro_batch_size, accumulation, rank, world_size)
+    return BatchPlan(examples, split, Collate(**{**SHAPE, **changes}), seed, shuffle)
 
 
 def contents(batch):
@@ -119,7 +120,7 @@ def test_too_few_rows(examples):
 
 
 def test_classification(labelled):
-    settings = {"seq_len": 64, "causal": False, "packing": True}  # packing is nothing to labels
+    settings = {"seq_len": 64, "causal": False}
     batch = plan(labelled, **settings).global_batch(0)
     assert batch.targets == 8
     micro = batch.micro_batches[1]
@@ -132,9 +133,8 @@ def test_classification(labelled):
 
 
 def evaluation(examples, rank=0, world_size=1, size=4, **changes):
-    return evaluation_batches(
-        examples, micro_batch_size=size, rank=rank, world_size=world_size, **{**SHAPE, **changes}
-    )
+    split = Split(size, 3, rank, world_size)
+    return EvaluationBatches(examples, split, Collate(**{**SHAPE, **changes}))
 
 
 @pytest.mark.parametrize(("world", "size"), [(1, 4), (2, 4), (3, 7), (8, 1), (64, 2)])

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from dora_dist.data.formats import Labels
 from dora_dist.errors import UserError
 from tests.support.data import CHAT_TEMPLATE, learnt, load, make_tokenizer, whole, write_jsonl
 
@@ -306,6 +307,6 @@ def test_the_begin_of_sequence_is_not_doubled(tmp_path):
         assert [whole(examples, i, tokenizer) for i in range(2)] == expected
     labelled = [{"text": "<s>ab", "label": 0}, {"text": "ab", "label": 1}]
     path = write_jsonl(tmp_path / "labels.jsonl", labelled)
-    examples = load(path, tokenizer, "sequence_classification", num_labels=2)
+    examples = load(path, tokenizer, Labels(2, {}))
     assert [whole(examples, i, tokenizer) for i in range(2)] == expected
     assert learnt(load(str(tmp_path / "pairs.jsonl"), tokenizer), 0, tokenizer) == "b</s>"

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dora_dist.data.formats import Labels
 from dora_dist.errors import UserError
 from tests.support.data import learnt, load, make_tokenizer, whole, write_jsonl
 
@@ -180,8 +181,8 @@ def test_auto_with_unknown_keys(tmp_path):
 
 
 def load_labels(path, tokenizer=None, **settings):
-    settings = {"num_labels": 3, "label2id": {"bad": 0, "good": 2}, **settings}
-    return load(path, tokenizer or make_tokenizer(end=True), "sequence_classification", **settings)
+    labels = Labels(3, {"bad": 0, "good": 2})
+    return load(path, tokenizer or make_tokenizer(end=True), labels, **settings)
 
 
 def test_labels(tmp_path):
@@ -245,5 +246,3 @@ def test_format_and_task_must_agree(tmp_path):
         load_labels(path, format="chat")
     with pytest.raises(UserError, match=r"data.format: labels needs model.task: sequence_classification"):
         load(path, format="labels")
-    with pytest.raises(UserError, match=r"model.num_labels: "):
-        load_labels(path, num_labels=None, label2id=None)

@@ -6,9 +6,7 @@ import types
 
 import pytest
 
-from dora_dist.config import DataConfig
 from dora_dist.data.encode import check_vocabulary
-from dora_dist.data.examples import load_examples
 from dora_dist.data.sources import is_hub_id
 from dora_dist.errors import UserError
 from tests.support.data import learnt, load, make_tokenizer, write_jsonl
@@ -253,7 +251,7 @@ def test_tokenizers_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match=r"the tokenizer has 340 tokens, but the model's vocabulary is 339"):
         load(path, tokenizer, vocab_size=339)
     with pytest.raises(UserError, match=r"SimpleNamespace is a slow tokenizer"):
-        load_examples(path, DataConfig(train=path), types.SimpleNamespace(is_fast=False), task="causal_lm")
+        load(path, types.SimpleNamespace(is_fast=False))
     tokenizer.eos_token = None
     with pytest.raises(UserError, match=r"prompt_completion ends each row with .* this tokenizer has none"):
         load(path, tokenizer)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from dora_dist.config import DataConfig
+from dora_dist.data.batches import Collate, Split
 from dora_dist.data.encode import Encoder
-from dora_dist.data.streaming import StreamPlan
+from dora_dist.data.sources import find_source
+from dora_dist.data.streaming import StreamPlan, Worker
 from dora_dist.data.windows import Told, units_of
-from dora_dist.data.worker import Worker
 from dora_dist.errors import RunFailed, UserError
 from tests.support.data import SEQ_LEN, make_tokenizer, write_jsonl
 from tests.unit.data.test_batches import contents
@@ -21,11 +22,14 @@ from tests.unit.data.test_batches import contents
 BAD = {"prompt": "a"}
 
 
-def stream(path, rank=0, **changes):
-    settings = {"micro_batch_size": 5, "accumulation": 1, "world_size": 1, "seed": 0, "pad_id": 0, **changes}
-    own = {name: settings.pop(name) for name in ("packing", "on_bad_row", "seq_len") if name in settings}
-    config = DataConfig(train=path, streaming=True, **{"seq_len": SEQ_LEN, "on_bad_row": "skip", **own})
-    return StreamPlan(path, config, make_tokenizer(), rank=rank, **settings)
+def stream(
+    path, rank=0, *, micro_batch_size=5, accumulation=1, world_size=1, packing=False, seq_len=SEQ_LEN,
+    on_bad_row="skip", **own,
+):  # fmt: skip
+    config = DataConfig(train=path, on_bad_row=on_bad_row, seq_len=seq_len)
+    split = Split(micro_batch_size, accumulation, rank, world_size)
+    encoder, collate = Encoder(config, make_tokenizer()), Collate(seq_len, 0, packing)
+    return StreamPlan(find_source(path, streaming=True), encoder, split, collate, 0, **own)
 
 
 def test_parts_of_long_rows_are_shuffled_among_the_others():

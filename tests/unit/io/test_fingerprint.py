@@ -15,7 +15,6 @@ from dora_dist.cli import main
 from dora_dist.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from dora_dist.data.run_data import RunData, load_tokenizer
 from dora_dist.data.sources import find_source
-from dora_dist.data.streaming import StreamPlan
 from dora_dist.io.fingerprint import Base, base_fingerprint, tokenizer_fingerprint
 from dora_dist.models.build import make_blueprint
 from dora_dist.models.weights import SafetensorsFiles
@@ -161,9 +160,6 @@ def test_sources(tmp_path):
     assert fingerprint("one/a.jsonl") == fingerprint("x.jsonl")
     hub = {find_source(name).fingerprint for name in ("org/one", "org/two")}
     assert len(hub) == 2
-    common = {"accumulation": 1, "rank": 0, "world_size": 1, "seed": 0, "pad_id": 0, "micro_batch_size": 1}
-    config = DataConfig(train=str(tmp_path / "one"), streaming=True)
-    assert StreamPlan(config.train, config, make_tokenizer(), **common).fingerprint == first
 
 
 def test_a_runs_data(tiny_llama, tiny_rows, tmp_path):
