@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from dora_dist.planning.patches import Patches
 from dora_dist.planning.trace import Collective
 
 _KINDS = {
@@ -66,20 +65,21 @@ def fake_group(world_size: int, ranks_per_node: int, rank: int = 0) -> Iterator[
             dist.destroy_process_group()
 
 
-def every_rank_alike(patches: Patches, zero: bool) -> None:
-    """DeepSpeed does not compare the ranks, and finds every gradient finite. `zero`: it is what runs."""
+def every_rank_alike(zero: bool) -> Iterator[tuple[Any, str, Callable]]:
+    """(module, name, what answers there): DeepSpeed does not compare the ranks, and finds every gradient finite.
+    `zero`: it is what runs."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     modules = [m for name, m in list(sys.modules.items()) if name.startswith("deepspeed.runtime.zero.")]
     for name, answer in _EVERY_RANK_ALIKE.items():
         found = [module for module in modules if hasattr(module, name)]
         if zero and not found:
             raise LookupError(f"{name} of DeepSpeed is to be replaced in a rehearsal, and is not there")
-        for module in found:
-            patches.replace(module, name, lambda _, answer=answer: answer)  # type: ignore[misc]
+        yield from ((module, name, answer) for module in found)
 
 
-def shapes_uncounted(patches: Patches, pause: Callable[[], AbstractContextManager], needed: bool) -> None:
-    """DTensor runs an operator once more, on whole tensors, to learn the shapes of its results: inside `pause`."""
+def shapes_uncounted(pause: Callable[[], AbstractContextManager]) -> tuple[Any, str, Callable]:
+    """(owner, name, what makes its replacement): DTensor runs an operator once more, on whole tensors, to learn
+    the shapes of its results: inside `pause`."""
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
     def paused(original: Callable) -> Callable:
@@ -89,12 +89,7 @@ def shapes_uncounted(patches: Patches, pause: Callable[[], AbstractContextManage
 
         return propagate
 
-    patches.replace(ShardingPropagator, "_propagate_tensor_meta_non_cached", paused, needed)
-
-
-def ignore_moves(patches: Patches, model: nn.Module) -> None:
-    """DeepSpeed moves a model to its device, where it is already: torch cannot swap fake parameters."""
-    patches.replace(model, "to", lambda _: lambda *_, **__: model)
+    return ShardingPropagator, "_propagate_tensor_meta_non_cached", paused
 
 
 def reduce_in_python(module: nn.Module) -> None:

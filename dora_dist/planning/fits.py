@@ -1,5 +1,6 @@
 """What `train` asks before it reads a weight: does this run fit?"""
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -8,7 +9,9 @@ from dora_dist.config import RunConfig
 from dora_dist.errors import RunFailed, UserError
 from dora_dist.models.weights import base_tensors
 from dora_dist.parallel.process import Processes
-from dora_dist.planning.plan import why_it_does_not_fit
+from dora_dist.planning.hardware import GPUS, Cluster
+from dora_dist.planning.plan import as_overrides, make_plan, strategy_of, verdict
+from dora_dist.planning.rehearse import Rehearsals
 
 
 def check_fits(
@@ -22,7 +25,7 @@ def check_fits(
     if processes.is_main:
         print("looking whether this run fits (not with parallel.force=true) ...", flush=True)
         try:
-            refusal = why_it_does_not_fit(config, directory, processes, memory)
+            refusal = _misfit(config, directory, processes, memory)
         except UserError as error:
             refusal = str(error)
         except RunFailed as error:
@@ -31,6 +34,24 @@ def check_fits(
     if refusal is not None:
         raise UserError(refusal)
     return [warning] if warning else []
+
+
+def _misfit(config: RunConfig, directory: Path, processes: Processes, memory: float) -> str | None:
+    """One line on what a device of `memory` bytes would have to hold, and what would fit; None where it fits."""
+    gpu, kind = processes.device.type == "cuda", processes.device.type
+    device = replace(GPUS["h100"], name=kind, memory=memory)  # rates do not matter here
+    if not gpu:
+        device = replace(device, reserved=0.0)
+    nodes, uneven = divmod(processes.world_size, processes.local_world_size)
+    cluster = Cluster(device, processes.world_size, 1 if uneven else nodes)
+    with Rehearsals() as rehearse:
+        plan = make_plan(config, directory, cluster, rehearse, gpu=gpu)
+    if plan.fits:
+        return None
+    line = verdict(plan).rstrip(":")
+    if plan.changes and plan.changes[-1].fits:
+        line = f"{line.partition('. ')[0]}; it would with {as_overrides(plan.changes[-1].settings)}"
+    return f"parallel.strategy: {strategy_of(plan)}: {line}. parallel.force=true trains all the same"
 
 
 def certainly_fits(model: nn.Module, config: RunConfig, memory: float) -> bool:

@@ -4,28 +4,27 @@ The numbers come from a rehearsal of the run's own code (rehearse.py) and a mode
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dora_dist.config import ParallelConfig, RunConfig
 from dora_dist.errors import UserError
 from dora_dist.parallel.phases import Phase
-from dora_dist.parallel.process import Processes
 from dora_dist.planning.cost import StepTime, step_time
-from dora_dist.planning.hardware import ASSUMPTIONS, GB, GPUS, Cluster
+from dora_dist.planning.hardware import ASSUMPTIONS, GB, Cluster
 from dora_dist.planning.rehearse import Job, Rehearsals, Rehearsed
 from dora_dist.planning.trace import HOST
 
 
 @dataclass(frozen=True)
 class Change:
-    """Other settings, and what a GPU holds and a step takes with them."""
+    """Other settings, and what a GPU holds and a step takes with them; by their names in JSON."""
 
     settings: Mapping[str, Any]
-    peak: float
+    peak_bytes: float
     fits: bool
-    seconds: float
+    step_seconds: float
 
 
 @dataclass(frozen=True)
@@ -33,29 +32,35 @@ class Plan:
     """What is known of a run. Bytes are those of one GPU, or of one process's host memory; seconds a step's."""
 
     cluster: Cluster
-    strategy: str
-    reason: str
     rehearsed: Rehearsed
     time: StepTime
-    tokens: int  # of a step, over all GPUs, every row full
     changes: Sequence[Change] = ()
     faster: Change | None = None  # sharded inside machines only, where that fits, too
 
     @property
-    def moment(self) -> Phase:
-        """When the most is held."""
-        return self._fullest(False)
+    def strategy(self) -> str:
+        return self.rehearsed.strategy
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return self.rehearsed.job.config.parallel
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, over all GPUs, every row full."""
+        config = self.rehearsed.job.config
+        rows = config.train.micro_batch_size * config.train.accumulation * self.cluster.gpus
+        return rows * config.data.seq_len
 
     @property
     def memory(self) -> dict[str, float]:
-        """What a GPU holds then, the largest first."""
-        held = self.rehearsed.peaks()[self.moment, False]
-        return dict(sorted(held.items(), key=lambda item: -item[1]))
+        """What a GPU holds at its fullest, the largest first."""
+        return self.rehearsed.fullest()[1]
 
     @property
     def host_memory(self) -> dict[str, float]:
-        held = self.rehearsed.peaks().get((self._fullest(True), True), {})
-        return {tag.removeprefix(HOST): size for tag, size in sorted(held.items(), key=lambda item: -item[1])}
+        held = self.rehearsed.fullest(on_host=True)[1]
+        return {tag.removeprefix(HOST): size for tag, size in held.items()}
 
     @property
     def peak(self) -> float:
@@ -65,11 +70,8 @@ class Plan:
     def fits(self) -> bool:
         return self.peak <= self.cluster.device.usable()
 
-    def _fullest(self, on_host: bool) -> Phase:
-        totals = {
-            phase: sum(held.values()) for (phase, host), held in self.rehearsed.peaks().items() if host == on_host
-        }
-        return max(totals, key=lambda phase: totals[phase], default=Phase.LOADING)
+    def as_change(self, settings: Mapping[str, Any]) -> Change:
+        return Change(dict(settings), self.peak, self.fits, self.time.total)
 
 
 def make_plan(
@@ -88,43 +90,30 @@ def make_plan(
         UserError: the configuration is refused, as training would.
     """
 
-    def planned(config: RunConfig) -> Plan:
-        return _plan(rehearse(_job(config, directory, cluster, gpu)), cluster)
+    def planned(settings: Mapping[str, Any]) -> Plan:
+        job = Job(_with(config, settings), directory, cluster.gpus, cluster.per_node, gpu, cluster.device.memory)
+        found = rehearse(job)
+        return Plan(cluster, found, step_time(found, cluster))
 
-    plan = planned(config)
+    plan = planned({})
     changes: list[Change] = []
     chosen: dict[str, Any] = {}
     for settings in _smaller(config, plan.strategy, cluster) if advise and not plan.fits else ():
         try:
-            found = planned(_with(config, {**chosen, **settings}))
+            found = planned({**chosen, **settings})
         except UserError:  # another setting rules it out
             continue
         chosen |= settings
-        changes.append(Change(dict(chosen), found.peak, found.fits, found.time.total))
+        changes.append(found.as_change(chosen))
         if found.fits:
             break
     faster = None
-    if compare and plan.fits and _could_be_hybrid(plan):
+    if compare and plan.fits and plan.strategy == "fsdp" and cluster.nodes > 1 and plan.parallel.replicas == 1:
         settings = {"parallel.replicas": cluster.nodes}
-        found = planned(_with(config, settings))
+        found = planned(settings)
         if found.fits and found.time.total < plan.time.total:
-            faster = Change(settings, found.peak, True, found.time.total)
+            faster = found.as_change(settings)
     return replace(plan, changes=changes, faster=faster)
-
-
-def _could_be_hybrid(plan: Plan) -> bool:
-    return plan.strategy == "fsdp" and plan.cluster.nodes > 1 and parallel_of(plan).replicas == 1
-
-
-def _job(config: RunConfig, directory: Path, cluster: Cluster, gpu: bool) -> Job:
-    return Job(config, directory, cluster.gpus, cluster.per_node, gpu, cluster.device.memory)
-
-
-def _plan(found: Rehearsed, cluster: Cluster) -> Plan:
-    config = found.job.config
-    rows = config.train.micro_batch_size * config.train.accumulation * cluster.gpus
-    time = step_time(found, cluster)
-    return Plan(cluster, found.strategy, found.reason, found, time, rows * config.data.seq_len)
 
 
 def _smaller(config: RunConfig, strategy: str, cluster: Cluster) -> list[dict[str, Any]]:
@@ -160,39 +149,16 @@ def _with(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def why_it_does_not_fit(config: RunConfig, directory: Path, processes: Processes, memory: float) -> str | None:
-    """For `train`: one line on what a device of `memory` bytes would have to hold, and what would fit; None where
-    it fits."""
-    gpu = processes.device.type == "cuda"
-    device = replace(GPUS["h100"], name=processes.device.type, memory=memory)  # rates do not matter here
-    if not gpu:
-        device = replace(device, reserved=0.0)
-    nodes, uneven = divmod(processes.world_size, processes.local_world_size)
-    nodes = 1 if uneven else nodes
-    with Rehearsals() as rehearse:
-        plan = make_plan(config, directory, Cluster(device, processes.world_size, nodes), rehearse, gpu=gpu)
-    if plan.fits:
-        return None
-    line = _verdict(plan).rstrip(":")
-    if plan.changes and plan.changes[-1].fits:
-        line = f"{line.partition('. ')[0]}; it would with {_settings(plan.changes[-1].settings)}"
-    return f"parallel.strategy: {_strategy(plan)}: {line}. parallel.force=true trains all the same"
-
-
-def parallel_of(plan: Plan) -> ParallelConfig:
-    return plan.rehearsed.job.config.parallel
-
-
 def as_text(plan: Plan) -> str:
     """The table that `dora-dist plan` prints."""
     device, time = plan.cluster.device, plan.time
     rate = plan.tokens / time.total
     lines = [
         f"{plan.cluster}: {device.usable() / GB:.1f} of {device.memory / GB:.1f} GB of each are for the run",
-        f"strategy: {_strategy(plan)} ({plan.reason})",
+        f"strategy: {strategy_of(plan)} ({plan.rehearsed.reason})",
         *plan.rehearsed.coverage,
         "",
-        f"memory of a GPU at its fullest ({plan.moment.value})",
+        f"memory of a GPU at its fullest ({plan.rehearsed.fullest()[0].value})",
         *_rows(plan.memory, plan.peak),
     ]
     if plan.host_memory:
@@ -208,11 +174,13 @@ def as_text(plan: Plan) -> str:
     ]
     if sent:
         lines.append(f"  {sent / GB:10.2f} GB gathered and reduced, {100 * norms / sent:.3f} % for the norms")
-    lines += ["", _verdict(plan)]
-    lines += [f"  {_settings(c.settings)}: {_size(c.peak)}, {c.seconds:.2f} s a step" for c in plan.changes]
-    if plan.faster is not None:
-        found = plan.faster
-        lines.append(f"faster: {_settings(found.settings)}: {found.seconds:.3f} s a step, {_size(found.peak)}")
+    lines += ["", verdict(plan)]
+    for change in plan.changes:
+        told = f"{_size(change.peak_bytes)}, {change.step_seconds:.2f} s a step"
+        lines.append(f"  {as_overrides(change.settings)}: {told}")
+    if (found := plan.faster) is not None:
+        told = f"{found.step_seconds:.3f} s a step, {_size(found.peak_bytes)}"
+        lines.append(f"faster: {as_overrides(found.settings)}: {told}")
     lines += ["", "counted by a rehearsal on fake tensors; times from published rates, not measured:"]
     return "\n".join([*lines, *(f"  - {assumption}" for assumption in ASSUMPTIONS)])
 
@@ -225,13 +193,13 @@ def _rows(held: Mapping[str, float], total: float) -> list[str]:
     return [*rows, f"  {total / GB:10.2f} GB  together"]
 
 
-def _strategy(plan: Plan) -> str:
-    parallel = parallel_of(plan)
+def strategy_of(plan: Plan) -> str:
+    parallel = plan.parallel
     replicas = f", {parallel.replicas} replicas" if parallel.replicas > 1 else ""
     return f"{plan.strategy}{replicas}{', offloaded to the host' if parallel.cpu_offload else ''}"
 
 
-def _verdict(plan: Plan) -> str:
+def verdict(plan: Plan) -> str:
     limit = plan.cluster.device.usable()
     if plan.fits:
         return f"it fits: {_size(plan.peak)} of {_size(limit)}"
@@ -245,9 +213,8 @@ def _size(size: float) -> str:
     return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"
 
 
-def _settings(settings: Mapping[str, Any]) -> str:
-    values = {key: str(v).lower() if isinstance(v, bool) else str(v) for key, v in settings.items()}
-    return " ".join(f"{key}={value}" for key, value in values.items())
+def as_overrides(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={str(v).lower() if isinstance(v, bool) else v}" for key, v in settings.items())
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -260,11 +227,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "usable_bytes": cluster.device.usable(),
         },
         "strategy": plan.strategy,
-        "reason": plan.reason,
+        "reason": plan.rehearsed.reason,
         "coverage": list(plan.rehearsed.coverage),
         "fits": plan.fits,
         "peak_bytes": plan.peak,
-        "fullest": plan.moment.value,
+        "fullest": plan.rehearsed.fullest()[0].value,
         "memory_bytes": plan.memory,
         "host_memory_bytes": plan.host_memory,
         "loading_peak_bytes": plan.rehearsed.peak(loading=True),
@@ -275,12 +242,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tokens_per_second": plan.tokens / time.total,
         "sent_bytes": {f"{phase.value}: {kind}": size for (phase, kind), size in time.sent.items()},
         "collectives": {f"{phase.value}: {kind}": round(n) for (phase, kind), n in time.messages.items()},
-        "changes": [_change(change) for change in plan.changes],
-        "faster": None if plan.faster is None else _change(plan.faster),
+        "changes": [asdict(change) for change in plan.changes],
+        "faster": None if plan.faster is None else asdict(plan.faster),
         "assumptions": list(ASSUMPTIONS),
     }  # fmt: skip
-
-
-def _change(change: Change) -> dict[str, Any]:
-    return {"settings": dict(change.settings), "peak_bytes": change.peak, "fits": change.fits,
-            "step_seconds": change.seconds}  # fmt: skip

@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +36,6 @@ from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import blocks
 from dora_dist.parallel.strategy import Strategy, choose_strategy, strategy_for
 from dora_dist.planning.fake_group import collective_of, fake_group, reduce_in_python
-from dora_dist.planning.forked import Forked
 from dora_dist.planning.replacements import replacements
 from dora_dist.planning.stand_ins import (
     BASE,
@@ -47,7 +47,7 @@ from dora_dist.planning.stand_ins import (
     tag_head,
     tag_what_is_held,
 )
-from dora_dist.planning.trace import HOST, Call, Tracer
+from dora_dist.planning.trace import HOST, Call, Peaks, Tracer
 from dora_dist.training.optim import build_to_train
 from dora_dist.training.trainer import Trainer
 
@@ -59,8 +59,6 @@ _last_drawn: tuple[tuple, Blueprint] | None = None  # what about it matters, and
 _SHORT = {"single": (2, 3), "zero3": (3, 5)}
 _UNKNOWN = "this run cannot be rehearsed, so whether it fits is not known: "
 _KILLED = _UNKNOWN + "its process was killed; perhaps the machine has no memory left"
-
-Peaks = dict[tuple[Phase, bool], dict[str, float]]  # (phase, on the host) -> what is held at the fullest -> bytes
 
 
 @dataclass(frozen=True)
@@ -119,14 +117,19 @@ class Rehearsed:
             peaks.setdefault(phase, {})[tag] = size
         return peaks
 
-    def peak(self, on_host: bool = False, loading: bool | None = None) -> float:
-        """Bytes, the most that is held: while `loading`, in a step, or (None) ever."""
-        sums = [
-            sum(held.values())
-            for (phase, host), held in self.peaks().items()
+    def fullest(self, on_host: bool = False, loading: bool | None = None) -> tuple[Phase, dict[str, float]]:
+        """When the most is held, and what, the largest first: while `loading`, in a step, or (None) ever."""
+        held = {
+            phase: tags
+            for (phase, host), tags in self.peaks().items()
             if host == on_host and loading in (None, phase is Phase.LOADING)
-        ]
-        return max(sums, default=0.0)
+        }
+        moment = max(held, key=lambda phase: sum(held[phase].values()), default=Phase.LOADING)
+        return moment, dict(sorted(held.get(moment, {}).items(), key=lambda item: -item[1]))
+
+    def peak(self, loading: bool | None = None) -> float:
+        """Bytes of a GPU then."""
+        return sum(self.fullest(loading=loading)[1].values())
 
 
 class Rehearsals:
@@ -184,13 +187,38 @@ def _rehearsed(job: Job, in_child: Callable[[Job], Any]) -> Rehearsed | UserErro
     parallel = replace(job.config.parallel, strategy=name)  # type: ignore[arg-type]
     short = replace(job, config=replace(job.config, parallel=parallel))
     gc.freeze()  # the children's collections need not look at what is here
-    children = [Forked(in_child, replace(short, blocks=n)) for n in depths]
+    children = [_fork(in_child, replace(short, blocks=n)) for n in depths]
     gc.unfreeze()
-    results = [child.result(RunFailed(_KILLED)) for child in children]
+    results = [result() for result in children]
     runs = tuple(result for result in results if isinstance(result, Short))
     if len(runs) < len(results):
         return next(result for result in results if not isinstance(result, Short))
     return Rehearsed(job, name, reason, len(found), runs, drawn.coverage)
+
+
+def _fork(make: Callable[[Job], Any], job: Job) -> Callable[[], Any]:
+    """Begin `make(job)` in a copy of this process, which ends with it. Returns what waits for the result."""
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(make, job, sender))
+    process.start()
+    sender.close()
+
+    def result() -> Any:
+        try:
+            return receiver.recv()
+        except EOFError:
+            return RunFailed(_KILLED)
+        finally:
+            receiver.close()
+            process.join()
+
+    return result
+
+
+def _send(make: Callable[[Job], Any], job: Job, sender: Connection) -> None:
+    end_with_parent()
+    sender.send(make(job))
 
 
 def _in_child(job: Job) -> Short | UserError | RunFailed:
@@ -247,8 +275,7 @@ def rehearse_here(job: Job) -> Short:
         ):
             count = sum(1 for _ in blocks(blueprint.model))
             _run(job, blueprint, strategy, tracer, batch)
-        peaks: Peaks = {key: dict(held) for key, held in tracer.peaks.items()}
-        return Short(strategy.name, count, peaks, tracer.calls)
+        return Short(strategy.name, count, tracer.peaks, tracer.calls)
 
 
 def _run(job: Job, blueprint: Blueprint, strategy: Strategy, tracer: Tracer, batch: GlobalBatch) -> None:

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils.flop_counter import flop_registry
 
 from dora_dist.parallel.phases import Phase
-from dora_dist.planning.patches import Patches
 
 HOST = "host: "
 """What is held for something that begins so lies in host memory."""
@@ -28,6 +27,9 @@ GATHERED, REDUCED = "gathered weights", "gradients under way"
 COPY_IN = "all_gather_copy_in"  # FSDP2's
 _MAKES_NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _ANSWERS = {torch.bool: True, torch.uint8: 0}  # to the host that asks for a tensor's value; else 1
+
+
+Peaks = dict[tuple[Phase, bool], dict[str, float]]  # (phase, on the host) -> what is held at the fullest -> bytes
 
 
 class Collective(NamedTuple):
@@ -85,7 +87,7 @@ class Tracer(TorchDispatchMode):
         self.phase, self.tag = Phase.START, Phase.START.value
         self.micro = 0
         self.live: Counter[str] = Counter()
-        self.peaks: dict[tuple[Phase, bool], dict[str, int]] = {}  # (phase, on the host) -> held at the fullest
+        self.peaks: Peaks = {}
         self.calls: list[Call] = []
         self._totals, self._most = [0, 0], Counter[tuple[Phase, bool]]()
         self._held: dict[int, _Held] = {}
@@ -125,20 +127,18 @@ class Tracer(TorchDispatchMode):
         """Nothing is counted inside."""
         return mock.patch.object(self, "_paused", True)
 
-    def follow_resizes(self, patches: Patches, needed: bool = False) -> None:
-        """FSDP2 frees gathered weights by them, and takes memory for them again."""
+    def following(self, resize: Callable) -> Callable:
+        """A storage's `resize_` that is counted: FSDP2 frees gathered weights by it, and takes memory for them
+        again."""
 
-        def following(resize: Callable) -> Callable:
-            def resized(storage: torch.UntypedStorage, size: int) -> Any:
-                result = resize(storage, size)
-                held = self._held.get(storage._cdata)
-                if held is not None:
-                    self._set(held, size, GATHERED)
-                return result
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            held = self._held.get(storage._cdata)
+            if held is not None:
+                self._set(held, size, GATHERED)
+            return result
 
-            return resized
-
-        patches.replace(torch.UntypedStorage, "resize_", following, needed)
+        return resized
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # most of all calls

@@ -7,27 +7,31 @@ import torch
 from torch import nn
 
 from dora_dist.planning import fake_group, replacements
-from dora_dist.planning.patches import Patches
 from dora_dist.planning.trace import Tracer
 from dora_dist.quant import modules
 
 
-def test_what_is_replaced_is_counted_and_put_back():
+def test_what_is_replaced_is_called_and_put_back():
     owner = SimpleNamespace(half=lambda n: n / 2)
     before = owner.half
-    with Patches() as patches:
-        patches.replace(owner, "half", lambda half: lambda n: half(n) + 1, needed=True)
-        with pytest.raises(LookupError, match="half was replaced in a rehearsal, and nothing called it"):
-            patches.check()
+    around = replacements.replaced(owner, "half", lambda half: lambda n: half(n) + 1, needed=True)
+    with around:
         assert owner.half(4) == 3.0
-        patches.check()
-        assert list(patches.calls.values()) == [1]
     assert owner.half is before
 
 
+def test_what_is_replaced_in_vain_fails_loudly():
+    owner = SimpleNamespace(half=lambda n: n / 2)
+    with (
+        pytest.raises(LookupError, match="half was replaced in a rehearsal, and nothing called it"),
+        replacements.replaced(owner, "half", lambda half: half, needed=True),
+    ):
+        pass
+
+
 def replace_all(strategy="single"):
-    with replacements.replacements(nn.Linear(1, 1), strategy, Tracer(lambda *_: None)) as patches:
-        return dict(patches.calls)
+    with replacements.replacements(nn.Linear(1, 1), strategy, Tracer(lambda *_: None)) as names:
+        return names
 
 
 def test_all_that_a_rehearsal_replaces_is_there():

@@ -70,7 +70,7 @@ def test_the_verb_needs_neither_weights_nor_a_gpu(shape_8b, tmp_path):
 def test_what_does_not_fit_comes_with_what_would(too_large):
     assert not too_large.fits and too_large.peak > 16e9
     last = too_large.changes[-1]
-    assert last.fits and last.peak <= too_large.cluster.device.usable()
+    assert last.fits and last.peak_bytes <= too_large.cluster.device.usable()
     assert all(not change.fits for change in too_large.changes[:-1])
     assert last.settings["train.activation_checkpointing"] is True
     text = as_text(too_large)
@@ -182,7 +182,7 @@ def test_over_machines_what_is_faster_is_told(tmp_path, rehearse):
     config = config_of(model, "fsdp", dtype="bfloat16")
     plan = make_plan(config, model, find_cluster("h100", 16, 4, "10g"), rehearse, compare=True)
     assert plan.faster.settings == {"parallel.replicas": 4}
-    assert plan.faster.seconds < plan.time.total and plan.faster.peak > plan.peak
+    assert plan.faster.step_seconds < plan.time.total and plan.faster.peak_bytes > plan.peak
     assert "faster: parallel.replicas=4" in as_text(plan) and as_json(plan)["faster"]["fits"]
     assert make_plan(config, model, find_cluster("h100", 4), rehearse, compare=True).faster is None
 

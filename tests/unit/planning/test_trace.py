@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dora_dist.parallel.phases import Phase
-from dora_dist.planning.patches import Patches
+from dora_dist.planning.replacements import replaced
 from dora_dist.planning.trace import GATHERED, HOST, Collective, Tracer
 
 MB = 1 << 20
@@ -53,8 +53,8 @@ def test_bytes_that_lie_in_host_memory_are_told():
 
 
 def test_storages_that_are_resized_are_followed():
-    with Patches() as patches, FakeTensorMode(), traced() as tracer:
-        tracer.follow_resizes(patches)
+    tracer = traced()
+    with replaced(torch.UntypedStorage, "resize_", tracer.following), FakeTensorMode(), tracer:
         tracer.enter(Phase.FORWARD, "w")
         t = torch.empty(MB)
         t.untyped_storage().resize_(0)
