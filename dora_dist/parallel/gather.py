@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dora_dist.errors import UserError
 from dora_dist.io.durable import SAFETENSORS, TensorHead
-from dora_dist.io.headers import Header, read_header
+from dora_dist.io.headers import read_header
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import Rectangle, as_matrix
 
@@ -62,16 +62,8 @@ def finish(values: Iterator[Tensor]) -> None:
 @torch.no_grad()
 def spread(path: Path, pieces: Sequence[ShardedTensor], processes: Processes) -> None:
     """Fill each rank's part from a file that rank 0 reads."""
-    problem, file = None, None
-    if processes.is_main:
-        try:
-            problem = _misfit(path, read_header(path), pieces)
-            file = safe_open(path, framework="pt")
-        except UserError as error:
-            problem = str(error)
-    problem = processes.from_main(problem)
-    if problem is not None:
-        raise UserError(problem)
+    processes.on_main(lambda: _check_fits(path, pieces))
+    file = safe_open(path, framework="pt") if processes.is_main else None
     for batch in _batches(pieces):
         flat, wholes = _buffer(batch, processes.device)
         if file is not None:
@@ -83,15 +75,17 @@ def spread(path: Path, pieces: Sequence[ShardedTensor], processes: Processes) ->
                 own.values.copy_(as_matrix(whole)[own.rows, own.cols])
 
 
-def _misfit(path: Path, header: Header, pieces: Sequence[ShardedTensor]) -> str | None:
+def _check_fits(path: Path, pieces: Sequence[ShardedTensor]) -> None:
+    tensors = read_header(path).tensors
     for piece in pieces:
-        stored = header.tensors.get(piece.name)
+        stored = tensors.get(piece.name)
         if stored is None:
-            return f"{path}: holds no {piece.name!r}, which this run trains"
+            raise UserError(f"{path}: holds no {piece.name!r}, which this run trains")
         found, needed = (stored.dtype, list(stored.shape)), (SAFETENSORS[piece.dtype], list(piece.shape))
         if found != needed:
-            return f"{path}: {piece.name!r} is {found[0]} {found[1]}, this run's is {needed[0]} {needed[1]}"
-    return None
+            raise UserError(
+                f"{path}: {piece.name!r} is {found[0]} {found[1]}, this run's is {needed[0]} {needed[1]}"
+            )
 
 
 def _batches(pieces: Iterable[ShardedTensor]) -> Iterator[list[ShardedTensor]]:

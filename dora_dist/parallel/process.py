@@ -5,9 +5,9 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from dora_dist.errors import UserError
 from dora_dist.parallel.rendezvous import meet, no_meeting
+
+T = TypeVar("T")
 
 _ANY_TIME = datetime.timedelta(days=365)  # shorter ones over and over would each print a warning of torch's
 LATER_S = 5
@@ -165,6 +167,19 @@ class Processes:
             for done in (key, f"{key}/read"):
                 self.store.delete_key(done)
         return told
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0 alone (JSON), on every rank, as `from_main`; so with its UserError."""
+        value = error = None
+        if self.is_main:
+            try:
+                value = work()
+            except UserError as mistake:
+                error = str(mistake)
+        value, error = self.from_main([value, error])
+        if error is not None:
+            raise UserError(error)
+        return cast("T", value)
 
     def wait_for_all(self) -> None:
         """Return once every rank has come here, however long that takes: to be called before a collective, which

@@ -21,37 +21,28 @@ def check_fits(
     this run, and what would fit. Returns a warning where it has nothing to say."""
     if config.parallel.force or certainly_fits(model, config, memory):
         return []
-    refusal = warning = None
-    if processes.is_main:
-        print("looking whether this run fits (not with parallel.force=true) ...", flush=True)
-        try:
-            refusal = _misfit(config, directory, processes, memory)
-        except UserError as error:
-            refusal = str(error)
-        except RunFailed as error:
-            warning = f"warning: {error}"
-    refusal, warning = processes.from_main([refusal, warning])
-    if refusal is not None:
-        raise UserError(refusal)
-    return [warning] if warning else []
+    return processes.on_main(lambda: _refuse_misfit(config, directory, processes, memory))
 
 
-def _misfit(config: RunConfig, directory: Path, processes: Processes, memory: float) -> str | None:
-    """One line on what a device of `memory` bytes would have to hold, and what would fit; None where it fits."""
+def _refuse_misfit(config: RunConfig, directory: Path, processes: Processes, memory: float) -> list[str]:
+    print("looking whether this run fits (not with parallel.force=true) ...", flush=True)
     gpu, kind = processes.device.type == "cuda", processes.device.type
     device = replace(GPUS["h100"], name=kind, memory=memory)  # rates do not matter here
     if not gpu:
         device = replace(device, reserved=0.0)
     nodes, uneven = divmod(processes.world_size, processes.local_world_size)
     cluster = Cluster(device, processes.world_size, 1 if uneven else nodes)
-    with Rehearsals() as rehearse:
-        plan = make_plan(config, directory, cluster, rehearse, gpu=gpu)
+    try:
+        with Rehearsals() as rehearse:
+            plan = make_plan(config, directory, cluster, rehearse, gpu=gpu)
+    except RunFailed as error:
+        return [f"warning: {error}"]
     if plan.fits:
-        return None
+        return []
     line = verdict(plan).rstrip(":")
     if plan.changes and plan.changes[-1].fits:
         line = f"{line.partition('. ')[0]}; it would with {as_overrides(plan.changes[-1].settings)}"
-    return f"parallel.strategy: {strategy_of(plan)}: {line}. parallel.force=true trains all the same"
+    raise UserError(f"parallel.strategy: {strategy_of(plan)}: {line}. parallel.force=true trains all the same")
 
 
 def certainly_fits(model: nn.Module, config: RunConfig, memory: float) -> bool:

@@ -67,23 +67,18 @@ class Checkpoints:
         Raises:
             UserError: it is none, or damaged, or every one of this run is damaged.
         """
-        told: tuple[str, dict] | None = None
-        notices: list[str] = []
-        error = None
-        if self.processes.is_main:
-            try:
-                for place in (self.directory.parent, self.directory):
-                    sweep(place)
-                found = find_checkpoint(self.directory, self.config.resume, self.run, notices)
-                told = None if found is None else (str(found.path), found.manifest)
-            except UserError as mistake:
-                error = str(mistake)
-            except OSError as mistake:
-                error = f"output_dir: {str(mistake.filename)!r} cannot be written: {mistake.strerror}"
-        told, notices, error = self.processes.from_main((told, notices, error))
-        if error is not None:
-            raise UserError(error)
+        told, notices = self.processes.on_main(self._find)
         return None if told is None else Checkpoint(Path(told[0]), told[1]), notices
+
+    def _find(self) -> tuple[tuple[str, dict] | None, list[str]]:
+        notices: list[str] = []
+        try:
+            for place in (self.directory.parent, self.directory):
+                sweep(place)
+            found = find_checkpoint(self.directory, self.config.resume, self.run, notices)
+        except OSError as error:
+            raise UserError(f"output_dir: {str(error.filename)!r} cannot be written: {error.strerror}") from None
+        return None if found is None else (str(found.path), found.manifest), notices
 
     def is_own(self, found: Checkpoint) -> bool:
         """Whether a checkpoint lies in this run's directory."""
@@ -148,8 +143,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """Of this run's, as rank 0 finds it."""
-        found = [str(path) for path in checkpoints_in(self.directory)[-1:]] if self.processes.is_main else []
-        found = self.processes.from_main(found)
+        found = self.processes.on_main(lambda: [str(path) for path in checkpoints_in(self.directory)[-1:]])
         return Path(found[0]) if found else None
 
     def restore(self, found: Checkpoint, built: TrainableModel) -> None:

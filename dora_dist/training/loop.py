@@ -4,7 +4,6 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 
 from torch import Tensor
 
@@ -128,12 +127,15 @@ class Loop:
             raise Stopped(told)
         raise Stopped(f"{told}; its checkpoint is written, and the same command goes on from there")
 
-    def keep(self) -> Path | None:
-        """The run's newest checkpoint, made now unless it is of the last step; None: there is none, nor can be."""
+    def keep(self) -> str:
+        """Make a checkpoint unless there is one of the last step. Returns words on the newest."""
         if self._saved_at != self.progress.step:
             with suppress(RunFailed):
                 self._save()
-        return self.checkpoints.newest()
+        newest = self.checkpoints.newest()
+        if newest is None:
+            return "nor can a checkpoint"
+        return f"the newest checkpoint is {newest}, from which the same command goes on"
 
     def _save(self) -> bool:
         self.trainer.at(Phase.CHECKPOINT, watched=False)

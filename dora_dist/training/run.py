@@ -67,14 +67,16 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog, check_fits: C
         if found is not None:
             notices += _compare(found, about, config.checkpoint.force, data.steps)
         _prepare_output(output_dir, processes, {"config.yaml": config.to_yaml(), **strategy.files})
-        _seed(config.train.seed, processes.rank, found)
+        # Dropout differs between ranks, and from what it was before a checkpoint of another number of ranks.
+        torch.manual_seed(config.train.seed + processes.rank + (found.step << 32 if found else 0))
         resumed = _log_position(found, checkpoints, config.train.eval_every, data.steps)
         with RunLog(config.log, output_dir, data.steps, about["config"], processes.is_main, resumed) as log:
             log.say(*warnings, *notices, data.describe())
             built = build_to_train(blueprint, strategy)
-            adapter = _Adapter(built, output_dir / "adapter", config.model.path)
+            adapter = (built, output_dir / "adapter", config.model.path)
             log.say(*describe(built, strategy), *blueprint.coverage)
-            adapter.try_saving()
+            if problem := _problem_of(try_saving, *adapter):
+                raise UserError(f"output_dir: the adapter could not be written at the end: {problem}")
             if found is not None:
                 checkpoints.restore(found, built)
             log.say(*checkpoints.begin(found))
@@ -84,8 +86,9 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog, check_fits: C
             loop = Loop(trainer, data, config.log, log, checkpoints, signals)
             loop.run()
             watch.at(data.steps, Phase.ADAPTER, watched=False)
-            adapter.save(otherwise=loop.keep)
-            log.say(f"adapter: {adapter.directory}")
+            if problem := _problem_of(save_adapter, *adapter):
+                raise RunFailed(f"output_dir: the adapter cannot be written: {problem}; {loop.keep()}")
+            log.say(f"adapter: {adapter[1]}")
 
 
 def _check(
@@ -130,77 +133,52 @@ def _describe(blueprint: Blueprint, strategy: Strategy, data: RunData) -> dict[s
     return processes.from_main(describe_run(settings, world_size, device, strategy.name, fingerprints))
 
 
-def _seed(seed: int, rank: int, found: Checkpoint | None) -> None:
-    """Dropout differs between ranks, and from what it was before a checkpoint of another number of ranks."""
-    torch.manual_seed(seed + rank + (found.step << 32 if found else 0))
-
-
 def _progress(found: Checkpoint | None) -> Progress:
     if found is None:
         return Progress()
     return Progress(found.step, **{name: found.counters[name] for name in ("tokens", "before", "samples")})
 
 
-@dataclasses.dataclass(frozen=True)
-class _Adapter:
-    """The adapter that the run leaves behind. Rank 0 writes it; what keeps it from that is known to every rank."""
-
-    built: TrainableModel
-    directory: Path
-    base_model: str
-
-    def try_saving(self) -> None:
-        """UserError: it could not be saved at the end."""
-        problem = self._attempt(try_saving)
-        if problem is not None:
-            raise UserError(f"output_dir: the adapter could not be written at the end: {problem}")
-
-    def save(self, otherwise: Callable[[], Path | None]) -> None:
-        """RunFailed: it cannot be; `otherwise` keeps what was trained in a checkpoint, where it can."""
-        problem = self._attempt(save_adapter)
-        if problem is None:
-            return
-        checkpoint = otherwise()
-        kept = (
-            "nor can a checkpoint" if checkpoint is None
-            else f"the newest checkpoint is {checkpoint}, from which the same command goes on"
-        )  # fmt: skip
-        raise RunFailed(f"output_dir: the adapter cannot be written: {problem}; {kept}")
-
-    def _attempt(self, save: Callable) -> str | None:
-        problem = None
-        try:
-            save(self.built.model, self.directory, self.base_model, self.built.shards)
-        except OSError as error:
-            problem = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-        except Exception as error:  # whatever it is, what was trained shall not be lost for it
-            if not self.built.processes.is_main:
-                raise
-            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return self.built.processes.from_main(problem)
+def _problem_of(save: Callable, built: TrainableModel, directory: Path, base_model: str) -> str | None:
+    """Why the adapter cannot be saved, as every rank knows it; rank 0 writes it. None: it was."""
+    problem = None
+    try:
+        save(built.model, directory, base_model, built.shards)
+    except OSError as error:
+        problem = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    except Exception as error:  # whatever it is, what was trained shall not be lost for it
+        if not built.processes.is_main:
+            raise
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return built.processes.from_main(problem)
 
 
 @contextmanager
 def _alone_in(output_dir: Path, processes: Processes) -> Iterator[None]:
     """Hold a run's directory, where the file system has locks. UserError: another run does."""
-    handle, problem = None, None
-    if processes.is_main:
+
+    def hold() -> int:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             handle = os.open(output_dir, os.O_RDONLY)
+        except OSError as error:
+            raise _not_writable(output_dir, error) from None
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            problem = f"output_dir: another run is training in {str(output_dir)!r}; choose another directory"
-        except OSError as error:
-            if handle is None:
-                problem = f"output_dir: {str(output_dir)!r} cannot be written: {error.strerror}"
-    problem = processes.from_main(problem)
+            os.close(handle)
+            raise UserError(
+                f"output_dir: another run is training in {str(output_dir)!r}; choose another directory"
+            ) from None
+        except OSError:  # there are no locks
+            pass
+        return handle
+
+    handle = processes.on_main(hold)
     try:
-        if problem is not None:
-            raise UserError(problem)
         yield
     finally:
-        if handle is not None:
+        if processes.is_main:
             os.close(handle)
 
 
@@ -255,4 +233,8 @@ def _prepare_output(output_dir: Path, processes: Processes, files: Mapping[str, 
             for name, text in files.items():
                 (output_dir / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"output_dir: {str(output_dir)!r} cannot be written: {error.strerror}") from None
+        raise _not_writable(output_dir, error) from None
+
+
+def _not_writable(output_dir: Path, error: OSError) -> UserError:
+    return UserError(f"output_dir: {str(output_dir)!r} cannot be written: {error.strerror}")
