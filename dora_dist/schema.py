@@ -159,8 +159,10 @@ _LARGEST = sys.float_info.max  # whole numbers may lie beyond, NaN is not below
 
 def _check_type(key: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
-        found = describe_value(value)
-        raise UserError(f"{key}: expected {_name_type(hint)}, found {found}{_suggest(value, hint)}")
+        choices = get_args(hint) if get_origin(hint) is Literal and isinstance(value, str) else ()
+        close = nearest(value, choices) if choices else ""
+        hint_text = f"; {close}" if close.startswith("did you mean") else ""
+        raise UserError(f"{key}: expected {_name_type(hint)}, found {describe_value(value)}{hint_text}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -249,9 +251,3 @@ def describe_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"the {type(value).__name__} {_SHORT.repr(value)}" if not isinstance(value, str) else _SHORT.repr(value)
-
-
-def _suggest(value: Any, hint: Any) -> str:
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
-    hint_text = nearest(value, choices) if isinstance(value, str) and choices else ""
-    return f"; {hint_text}" if hint_text.startswith("did you mean") else ""

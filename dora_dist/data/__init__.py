@@ -1,6 +1,6 @@
 """Rows of data to batches of token ids. May import parallel and below.
 
-sources, rows   what `data.train` names, to raw rows that know their place
+sources, rows   what `data.train` names, to raw rows that know their place; the report on what was left out
 fields          what a row's fields may be; which ones are used, and which cannot be
 chats           a row's conversation: messages, tools, the turns to learn
 templates       a conversation to its text, by the tokenizer's chat template
@@ -11,6 +11,5 @@ packing         several rows in one sequence
 batches         global batches, shared out over ranks; the evaluation pass
 streaming       the same from a stream too large to hold, prepared by a thread
 windows         a stream's rows, of which each rank encodes its share
-report          what was read and what was left out, in words
 run_data        all of a run's rows, as its model and its processes need them
 """

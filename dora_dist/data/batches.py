@@ -130,11 +130,8 @@ class BatchPlan:
         UserError: there are fewer units than one global batch holds.
     """
 
-    def __init__(
-        self, examples: Examples, split: Split, collate: Collate, seed: int, shuffle: bool = True
-    ) -> None:
-        self._examples, self._split, self._collate = examples, split, collate
-        self._seed, self._shuffle = seed, shuffle
+    def __init__(self, examples: Examples, split: Split, collate: Collate, seed: int) -> None:
+        self._examples, self._split, self._collate, self._seed = examples, split, collate, seed
         self.rows = len(examples)
         self._units = [[row] for row in range(self.rows)]
         if collate.packing:
@@ -143,26 +140,21 @@ class BatchPlan:
         # Each plan its own cache: a batch asks for its epoch, and for the next where it straddles the two.
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
         if self.steps_per_epoch < 1:
-            raise UserError(self._too_few())
+            units = len(self._units)
+            have = f"{self.rows} rows make {units} packs" if collate.packing else f"there are {units} rows"
+            raise UserError(
+                f"data.train: {have}, but one step takes {split.global_size}: train.micro_batch_size "
+                f"{split.micro_batch_size} x train.accumulation {split.accumulation} x {split.world_size} "
+                "processes; valid would be more data, or smaller ones of these"
+            )
 
     @property
     def fingerprint(self) -> str:
         """Identifies the examples."""
         return self._examples.fingerprint
 
-    def _too_few(self) -> str:
-        split, units = self._split, len(self._units)
-        have = f"{self.rows} rows make {units} packs" if self._collate.packing else f"there are {units} rows"
-        return (
-            f"data.train: {have}, but one step takes {split.global_size}: train.micro_batch_size "
-            f"{split.micro_batch_size} x train.accumulation {split.accumulation} x {split.world_size} "
-            "processes; valid would be more data, or smaller ones of these"
-        )
-
     def _make_epoch_order(self, epoch: int) -> np.ndarray:
         """[units] the order of an epoch."""
-        if not self._shuffle:
-            return np.arange(len(self._units))
         # PCG64 by name: numpy may change what `default_rng` is, and a resumed run must see the same order.
         return np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(len(self._units))
 
@@ -192,7 +184,7 @@ class EvaluationBatches:
     accumulation or packing.
 
     A rank without rows left gets a micro-batch whose targets are all ignored, because a sharded forward needs
-    all ranks. Iterable again and again; `.targets` and `.tokens` are the totals over all ranks.
+    all ranks. Iterable again and again; `.targets` is the total over all ranks.
     """
 
     def __init__(self, examples: Examples, split: Split, collate: Collate) -> None:
@@ -200,7 +192,6 @@ class EvaluationBatches:
         self._split, self._collate = replace(split, accumulation=1), replace(collate, packing=False)
         self.rows = len(examples)
         self.targets = int(examples.supervised_counts.sum())
-        self.tokens = int(examples.lengths.sum())
 
     @property
     def fingerprint(self) -> str:

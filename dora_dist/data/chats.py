@@ -25,8 +25,6 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 
 @dataclass
 class Chat:
-    """One conversation."""
-
     messages: list[Message]  # arguments of tool calls as they were given; a message without content has none
     learned: list[int]  # numbers of the assistant's messages to learn
     tools: list[dict] | None = None

@@ -12,8 +12,7 @@ import numpy as np
 from dora_dist.config import DataConfig
 from dora_dist.data.fields import BadRow
 from dora_dist.data.formats import Drafter, Labels, detect_format
-from dora_dist.data.report import Report
-from dora_dist.data.rows import Row, characters
+from dora_dist.data.rows import Report, Row, characters
 from dora_dist.data.templates import Draft
 from dora_dist.errors import UserError
 
@@ -130,7 +129,11 @@ class Encoder:
         """Let the first row that can be read decide the format. False: none has come yet."""
         if self._drafter is None and not row.problem:
             self._form = detect_format(row, self.config, classify=self.labels is not None)
-            self._check_end(self._form)
+            if self._form not in ("chat", "labels") and self.tokenizer.eos_token_id is None:
+                raise UserError(
+                    f"data.format: {self._form} ends each row with the tokenizer's end-of-sequence token, and this "
+                    "tokenizer has none; valid would be a tokenizer with an eos_token"
+                )
             self._drafter = Drafter(self._form, self.config, self.tokenizer, self.labels)
         return self._drafter is not None
 
@@ -147,13 +150,6 @@ class Encoder:
             Encoded([], str(row)) if isinstance(row, BadRow) else self._finish([(d, next(tokens)) for d in row])
             for row in drafts
         ]
-
-    def _check_end(self, form: str) -> None:
-        if form not in ("chat", "labels") and self.tokenizer.eos_token_id is None:
-            raise UserError(
-                f"data.format: {form} ends each row with the tokenizer's end-of-sequence token, and this "
-                "tokenizer has none; valid would be a tokenizer with an eos_token"
-            )
 
     def _draft(self, row: Row) -> list[Draft] | BadRow:
         if row.problem:
@@ -181,7 +177,6 @@ class Encoder:
         return Encoded(examples, "", truncated or bool(problem), len(drafts) > 1)
 
     def _tokenize(self, drafts: list[Draft]) -> list[_Tokens]:
-        """The tokens of the drafts in order."""
         # verbose would warn of texts longer than the model's window, which are cut or split later.
         options: dict[str, Any] = {"verbose": False}
         if self._form == "labels":

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from dora_dist.data.encode import Encoder, Example
-from dora_dist.data.report import Report
+from dora_dist.data.rows import Report
 from dora_dist.data.sources import Source, find_source
 from dora_dist.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Files of JSON, CSV and plain text to raw rows that know their place, "file:line".
+"""Files of JSON, CSV and plain text to raw rows that know their place, "file:line"; and the report on them.
 
 Read with the standard library, so that an error names the line. A row that cannot be read is still yielded,
 with its `problem` set: whether it ends the run is the caller's decision (`data.on_bad_row`).
@@ -7,17 +7,70 @@ with its `problem` set: whether it ends the run is the caller's decision (`data.
 import csv
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dora_dist.errors import UserError
 from dora_dist.io.headers import StrictDecoder
+
+SHOWN = 5  # places of bad rows that a report names
 
 
 class Row(NamedTuple):
     place: str  # "file:line"; of parquet and the hub, the number of the row
     fields: dict[str, Any]
     problem: str = ""  # why the row could not be read; "" where it could
+
+
+@dataclass
+class Report:
+    """Counts of one reading. `str()` is what to print."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    rows_read: int = 0
+    rows_skipped: int = 0
+    rows_truncated: int = 0  # to data.seq_len
+    supervised_tokens: int = 0  # that are predicted; for classification, rows with a label
+    rows_split: int = 0  # conversations whose turns became examples of their own
+    problems: list[str] = field(default_factory=list)  # of the first skipped rows, each with its place
+    unused: set[str] = field(default_factory=set)  # names of fields that nothing reads
+
+    def add(self, place: str, problem: str, truncated: bool = False, split_into_turns: bool = False) -> None:
+        """Note a row that was read.
+
+        Raises:
+            UserError: it has a problem, and `data.on_bad_row` is error.
+        """
+        self.rows_read += 1
+        self.rows_truncated += truncated
+        self.rows_split += split_into_turns
+        if not problem:
+            return
+        message = f"{place}: {problem}"
+        if self.on_bad_row == "error":
+            raise UserError(message)
+        self.rows_skipped += 1
+        if len(self.problems) < SHOWN:
+            self.problems.append(message)
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.rows_read:,} rows read, {self.rows_skipped:,} skipped, "
+            f"{self.rows_truncated:,} truncated; {self.supervised_tokens:,} supervised tokens"
+        )
+        if self.rows_split:
+            head += (
+                f"; {self.rows_split:,} conversations became one example a turn, because the chat template "
+                "renders earlier turns anew"
+            )
+        more = self.rows_skipped - len(self.problems)
+        lines = [f"  skipped {problem}" for problem in self.problems]
+        if more:
+            lines.append(f"  and {more:,} more")
+        if self.unused:
+            lines.append(f"  not used: {', '.join(sorted(self.unused))}")
+        return "\n".join([head, *lines])
 
 
 def characters(value: Any) -> int:
@@ -46,7 +99,6 @@ def one_line(error: Exception) -> str:
 
 
 def _decoded_row(place: str, value: Any, decoder: StrictDecoder) -> Row:
-    """The row of a value that `decoder` has just decoded."""
     problem = decoder.problem()
     return Row(place, {}, problem) if problem else as_row(place, value)
 

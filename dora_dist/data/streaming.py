@@ -15,14 +15,21 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-import numpy as np
-
 from dora_dist.data.batches import Collate, GlobalBatch, Split
 from dora_dist.data.encode import Encoder
 from dora_dist.data.examples import nothing_left
-from dora_dist.data.report import Report
+from dora_dist.data.rows import Report
 from dora_dist.data.sources import Source
-from dora_dist.data.windows import Exchange, OwnExamples, Told, Unit, Window, WindowReader, units_of
+from dora_dist.data.windows import (
+    Exchange,
+    OwnExamples,
+    Told,
+    Unit,
+    Window,
+    WindowReader,
+    units_of,
+    window_generator,
+)
 
 WINDOW_ROWS = 10_000  # shuffled together
 WINDOW_TEXT = 32_000_000  # characters of a window, after which it ends with fewer rows
@@ -56,7 +63,8 @@ class StreamPlan:
         self._source, self._split, self._collate = source, split, collate
         self._seed, self._exchange = seed, exchange
         self._worker = Worker()
-        self._reader = WindowReader(source, encoder, split, shuffle_rows, WINDOW_TEXT, self._worker.ended)
+        order = None if collate.packing else seed
+        self._reader = WindowReader(source, encoder, split, order, shuffle_rows, WINDOW_TEXT, self._worker.ended)
         self._next_step = 0
         self._units: deque[tuple[Unit, OwnExamples]] = deque()
         self._made = 0  # units of all windows so far
@@ -75,8 +83,7 @@ class StreamPlan:
         """Begin to read. From here on the chat template belongs to this plan's thread: rendering one with marks in
         two threads at once mixes them up."""
         if self._coming is None:
-            order = None if self._collate.packing else partial(_order, self._seed)
-            self._coming = self._worker.do(partial(self._reader.next, order, self._made))
+            self._coming = self._worker.do(partial(self._reader.next, self._made))
 
     def global_batch(self, step: int) -> GlobalBatch:
         """The data of optimizer step `step` (from 0). Skipping ahead reads what lies between, to resume a
@@ -117,9 +124,8 @@ class StreamPlan:
         self._coming = None
         told, unused = window.tell(self._exchange)
         self._count(window, told, unused)
-        generator = _generator(self._seed, window.number)
-        order = generator.permutation(len(told))
-        units = units_of(told, order, generator, self._collate.seq_len if self._collate.packing else None)
+        generator = window_generator(self._seed, window.number)
+        units = units_of(told, generator, self._collate.seq_len if self._collate.packing else None)
         dropped = min(max(skipped - len(self._units), 0), len(units))
         owners = self._split.owners(self._made, len(units))
         own = [units[place] for place in range(dropped, len(units)) if owners[place] == self._split.rank]
@@ -150,15 +156,6 @@ class StreamPlan:
             if self._first_pass:
                 self._news.append(f"data, read once: {self.report}")
             self._first_pass, self._pass_examples = False, 0
-
-
-def _generator(seed: int, window: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64([seed, window]))
-
-
-def _order(seed: int, window: int, rows: int) -> np.ndarray:
-    """[rows] the shuffled rows of a window."""
-    return _generator(seed, window).permutation(rows)
 
 
 class Worker:

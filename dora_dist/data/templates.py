@@ -19,8 +19,6 @@ Span = tuple[int, int]  # characters [start, end)
 
 
 class Draft(NamedTuple):
-    """The text of one example."""
-
     text: str
     spans: list[Span] | None  # characters to learn; None: all
     pair: str | None = None  # labels: the second text

@@ -1,9 +1,9 @@
 """A stream's rows by windows: each rank encodes its share of one, and all learn the lengths of all examples."""
 
 import json
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,14 +64,11 @@ class Window:
         parts = [json.loads(data) for data in exchange(json.dumps([share, self.unused, error]).encode())]
         for rank, (_, _, problem) in enumerate(parts):
             if problem:
-                raise self._failure(rank, *problem)
+                users, text = problem
+                lost = self.error or RunFailed(f"rank {rank} cannot read the data: {text}")
+                raise UserError(text) if users else lost
         told = {int(row): Told(*about) for share, _, _ in parts for row, about in share.items()}
         return [told[row] for row in range(len(self.rows))], {name for _, names, _ in parts for name in names}
-
-    def _failure(self, rank: int, users: bool, problem: str) -> Exception:
-        if users:
-            return UserError(problem)
-        return self.error or RunFailed(f"rank {rank} cannot read the data: {problem}")
 
 
 class WindowReader:
@@ -81,41 +78,38 @@ class WindowReader:
     """
 
     def __init__(
-        self, source: Source, encoder: Encoder, split: Split, rows: int, text: int, ended: threading.Event
+        self, source: Source, encoder: Encoder, split: Split, seed: int | None, rows: int, text: int, ended: Event
     ) -> None:
-        """`rows`, `text` (in characters): of a window at most; `ended`: set where none is wanted any more."""
-        self._source, self._encoder, self._split = source, encoder, split
+        """`seed`: of the order of windows' rows; None: it is not known yet, since rows are packed. `rows`, `text`
+        (in characters): of a window at most; `ended`: set where none is wanted any more."""
+        self._source, self._encoder, self._split, self._seed = source, encoder, split, seed
         self._rows, self._text, self._ended = rows, text, ended
         self._iterator: Iterator[Row] | None = None
         self._ahead: Row | None = None
         self._number = 0
 
-    def next(self, order: Callable[[int, int], np.ndarray] | None, first: int) -> Window:
-        """The next window.
-
-        Args:
-            order: the order of (window, its number of rows); None: unknown, since rows are packed.
-            first: how many units the windows before it had. As long as each row makes one unit, this rank's share
-                is what it will train on; else `encode` brings what it lacks.
-        """
+    def next(self, first: int) -> Window:
+        """The next window. `first`: how many units the windows before it had. As long as each row makes one unit,
+        this rank's share is what it will train on; else `encode` brings what it lacks."""
         rows: list[Row] = []
         encoded: dict[int, Encoded] = {}
         ends_pass, error = False, None
         try:
             rows, ends_pass = self._read()
-            encoded = self.encode(rows, self._share(len(rows), order, first))
+            encoded = self.encode(rows, self._share(len(rows), first))
         except Exception as problem:  # all ranks shall hear of it
             error = problem
         window = Window(self._number, rows, ends_pass, encoded, sorted(self._encoder.unused), error)
         self._number += 1
         return window
 
-    def _share(self, rows: int, order: Callable[[int, int], np.ndarray] | None, first: int) -> Sequence[int]:
+    def _share(self, rows: int, first: int) -> Sequence[int]:
         """The rows that this rank encodes first: together, the ranks encode each once."""
-        if order is None:
+        if self._seed is None:
             return range(self._split.rank, rows, self._split.world_size)
         mine = self._split.owners(first, rows) == self._split.rank
-        return np.sort(order(self._number, rows)[mine]).tolist()
+        order = window_generator(self._seed, self._number).permutation(rows)
+        return np.sort(order[mine]).tolist()
 
     def _read(self) -> tuple[list[Row], bool]:
         """(rows, whether the pass ends with them)"""
@@ -145,16 +139,19 @@ class WindowReader:
         return encoded
 
 
-def units_of(
-    told: list[Told], order: np.ndarray, generator: np.random.Generator, pack_to: int | None
-) -> list[Unit]:
+def window_generator(seed: int, window: int) -> np.random.Generator:
+    """Its first permutation is the order of the window's rows."""
+    return np.random.Generator(np.random.PCG64([seed, window]))
+
+
+def units_of(told: list[Told], generator: np.random.Generator, pack_to: int | None) -> list[Unit]:
     """A window's units, in an order that depends on no rank.
 
     Args:
-        order: [rows] the shuffled rows.
-        generator: of the window; shuffles the parts of long rows, and packs.
+        generator: of the window; shuffles its rows and the parts of long ones, and packs.
         pack_to: tokens of a pack; None: no packing.
     """
+    order = generator.permutation(len(told))
     parts = [(int(row), part) for row in order for part in range(len(told[row].lengths))]
     if any(len(row.lengths) > 1 for row in told):
         parts = [parts[place] for place in generator.permutation(len(parts))]

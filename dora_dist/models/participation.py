@@ -83,7 +83,7 @@ def refuse_idle(model: nn.Module, loss: Callable[[], Tensor], processes: Process
     """UserError, on every rank: no gradient of `loss()`, a forward of the run's model on rows of its data, reaches
     some trained module. All ranks call this; no gradient is made, and no random number is used up."""
     names, reached = _reached(model, loss, processes.device)
-    anywhere = processes.agree([int(flag) for flag in reached]).read()
+    anywhere = processes.agree([int(flag) for flag in reached])()
     idle = [name for name, flag in zip(names, anywhere, strict=True) if not flag]
     if not idle:
         return

@@ -8,7 +8,7 @@ watchdog, orphans, phases   which rank is missing; the end of a process whose la
 shards                      the protocol of a sharding: what a rank holds of a tensor, sums, gathers
 replicated, fsdp, zero      the strategies, one file each, which do not know each other
 strategy                    which of them a run takes
-engine, optimizer_state     one optimizer step (DeepSpeed's is in zero); what the optimizer remembers
+engine                      one optimizer step (DeepSpeed's is in zero); what the optimizer remembers
 deepspeed_config            our settings as DeepSpeed's
 gather                      tensors that lie on several ranks, brought together and spread out
 """

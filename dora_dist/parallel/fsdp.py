@@ -89,24 +89,20 @@ def find_shards(model: nn.Module) -> Shards | None:
     return FsdpShards(meshes.pop()) if meshes else None
 
 
-def _local(parameter: DTensor) -> Tensor:
-    """This rank's rows, for reading and writing."""
-    _require_row_sharding(parameter)
-    with torch.no_grad():
-        return parameter.to_local()
-
-
 def _managed(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
-def _require_row_sharding(parameter: DTensor) -> None:
+@torch.no_grad()
+def _local(parameter: DTensor) -> Tensor:
+    """This rank's rows, for reading and writing."""
     *outer, last = parameter.placements
     if last != Shard(0) or any(p != Replicate() for p in outer):
         raise UserError(
             f"a parameter is placed as {parameter.placements}; DoRA layers need FSDP2's default, Shard(0) on the "
             "mesh's last dimension"
         )
+    return parameter.to_local()
 
 
 class Fsdp:
@@ -121,8 +117,7 @@ class Fsdp:
             raise UserError(
                 f"parallel.replicas: {replicas} replica groups do not divide the {processes.world_size} processes"
             )
-        self.processes = processes
-        self.cpu_offload = cpu_offload
+        self.processes, self.cpu_offload = processes, cpu_offload
         self.shape: tuple[int, ...] = (processes.world_size // replicas,)
         self.names: tuple[str, ...] = ("shard",)
         if replicas > 1:

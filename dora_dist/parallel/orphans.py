@@ -17,11 +17,9 @@ from pathlib import Path
 
 _LOOK_S = 1.0
 _GRACE_S = 3  # for torchrun to end after its processes
-
-
-def _stopping() -> bool:
-    """Whether this process is ending by itself."""
-    return False
+stopping = False
+"""Whether this process is ending by itself. Then the command `deepspeed` may end, which it does at the first
+Ctrl-C: its process of this node gives ours 30 s."""
 
 
 def end_with_launcher() -> None:
@@ -79,16 +77,9 @@ if not ended.poll(seconds * 1000):
 """
 
 
-def end_with_node_alone(stopping: Callable[[], bool]) -> None:
-    """While `stopping()`, the command `deepspeed` may end, which it does at the first Ctrl-C: its process of this
-    node gives ours 30 s."""
-    global _stopping
-    _stopping = stopping
-
-
 def _watch(parents: list[Callable[[], int]], told: bool) -> None:
     first = [parent() for parent in parents]
-    while (now := [parent() for parent in parents]) == first or (now[0] == first[0] and _stopping()):
+    while (now := [parent() for parent in parents]) == first or (now[0] == first[0] and stopping):
         time.sleep(_LOOK_S)
     if told:
         with suppress(OSError):  # it may have been the launcher that read this

@@ -26,20 +26,6 @@ _NCCL_TIMES = 4
 steps ahead of the device."""
 
 
-class Agreement:
-    """What `Processes.agree` has begun."""
-
-    def __init__(self, values: Tensor, work: dist.Work | None):
-        self._values, self._work = values, work
-
-    def read(self) -> list[int]:
-        """The same on every rank."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        return [int(value) for value in self._values.tolist()]
-
-
 class Processes:
     """This process among its peers, read from the launcher's environment (torchrun, deepspeed, or plain python:
     one)."""
@@ -100,7 +86,8 @@ class Processes:
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise UserError(no_meeting(error, timeout_s)) from None
         # Later than our watchdog, which names the rank that is missing.
-        _backend(torch.device("cpu"))._set_default_timeout(datetime.timedelta(seconds=gloo_s))
+        gloo: Any = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        gloo._set_default_timeout(datetime.timedelta(seconds=gloo_s))
 
     def _refuse_shared_gpu(self, timeout_s: int) -> None:
         """UserError, on every rank of a machine: its processes see one GPU, and it is the same one."""
@@ -126,16 +113,22 @@ class Processes:
             dist.broadcast(tensor, src=0)
         return tensor
 
-    def agree(self, values: Sequence[int]) -> "Agreement":
-        """Start to find the largest of each value over all ranks; the next step reads it, so that none waits.
+    def agree(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        """Start to find the largest of each value over all ranks. Returns what waits for them and gives them: the
+        next step does, so that none waits.
 
         Every rank calls this at the same point with as many values. It needs no group of its own: a group orders
         its collectives by the order of the calls, which is the same on all ranks.
         """
         tensor = torch.tensor(values, dtype=torch.int64)  # on the host: gloo, beside NCCL
-        if self.world_size == 1:
-            return Agreement(tensor, None)
-        return Agreement(tensor, dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True))
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True) if self.world_size > 1 else None
+
+        def largest() -> list[int]:
+            if work is not None:
+                work.wait()
+            return tensor.tolist()
+
+        return largest
 
     def all_gather_bytes(self, data: bytes) -> list[bytes]:
         """Every rank's few bytes, in the order of the ranks, on every rank."""
@@ -202,11 +195,9 @@ class Processes:
 
         def ask() -> None:
             try:
-                store.wait([key], _ANY_TIME)
+                outcome.set_result(store.wait([key], _ANY_TIME))
             except Exception as error:
                 outcome.set_exception(error)
-            else:
-                outcome.set_result(None)
 
         threading.Thread(target=ask, daemon=True).start()
         outcome.result()
@@ -220,11 +211,6 @@ class Processes:
         if dist.is_initialized():
             self.barrier()
             dist.destroy_process_group()
-
-
-def _backend(device: torch.device) -> Any:
-    """What serves tensors of a device in the run's group."""
-    return dist.distributed_c10d._get_default_group()._get_backend(device)
 
 
 def _use_loopback(cuda: bool) -> None:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
@@ -113,9 +112,7 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         line = None if error is None else self.explain(error)
         self._over.set()
         if line is not None:
@@ -274,7 +271,9 @@ def describe_missing(
     at an earlier operation than the others; None where it is none of them. At a place that is not watched others
     may be late, or not have come yet."""
     if before is None or now is None:
-        return f"{_store_host()}, which keeps the run's store and no longer answers"
+        host, agents = os.environ.get("MASTER_ADDR", "?"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+        store = f"torchrun on {host}" if agents == "True" else f"rank 0 ({host})"
+        return f"{store}, which keeps the run's store and no longer answers"
     others = [other for other in range(world_size) if other != rank]
     silent = [
         r for r in others if r in before and r in now and before[r].count == now[r].count and not now[r].ended
@@ -299,11 +298,6 @@ def _names(ranks: list[int], beats: Beats, state: str) -> str:
         for r in ranks[:_NAMED]
     ]
     return "; ".join(parts + ([f"{len(ranks) - _NAMED} more"] if len(ranks) > _NAMED else []))
-
-
-def _store_host() -> str:
-    host, agents = os.environ.get("MASTER_ADDR", "?"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
-    return f"torchrun on {host}" if agents == "True" else f"rank 0 ({host})"
 
 
 def _leave(line: str, store_lost: bool) -> NoReturn:

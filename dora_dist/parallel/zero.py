@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from dora_dist.config import TrainConfig
 from dora_dist.errors import UserError
-from dora_dist.parallel.engine import Engine, LossScale, OptimizerState, state_tensors
+from dora_dist.parallel.engine import AdamState, Engine, LossScale, OptimizerState, adam_state, state_tensors
 from dora_dist.parallel.gather import ShardedTensor
-from dora_dist.parallel.optimizer_state import AdamState, adam_state
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import (
     GroupShards,

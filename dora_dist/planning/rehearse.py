@@ -63,8 +63,6 @@ _KILLED = _UNKNOWN + "its process was killed; perhaps the machine has no memory 
 
 @dataclass(frozen=True)
 class Job:
-    """What to rehearse."""
-
     config: RunConfig
     directory: Path  # holds config.json
     world_size: int
@@ -178,7 +176,10 @@ def _rehearsed(job: Job, in_child: Callable[[Job], Any]) -> Rehearsed | UserErro
         return drawn
     weight_bytes = sizes_of(drawn.model).weight_bytes
     name, reason = strategy_for(job.config.parallel, weight_bytes, job.world_size, job.device_memory)
-    found = [_signature(block) for block in blocks(drawn.model)]
+    found = [
+        (type(block), *((n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters()))
+        for block in blocks(drawn.model)
+    ]
     depths: Sequence[int | None] = [job.blocks]
     first, second = _SHORT.get(name, (3, 4))
     if job.blocks is None and len(set(found)) == 1 and len(found) > second:
@@ -239,11 +240,6 @@ def _plain(config: RunConfig) -> RunConfig:
     """Without what changes nothing here: the values of an adapter to go on from, and compilation."""
     dora, train = replace(config.dora, init_from=None), replace(config.train, compile=False)
     return replace(config, dora=dora, train=train)
-
-
-def _signature(block: nn.Module) -> tuple:
-    tensors = [(n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters()]
-    return (type(block), *tensors)
 
 
 def rehearse_here(job: Job) -> Short:

@@ -60,8 +60,6 @@ class Call:
 
 
 class _Held:
-    """A storage that lives."""
-
     __slots__ = ("bytes", "number", "tag", "watch")
 
     def __init__(self, number: int, tag: str):
@@ -205,7 +203,6 @@ class Tracer(TorchDispatchMode):
             self._add(GATHERED, -call.host_bytes)
 
     def _begin(self, collective: Collective, tensors: list[Tensor]) -> None:
-        """A collective is under way."""
         tag = GATHERED if collective.kind == "all_gather" else REDUCED
         for held in (self._hold(tensor) for tensor in tensors):
             if held.tag == self.tag:  # made for it

@@ -45,11 +45,10 @@ class StopSignals(AbstractContextManager):
         threading.Thread(target=self._listen, args=(listening,), name="signals", daemon=True).start()
         for number in _STOPPING:
             self.heed(number)
-        orphans.end_with_node_alone(lambda: self.received is not None)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        orphans.end_with_node_alone(lambda: False)
+        orphans.stopping = False
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._told_before)
@@ -62,6 +61,7 @@ class StopSignals(AbstractContextManager):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name
+        orphans.stopping = True
 
     def _listen(self, listening: int) -> None:
         first = None

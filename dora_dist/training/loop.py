@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -12,7 +13,6 @@ from dora_dist.data.run_data import RunData
 from dora_dist.device import peak_memory
 from dora_dist.errors import RunFailed, Stopped
 from dora_dist.parallel.phases import Phase
-from dora_dist.parallel.process import Agreement
 from dora_dist.training.checkpoint import Checkpoints
 from dora_dist.training.health import SpeedCheck, StepCheck, StopSignals
 from dora_dist.training.run_log import RunLog, show
@@ -47,7 +47,7 @@ class Loop:
             self.processes.rank, self.processes.world_size, trainer.device, self.processes.sum_
         )
         self._saved_at, self._evaluated_at = self.progress.step, -1
-        self._asked: Agreement  # on whether to end
+        self._asked: Callable[[], list[int]]  # whether any rank is to end
 
     def run(self) -> None:
         """Train to the last step.
@@ -117,7 +117,7 @@ class Loop:
             Stopped: it had.
         """
         self.trainer.at(Phase.AGREEMENT)
-        asked = self._asked.read()[0]
+        asked = self._asked()[0]
         self._asked = self.processes.agree([int(self.signals.received is not None)])
         if not asked:
             return

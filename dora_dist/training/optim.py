@@ -26,7 +26,6 @@ class TrainableModel(ShardedModel):
 
 
 def build_to_train(blueprint: Blueprint, strategy: Strategy) -> TrainableModel:
-    """Build a run's model, and make its optimizer."""
     built, config = build(blueprint, strategy), blueprint.config
     optimizer = make_optimizer(built.model, config.train, built.shards.shape)
     loss_scale = LossScale(active=config.model.dtype == "float16")

@@ -80,7 +80,11 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog, check_fits: C
             if found is not None:
                 checkpoints.restore(found, built)
             log.say(*checkpoints.begin(found))
-            progress, packing = _progress(found), config.data.packing
+            told = (
+                {} if found is None else {name: found.counters[name] for name in ("tokens", "before", "samples")}
+            )
+            progress = Progress(0 if found is None else found.step, **told)
+            packing = config.data.packing
             trainer = Trainer(built, config.model, config.train, packing, data.steps, watch, progress)
             signals.heed(signal.SIGINT)  # until now it had nothing to save
             loop = Loop(trainer, data, config.log, log, checkpoints, signals)
@@ -104,7 +108,7 @@ def _check(
     tokenizer = load_tokenizer(directory)
     processes.wait_for_all()  # one that had to download the model is late
     # Of the smallest device: what follows from it is the same on all ranks.
-    memory = -processes.agree([-int(device_memory(processes))]).read()[0]
+    memory = -processes.agree([-int(device_memory(processes))])()[0]
     strategy = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes, memory)
     optimizer_class(config.train)  # raises UserError where its package is missing
     warnings = check_fits(config, directory, blueprint.model, processes, memory) if check_fits is not None else []
@@ -131,12 +135,6 @@ def _describe(blueprint: Blueprint, strategy: Strategy, data: RunData) -> dict[s
     _refuse_different({"fingerprint": fingerprints}, processes, "the ranks do not read the same files: ")
     world_size, device = processes.world_size, processes.device.type
     return processes.from_main(describe_run(settings, world_size, device, strategy.name, fingerprints))
-
-
-def _progress(found: Checkpoint | None) -> Progress:
-    if found is None:
-        return Progress()
-    return Progress(found.step, **{name: found.counters[name] for name in ("tokens", "before", "samples")})
 
 
 def _problem_of(save: Callable, built: TrainableModel, directory: Path, base_model: str) -> str | None:

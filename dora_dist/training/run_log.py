@@ -24,8 +24,6 @@ from dora_dist.io.durable import replaced
 
 
 class Resumed(NamedTuple):
-    """Where a log goes on."""
-
     step: int  # the last that stands
     state: dict[str, Any]  # what `RunLog.state()` was then
     evaluates: bool  # whether the evaluation after that step is made again
@@ -79,7 +77,6 @@ class RunLog(AbstractContextManager):
             raise UserError(f"output_dir: {str(error.filename)!r} cannot be written: {error.strerror}") from None
 
     def say(self, *lines: str) -> None:
-        """Lines for the person who watches."""
         for line in lines:
             self._console.print(line, markup=False)
 

@@ -39,8 +39,6 @@ class Progress:
 
 
 class Trainer:
-    """A model in training."""
-
     def __init__(
         self,
         built: TrainableModel,
@@ -72,7 +70,9 @@ class Trainer:
         loss or gradient is not finite, no rank changes anything."""
         engine = self.built.engine
         self._train_mode()
-        self._set_learning_rates()
+        factor = self.lr_factor(self.progress.step)
+        for group, rate in zip(self.built.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * factor
         watched = not (self.config.compile and self.progress.step == self.first_step)  # compiling takes its time
         last = len(batch.micro_batches) - 1
         loss = torch.zeros((), device=self.device)
@@ -94,13 +94,7 @@ class Trainer:
         self.progress.step += 1
         return loss, grad_norm
 
-    def _set_learning_rates(self) -> None:
-        factor = self.lr_factor(self.progress.step)
-        for group, rate in zip(self.built.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = rate * factor
-
     def at(self, phase: Phase, number: int = 0, watched: bool = True) -> None:
-        """Tell the watchdog what comes next."""
         self.watch.at(self.current, phase, number, watched)
 
     def refuse_idle(self, micro: dict[str, Tensor]) -> None:
@@ -167,7 +161,8 @@ class Trainer:
             logits = module(**inputs).logits
             return summed_loss(logits, labels), (logits.argmax(-1) == labels).sum().float()
         if lengths is not None and self.attention is None:
-            inputs["attention_mask"] = self._dense_mask(lengths, targets.shape[1])
+            mask = packed_attention(to_device(lengths, self.device), targets.shape[1])
+            inputs["attention_mask"] = mask if self.eager_dtype is None else additive_mask(mask, self.eager_dtype)
         if self.built.head_loss is None:
             loss = summed_loss(module(**inputs).logits, to_device(targets, self.device))
         else:
@@ -180,7 +175,3 @@ class Trainer:
         lengths = micro.get("document_lengths")
         documents = None if lengths is None else [[n for n in row if n] for row in lengths.tolist()]
         return self.attention.over(documents)
-
-    def _dense_mask(self, lengths: Tensor, T: int) -> Tensor:
-        mask = packed_attention(to_device(lengths, self.device), T)
-        return mask if self.eager_dtype is None else additive_mask(mask, self.eager_dtype)

@@ -4,18 +4,18 @@ import time
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dora_dist.cli import leave
 from dora_dist.models.weights import load_whole
-from dora_dist.parallel import process
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import Whole
 
 
 def nobody_waits_in_a_collective(processes: Processes) -> None:
     """While rank 0 loads a whole checkpoint, or another its part, for longer than a collective may take."""
-    gloo = process._backend(torch.device("cpu"))
+    gloo = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
     gloo._set_default_timeout(timedelta(seconds=2))
 
     def load() -> nn.Module:
@@ -40,7 +40,7 @@ def main() -> None:
     for step in range(50):  # what a step begins is read at the end of the next
         processes.sum_(torch.ones(10_000))
         before, agreement = agreement, processes.agree([step * rank, int(rank == last and step == 30)])
-        assert before.read() == before.read() == [max(0, (step - 1) * last), int(step == 31)]
+        assert before() == before() == [max(0, (step - 1) * last), int(step == 31)]
     for parts in ([b"a" * r for r in range(last + 1)], [b""] * (last + 1), [bytes(range(256))] * (last + 1)):
         assert processes.all_gather_bytes(parts[rank]) == parts
     assert processes.from_main(rank) == 0

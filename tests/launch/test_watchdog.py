@@ -126,7 +126,7 @@ def test_small_collectives_on_two_ranks_and_on_one():
     done = run_ranks(2, HERE / "collective_cases.py")
     assert done.returncode == 0, done.stderr[-3000:]
     one = Processes()
-    assert one.agree([3, 0]).read() == [3, 0]
+    assert one.agree([3, 0])() == [3, 0]
     assert one.all_gather_bytes(b"x") == [b"x"]
     assert one.from_main("m") == "m"
 

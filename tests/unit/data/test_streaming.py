@@ -34,7 +34,7 @@ def stream(
 
 def test_parts_of_long_rows_are_shuffled_among_the_others():
     told = [Told([7] * 8, [6] * 8) for _ in range(4)]
-    units = units_of(told, np.arange(4), np.random.default_rng(0), None)
+    units = units_of(told, np.random.default_rng(0), None)
     rows = [row for unit in units for row, _ in unit.parts]
     assert sorted(rows) == sorted([*range(4)] * 8)
     assert sum(a == b for a, b in pairwise(rows)) < 16  # 28 where each row's follow each other, 7 by chance

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dora_dist.config import TrainConfig
-from dora_dist.parallel.optimizer_state import MOMENTS, adam_state
+from dora_dist.parallel.engine import MOMENTS, adam_state
 from dora_dist.training.optim import optimizer_class
 
 
