@@ -131,8 +131,8 @@ class Encoder:
             self._form = detect_format(row, self.config, classify=self.labels is not None)
             if self._form not in ("chat", "labels") and self.tokenizer.eos_token_id is None:
                 raise UserError(
-                    f"data.format: {self._form} ends each row with the tokenizer's end-of-sequence token, and this "
-                    "tokenizer has none; valid would be a tokenizer with an eos_token"
+                    f"data.format: {self._form} ends each row with the tokenizer's end-of-sequence token, and "
+                    "this tokenizer has none; valid would be a tokenizer with an eos_token"
                 )
             self._drafter = Drafter(self._form, self.config, self.tokenizer, self.labels)
         return self._drafter is not None

@@ -77,13 +77,12 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog, check_fits: C
             log.say(*describe(built, strategy), *blueprint.coverage)
             if problem := _problem_of(try_saving, *adapter):
                 raise UserError(f"output_dir: the adapter could not be written at the end: {problem}")
+            progress = Progress()
             if found is not None:
                 checkpoints.restore(found, built)
+                told = {name: found.counters[name] for name in ("tokens", "before", "samples")}
+                progress = Progress(found.step, **told)
             log.say(*checkpoints.begin(found))
-            told = (
-                {} if found is None else {name: found.counters[name] for name in ("tokens", "before", "samples")}
-            )
-            progress = Progress(0 if found is None else found.step, **told)
             packing = config.data.packing
             trainer = Trainer(built, config.model, config.train, packing, data.steps, watch, progress)
             signals.heed(signal.SIGINT)  # until now it had nothing to save
