@@ -148,11 +148,6 @@ class BatchPlan:
                 "processes; valid would be more data, or smaller ones of these"
             )
 
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the examples."""
-        return self._examples.fingerprint
-
     def _make_epoch_order(self, epoch: int) -> np.ndarray:
         """[units] the order of an epoch."""
         # PCG64 by name: numpy may change what `default_rng` is, and a resumed run must see the same order.
@@ -192,11 +187,6 @@ class EvaluationBatches:
         self._split, self._collate = replace(split, accumulation=1), replace(collate, packing=False)
         self.rows = len(examples)
         self.targets = int(examples.supervised_counts.sum())
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the examples."""
-        return self._examples.fingerprint
 
     def __len__(self) -> int:
         """Micro-batches of every rank."""

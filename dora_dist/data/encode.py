@@ -107,6 +107,7 @@ class Encoder:
             )
         if vocab_size is not None:
             check_vocabulary(tokenizer, vocab_size)
+        self.unused: set[str] = set()  # names of the fields met so far that nothing reads
         self._form = ""
         self._drafter: Drafter | None = None
 
@@ -134,13 +135,8 @@ class Encoder:
                     f"data.format: {self._form} ends each row with the tokenizer's end-of-sequence token, and "
                     "this tokenizer has none; valid would be a tokenizer with an eos_token"
                 )
-            self._drafter = Drafter(self._form, self.config, self.tokenizer, self.labels)
+            self._drafter = Drafter(self._form, self.config, self.tokenizer, self.labels, self.unused)
         return self._drafter is not None
-
-    @property
-    def unused(self) -> set[str]:
-        """The names of the fields met so far that nothing reads."""
-        return set() if self._drafter is None else self._drafter.unused
 
     def encode_chunk(self, rows: Sequence[Row]) -> list[Encoded]:
         """What each row becomes, once `begin` has met a good one."""

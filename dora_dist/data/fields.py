@@ -48,17 +48,15 @@ def check_fields(row: Row, form: str) -> Iterator[str]:
     if form in ("chat", "prompt_completion") and isinstance(fields.get("label"), bool):
         raise BadRow("the field 'label' is a boolean, as in preference training (KTO); valid would be none")
     if form in ("alpaca", "prompt_completion"):
-        _refuse_chat_fields(row, form)
+        # Plain text has no place for tools, nor a prompt that is written as a whole for a system text.
+        conversation = isinstance(fields.get("prompt"), list)
+        for key in sorted(_CHAT | {"history"}):
+            honoured = key in USED[form] and (form == "alpaca" or conversation)
+            if is_given(fields, key) and not honoured:
+                raise BadRow(
+                    f"the field {key!r} has no place in data.format: {form}; valid would be the format chat"
+                )
     return (key for key in fields.keys() - USED[form] if is_given(fields, key))
-
-
-def _refuse_chat_fields(row: Row, form: str) -> None:
-    """Plain text has no place for tools, nor a prompt that is written as a whole for a system text."""
-    conversation = isinstance(row.fields.get("prompt"), list)
-    for key in sorted(_CHAT | {"history"}):
-        honoured = key in USED[form] and (form == "alpaca" or conversation)
-        if is_given(row.fields, key) and not honoured:
-            raise BadRow(f"the field {key!r} has no place in data.format: {form}; valid would be the format chat")
 
 
 def text_field(row: Row, key: str, where: str = "") -> str:

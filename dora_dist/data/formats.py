@@ -88,18 +88,17 @@ def detect_format(row: Row, config: DataConfig, *, classify: bool) -> str:
 
 
 class Drafter:
-    """Makes the drafts of a format's rows.
-
-    Attributes:
-        unused: the names of the fields met so far that nothing reads.
+    """Makes the drafts of a format's rows; adds the names of the fields that nothing reads to `unused`.
 
     Raises:
         UserError: the format is chat and the tokenizer has no chat template.
     """
 
-    def __init__(self, form: str, config: DataConfig, tokenizer: Any, labels: Labels | None) -> None:
+    def __init__(
+        self, form: str, config: DataConfig, tokenizer: Any, labels: Labels | None, unused: set[str]
+    ) -> None:
         self._form, self._everything, self._tokenizer = form, config.loss_on == "all", tokenizer
-        self.unused: set[str] = set()
+        self._unused = unused
         self._template = self._chat_template() if form == "chat" else None
         drafts: dict[str, Callable[[Row], list[Draft]]] = {
             "chat": self._chat,
@@ -112,14 +111,14 @@ class Drafter:
 
     def __call__(self, row: Row) -> list[Draft]:
         """The drafts of a row: one, but of a conversation whose turns cannot be shown in one text."""
-        self.unused.update(check_fields(row, self._form))
+        self._unused.update(check_fields(row, self._form))
         drafts = self._draft(row)
         if self._everything and self._form in ("prompt_completion", "alpaca") and not drafts[0].chat:
             return [draft._replace(spans=None) for draft in drafts]
         return drafts
 
     def _chat_template(self) -> ChatTemplate:
-        return ChatTemplate(self._tokenizer, self._everything, self.unused)
+        return ChatTemplate(self._tokenizer, self._everything, self._unused)
 
     def _chat(self, row: Row) -> list[Draft]:
         assert self._template is not None

@@ -12,9 +12,9 @@ from torch import nn
 from dora_dist.config import DataConfig, TrainConfig
 from dora_dist.data.batches import BatchPlan, Collate, EvaluationBatches, Split
 from dora_dist.data.encode import Encoder
-from dora_dist.data.examples import load_examples
+from dora_dist.data.examples import Examples, load_examples
 from dora_dist.data.formats import Labels
-from dora_dist.data.sources import find_source
+from dora_dist.data.sources import Source, find_source
 from dora_dist.data.streaming import StreamPlan
 from dora_dist.errors import UserError
 from dora_dist.io.fingerprint import tokenizer_fingerprint
@@ -44,22 +44,24 @@ class RunData:
         split = Split(train.micro_batch_size, train.accumulation, processes.rank, processes.world_size)
         collate = Collate(config.seq_len, self.pad_id, config.packing, causal)
         self.plan: BatchPlan | StreamPlan
+        self._rows: dict[str, Source | Examples | None]
         if config.streaming:
             if train.steps is None:
                 raise UserError("train.steps: needed with data.streaming, because a stream's length is unknown")
             source = find_source(config.train, streaming=True)
             own = encoder(copy.deepcopy(tokenizer))  # none can be used by two threads at once
             self.plan = StreamPlan(source, own, split, collate, train.seed, processes.all_gather_bytes)
-            self.steps, self._report = train.steps, "streaming"
+            self.steps, self.report, self._rows = train.steps, "streaming", {"train": source, "eval": None}
         else:
             examples = load_examples(config.train, encoder(tokenizer))
             self.plan = BatchPlan(examples, split, collate, train.seed)
             self.steps = train.steps or math.ceil(train.epochs * self.plan.steps_per_epoch)
-            self._report = str(examples.report)
+            self.report, self._rows = str(examples.report), {"train": examples, "eval": None}
         self.evaluation = None
         if config.eval is not None:
             examples = load_examples(config.eval, encoder(tokenizer), "data.eval")
-            self._report += f"\nevaluation data: {examples.report}"
+            self.report += f"\nevaluation data: {examples.report}"
+            self._rows["eval"] = examples
             self.evaluation = EvaluationBatches(examples, split, collate)
         if isinstance(self.plan, StreamPlan):
             self.plan.start()  # now that nothing else renders chats
@@ -70,14 +72,8 @@ class RunData:
 
     def fingerprints(self) -> dict[str, str]:
         """What identifies tokenizer, training and evaluation rows ("none" where there are none)."""
-        return {
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "train": self.plan.fingerprint,
-            "eval": "none" if self.evaluation is None else self.evaluation.fingerprint,
-        }
-
-    def describe(self) -> str:
-        return f"data: {self._report}"
+        rows = {name: "none" if rows is None else rows.fingerprint for name, rows in self._rows.items()}
+        return {"tokenizer": tokenizer_fingerprint(self.tokenizer), **rows}
 
 
 def check_lengths(model: nn.Module, tokenizer: Any, seq_len: int, prompts: Sequence[str], tokens: int) -> None:

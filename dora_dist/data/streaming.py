@@ -74,11 +74,6 @@ class StreamPlan:
         self._news: list[str] = []
         self._coming: Any = None  # the next window
 
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the source; the rows are not read for it."""
-        return self._source.fingerprint
-
     def start(self) -> None:
         """Begin to read. From here on the chat template belongs to this plan's thread: rendering one with marks in
         two threads at once mixes them up."""

@@ -33,16 +33,12 @@ class NewFile:
     """A file being written, hashed on the way."""
 
     def __init__(self, file: IO[bytes]):
-        self._file, self._hash, self.size = file, hashlib.sha256(), 0
+        self._file, self.hash, self.size = file, hashlib.sha256(), 0
 
     def write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
-        self._hash.update(data)
+        self.hash.update(data)
         self.size += len(data)
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
 
 
 class NewDirectory:
@@ -68,7 +64,7 @@ class NewDirectory:
         with _flushed(self._partial / name) as file:
             new = NewFile(file)
             yield new
-        self._files[name] = {"size": new.size, "sha256": new.sha256}
+        self._files[name] = {"size": new.size, "sha256": new.hash.hexdigest()}
 
     def commit(self, manifest: dict[str, Any]) -> None:
         """Add the manifest and let the directory appear, in place of an older one of its name."""

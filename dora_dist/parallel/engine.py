@@ -3,6 +3,7 @@ scale, and AdamW's state: in fp32 whatever the optimizer has it in, to be read, 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -152,7 +153,10 @@ class TorchEngine:
         return grad_norm
 
 
-class AdamState(Protocol):
+@dataclass
+class AdamState:
+    """torch's: what is read and written is the state itself."""
+
     step: Tensor  # [] fp32: the steps taken
     moments: dict[str, Tensor]  # like the tensor, fp32, by name
 
@@ -162,26 +166,17 @@ class AdamState(Protocol):
 
 def adam_state(optimizer: torch.optim.Optimizer, held: Tensor) -> AdamState:
     """The state of a tensor that the optimizer updates; zeros before its first step."""
-    return _EightBit(optimizer, held) if hasattr(optimizer, "init_state") else _Plain(optimizer, held)
+    if hasattr(optimizer, "init_state"):
+        return _EightBit(optimizer, held)
+    state = optimizer.state[held]
+    if not state:
+        fused = optimizer.defaults.get("fused")  # whose step counts live where the tensors do
+        state["step"] = torch.zeros((), device=held.device if fused else "cpu")
+        state |= {name: torch.zeros_like(held.detach()) for name in MOMENTS}
+    return AdamState(state["step"], {name: state[name] for name in MOMENTS})
 
 
-class _Plain:
-    """torch's: what is read and written is the state itself."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, held: Tensor):
-        state = optimizer.state[held]
-        if not state:
-            fused = optimizer.defaults.get("fused")  # whose step counts live where the tensors do
-            state["step"] = torch.zeros((), device=held.device if fused else "cpu")
-            state |= {name: torch.zeros_like(held.detach()) for name in MOMENTS}
-        self.step: Tensor = state["step"]
-        self.moments: dict[str, Tensor] = {name: state[name] for name in MOMENTS}
-
-    def commit(self) -> None:
-        pass
-
-
-class _EightBit:
+class _EightBit(AdamState):
     """bitsandbytes': codes of 8 bits and a scale for every 256 values; in small tensors fp32.
 
     Decoded on the host. Committing what was decoded from the same blocks restores codes and scales that decode to

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
@@ -105,6 +106,7 @@ class Watchdog:
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._board = _Board(processes)
+        self._missing = partial(describe_missing, processes.rank, processes.world_size)
 
     def __enter__(self) -> "Watchdog":
         if self.processes.world_size > 1:
@@ -192,9 +194,6 @@ class Watchdog:
         if self._place is place:  # else the loop has gone on in the meantime, or speaks itself
             _leave(line, self._board.gone)
         return now
-
-    def _missing(self, place: Place, before: Beats | None, now: Beats | None) -> str | None:
-        return describe_missing(self.processes.rank, self.processes.world_size, place, before, now)
 
     def _one_voice(self, line: str) -> str:
         """The line on one rank, the lowest that lives, since that asks first; "" on the others."""

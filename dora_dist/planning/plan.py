@@ -118,23 +118,18 @@ def make_plan(
 
 def _smaller(config: RunConfig, strategy: str, cluster: Cluster) -> list[dict[str, Any]]:
     """What to change, one thing after the other, the cheapest first."""
-    train = config.train
-    wanted: list[dict[str, Any]] = []
-    if not train.activation_checkpointing:
-        wanted.append({"train.activation_checkpointing": True})
-    if train.micro_batch_size > 1:
-        more = train.accumulation * train.micro_batch_size
-        wanted.append({"train.micro_batch_size": 1, "train.accumulation": more})
-    if cluster.gpus > 1 and strategy not in ("fsdp", "zero3"):
-        wanted.append({"parallel.strategy": "fsdp"})
-    elif config.parallel.replicas > 1:
-        wanted.append({"parallel.replicas": 1})
-    if config.quant.scheme == "none":
-        wanted.append({"quant.scheme": "nf4"})
-    if not config.parallel.cpu_offload and (cluster.gpus > 1 or strategy == "fsdp"):
-        wanted.append({"parallel.cpu_offload": True})
-    if config.data.seq_len > 512:
-        wanted.append({"data.seq_len": max(512, config.data.seq_len // 4)})
+    train, parallel, sharded = config.train, config.parallel, strategy in ("fsdp", "zero3")
+    rows = {"train.micro_batch_size": 1, "train.accumulation": train.accumulation * train.micro_batch_size}
+    steps: list[tuple[bool, dict[str, Any]]] = [
+        (not train.activation_checkpointing, {"train.activation_checkpointing": True}),
+        (train.micro_batch_size > 1, rows),
+        (cluster.gpus > 1 and not sharded, {"parallel.strategy": "fsdp"}),
+        (sharded and parallel.replicas > 1, {"parallel.replicas": 1}),
+        (config.quant.scheme == "none", {"quant.scheme": "nf4"}),
+        (not parallel.cpu_offload and (cluster.gpus > 1 or strategy == "fsdp"), {"parallel.cpu_offload": True}),
+        (config.data.seq_len > 512, {"data.seq_len": max(512, config.data.seq_len // 4)}),
+    ]
+    wanted = [settings for needed, settings in steps if needed]
     if wanted and config.parallel.strategy == "auto":  # which would choose anew
         wanted[0].setdefault("parallel.strategy", strategy)
     return wanted

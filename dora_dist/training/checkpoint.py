@@ -68,9 +68,9 @@ class Checkpoints:
             UserError: it is none, or damaged, or every one of this run is damaged.
         """
         told, notices = self.processes.on_main(self._find)
-        return None if told is None else Checkpoint(Path(told[0]), told[1]), notices
+        return None if told is None else Checkpoint(Path(told[0]), *told[1:]), notices
 
-    def _find(self) -> tuple[tuple[str, dict] | None, list[str]]:
+    def _find(self) -> tuple[tuple | None, list[str]]:
         notices: list[str] = []
         try:
             for place in (self.directory.parent, self.directory):
@@ -78,7 +78,7 @@ class Checkpoints:
             found = find_checkpoint(self.directory, self.config.resume, self.run, notices)
         except OSError as error:
             raise UserError(f"output_dir: {str(error.filename)!r} cannot be written: {error.strerror}") from None
-        return None if found is None else (str(found.path), found.manifest), notices
+        return None if found is None else (str(found.path), *found[1:]), notices
 
     def is_own(self, found: Checkpoint) -> bool:
         """Whether a checkpoint lies in this run's directory."""

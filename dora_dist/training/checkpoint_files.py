@@ -1,9 +1,8 @@
 """Checkpoints on the disk: their names, whether they are whole, and which one a run goes on from."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dora_dist.adapters.files import CONFIG, TENSORS
 from dora_dist.errors import UserError
@@ -16,25 +15,13 @@ _NAME = re.compile(r"step-(\d{8,})")
 _PARTS = {"format": int, "step": int, "counters": dict, "run": dict}  # of a manifest
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint to go on from, and its manifest."""
+class Checkpoint(NamedTuple):
+    """A checkpoint to go on from, and what its manifest says."""
 
     path: Path
-    manifest: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return self.manifest["step"]
-
-    @property
-    def counters(self) -> dict[str, Any]:
-        return self.manifest["counters"]
-
-    @property
-    def run(self) -> dict[str, Any]:
-        """See `describe_run`."""
-        return self.manifest["run"]
+    step: int
+    counters: dict[str, Any]
+    run: dict[str, Any]  # see `describe_run`
 
 
 def checkpoint_name(step: int) -> str:
@@ -94,7 +81,7 @@ def _verified(path: Path) -> Checkpoint:
         raise Damaged(f"{path / MANIFEST} has format {manifest['format']}; this version reads {FORMAT}")
     if path.name != checkpoint_name(manifest["step"]):
         raise Damaged(f"{path / MANIFEST} is of step {manifest['step']}")
-    return Checkpoint(path, manifest)
+    return Checkpoint(path, manifest["step"], manifest["counters"], manifest["run"])
 
 
 def _read_named(path: Path) -> Checkpoint:

@@ -71,7 +71,7 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog, check_fits: C
         torch.manual_seed(config.train.seed + processes.rank + (found.step << 32 if found else 0))
         resumed = _log_position(found, checkpoints, config.train.eval_every, data.steps)
         with RunLog(config.log, output_dir, data.steps, about["config"], processes.is_main, resumed) as log:
-            log.say(*warnings, *notices, data.describe())
+            log.say(*warnings, *notices, f"data: {data.report}")
             built = build_to_train(blueprint, strategy)
             adapter = (built, output_dir / "adapter", config.model.path)
             log.say(*describe(built, strategy), *blueprint.coverage)

@@ -63,7 +63,8 @@ class Trainer:
         without_mask = self.causal and not (train.compile and packing) and CausalAttention.fits(built.model)
         self.attention = CausalAttention(built.model) if without_mask else None
         self.first_step = self.current = self.progress.step  # `current`: the step that is made, or was made last
-        self._layers, self._is_training = list(dora_layers(built.model).values()), False
+        self._layers = list(dora_layers(built.model).values())
+        built.engine.module.train()
 
     def train_step(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
         """One optimizer step. Returns this rank's part of the loss, and the global gradient norm. Where a rank's
@@ -106,19 +107,14 @@ class Trainer:
             refuse_idle(model, lambda: self._loss_sum(model, micro)[0], self.processes)
 
     def _train_mode(self) -> None:
-        if not self._is_training:
+        if not self.built.engine.module.training:  # to set it walks over all modules
             self.built.engine.module.train()
-            self._is_training = True
-
-    def _evaluation_mode(self) -> None:
-        self.built.engine.module.eval()
-        self._is_training = False
 
     @torch.no_grad()
     def evaluate(self, batches: EvaluationBatches, before_each: Callable[[], None] = lambda: None) -> Evaluation:
         """Mean loss per supervised token (per row and with accuracy, for a classifier). `before_each`: is called
         before each batch, and may end the run."""
-        self._evaluation_mode()
+        self.built.engine.module.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for index, micro in enumerate(batches):
             before_each()
@@ -132,7 +128,7 @@ class Trainer:
     @torch.no_grad()
     def sample(self, data: RunData, prompts: Sequence[str], tokens: int) -> list[str]:
         """Greedy completions of `prompts`; all ranks compute them in step."""
-        self._evaluation_mode()
+        self.built.engine.module.eval()
         texts = []
         for prompt in prompts if self.causal else ():
             self.at(Phase.SAMPLING, watched=False)
