@@ -148,17 +148,18 @@ class Processes:
         for the run's store, not in a collective, which has a time limit."""
         if self.world_size == 1:
             return value
-        assert self.store is not None
+        store = self.store
+        assert store is not None
         self._meetings += 1
         key = f"told/{self._meetings}"
         if self.is_main:
-            self.store.set(key, json.dumps(value))
+            store.set(key, json.dumps(value))
             return value
-        self._wait_for(key)
-        told = json.loads(self.store.get(key))
-        if self.store.add(f"{key}/read", 1) == self.world_size - 1:
+        in_thread(lambda: store.wait([key], _ANY_TIME)).result()
+        told = json.loads(store.get(key))
+        if store.add(f"{key}/read", 1) == self.world_size - 1:
             for done in (key, f"{key}/read"):
-                self.store.delete_key(done)
+                store.delete_key(done)
         return told
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -177,30 +178,16 @@ class Processes:
     def wait_for_all(self) -> None:
         """Return once every rank has come here, however long that takes: to be called before a collective, which
         has a time limit, and after what takes ranks different times."""
-        if self.store is None:  # one process, or a rehearsal's
+        if (store := self.store) is None:  # one process, or a rehearsal's
             return
         self._meetings += 1
         key = f"met/{self._meetings}"
-        if self.store.add(key, 1) == self.world_size:
-            self.store.set(f"{key}/all", "")
-        self._wait_for(f"{key}/all")
-        if self.store.add(key, 1) == 2 * self.world_size:
+        if store.add(key, 1) == self.world_size:
+            store.set(f"{key}/all", "")
+        in_thread(lambda: store.wait([f"{key}/all"], _ANY_TIME)).result()
+        if store.add(key, 1) == 2 * self.world_size:
             for done in (key, f"{key}/all"):
-                self.store.delete_key(done)
-
-    def _wait_for(self, key: str) -> None:
-        """In a thread, as no signal reaches a process whose main thread is in the store's own wait."""
-        assert self.store is not None
-        store, outcome = self.store, Future[None]()
-
-        def ask() -> None:
-            try:
-                outcome.set_result(store.wait([key], _ANY_TIME))
-            except Exception as error:
-                outcome.set_exception(error)
-
-        threading.Thread(target=ask, daemon=True).start()
-        outcome.result()
+                store.delete_key(done)
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -211,6 +198,21 @@ class Processes:
         if dist.is_initialized():
             self.barrier()
             dist.destroy_process_group()
+
+
+def in_thread(question: Callable[[], T]) -> Future[T]:
+    """A request to the store: no signal reaches a process whose main thread waits there, and nothing ends a
+    request to a host that is gone."""
+    outcome = Future[T]()
+
+    def ask() -> None:
+        try:
+            outcome.set_result(question())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return outcome
 
 
 def _use_loopback(cuda: bool) -> None:

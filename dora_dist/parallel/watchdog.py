@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from dora_dist.errors import Stopped
 from dora_dist.parallel.orphans import free_from_lost_host
 from dora_dist.parallel.phases import Phase
-from dora_dist.parallel.process import Processes
+from dora_dist.parallel.process import Processes, in_thread
 
 LOST = 69  # exit status of a rank that ends because another, or the network, is gone: EX_UNAVAILABLE
 _BEAT_S = 1.0
@@ -245,22 +246,13 @@ class _Board:
         return beats
 
     def _ask(self, question: Callable[[dist.Store], T], limit: float = _STORE_S) -> T | None:
-        """In a thread, as nothing else ends a request to a host that is gone: the store's own limit does not."""
-        store = self._store
-        if store is None:
+        if (store := self._store) is None:
             return None
-        answers: list[T] = []
-
-        def ask() -> None:
-            with suppress(RuntimeError):
-                answers.append(question(store))
-
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(limit)
-        if not answers:
+        try:
+            return in_thread(lambda: question(store)).result(limit)
+        except (RuntimeError, futures.TimeoutError):  # the store's own limit does not end it
             self._store, self.gone = None, True
-        return answers[0] if answers else None
+            return None
 
 
 def describe_missing(
