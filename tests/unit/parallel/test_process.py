@@ -61,6 +61,18 @@ def test_what_rank_0_tells_is_waited_for_by_one_request_and_then_deleted(ranks):
         assert "check" not in processes.store.asked and processes.store.asked.count("wait") == 3
 
 
+def test_what_rank_0_alone_finds_out_all_know_and_its_mistakes_too(ranks):
+    def refuse():
+        raise UserError("output_dir: no room")
+
+    def attempt(processes):
+        with pytest.raises(UserError, match="output_dir: no room"):
+            processes.on_main(refuse)
+        return processes.on_main(lambda: processes.rank)
+
+    assert on_all(ranks, attempt) == [0] * RANKS
+
+
 def test_nobody_goes_on_before_all_have_come(ranks):
     come = []
 
