@@ -149,7 +149,7 @@ def test_nccl_has_more_time_than_the_watchdog_for_it_counts_what_is_ahead_of_it(
     given, default = {}, dist.distributed_c10d
     gloo = SimpleNamespace(_set_default_timeout=lambda timeout: given.update(gloo=timeout))
     monkeypatch.setattr(dist, "init_process_group", lambda **options: given.update(options))
-    monkeypatch.setattr(process, "_backend", lambda device: gloo)
+    monkeypatch.setattr(default, "_get_default_group", lambda: SimpleNamespace(_get_backend=lambda device: gloo))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
