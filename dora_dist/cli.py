@@ -108,7 +108,7 @@ def leave(status: int) -> NoReturn:
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)  # before transformers is imported, which takes seconds
     _let_segments_grow(os.environ)
-    from dora_dist.planning.fits import check_fits
+    from dora_dist.planning.plan import check_fits
     from dora_dist.training.run import run_training
 
     _quiet_transformers()

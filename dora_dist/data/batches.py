@@ -5,7 +5,6 @@ stream of shuffled epochs. Every rank computes the same stream from the seed and
 know the number of targets of the whole global batch without communication.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -187,10 +186,6 @@ class EvaluationBatches:
         self._split, self._collate = replace(split, accumulation=1), replace(collate, packing=False)
         self.rows = len(examples)
         self.targets = int(examples.supervised_counts.sum())
-
-    def __len__(self) -> int:
-        """Micro-batches of every rank."""
-        return math.ceil(self.rows / self._split.global_size)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         size = self._split.global_size

@@ -1,6 +1,6 @@
 """What a run will hold and how long it takes, before it is started. May import training and below.
 
-plan, fits                  the verb: memory, time, and what to change; what `train` asks first
+plan                        the verb: memory, time, and what to change; what `train` asks first
 rehearse, stand_ins         the run's own code on fake tensors; what stands there for files, rows and the watchdog
 fake_group, replacements    a process group whose other ranks are absent; all else that a rehearsal replaces
 trace                       what code holds, computes and sends

@@ -1,4 +1,5 @@
-"""What a run needs, before it is started: does it fit, how long does a step take, what to change.
+"""What a run needs, before it is started: does it fit, as `train` asks first, how long does a step take, and what
+to change.
 
 The numbers come from a rehearsal of the run's own code (rehearse.py) and a model of the hardware (cost.py).
 """
@@ -8,11 +9,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dora_dist.config import ParallelConfig, RunConfig
-from dora_dist.errors import UserError
+from dora_dist.errors import RunFailed, UserError
+from dora_dist.models.weights import base_tensors
 from dora_dist.parallel.phases import Phase
+from dora_dist.parallel.process import Processes
 from dora_dist.planning.cost import StepTime, step_time
-from dora_dist.planning.hardware import ASSUMPTIONS, GB, Cluster
+from dora_dist.planning.hardware import ASSUMPTIONS, GB, GPUS, Cluster
 from dora_dist.planning.rehearse import Job, Rehearsals, Rehearsed
 from dora_dist.planning.trace import HOST
 
@@ -36,10 +41,6 @@ class Plan:
     time: StepTime
     changes: Sequence[Change] = ()
     faster: Change | None = None  # sharded inside machines only, where that fits, too
-
-    @property
-    def strategy(self) -> str:
-        return self.rehearsed.strategy
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -79,12 +80,11 @@ def make_plan(
     directory: Path,
     cluster: Cluster,
     rehearse: Rehearsals,
-    advise: bool = True,
     compare: bool = False,
     gpu: bool = True,
 ) -> Plan:
-    """Rehearse a run on a cluster; with `advise` also what would fit, where it does not; with `compare` also what
-    would be faster over several machines. Without `gpu` on CPUs.
+    """Rehearse a run on a cluster, and what would fit, where it does not; with `compare` also what would be faster
+    over several machines. Without `gpu` on CPUs.
 
     Raises:
         UserError: the configuration is refused, as training would.
@@ -96,9 +96,10 @@ def make_plan(
         return Plan(cluster, found, step_time(found, cluster))
 
     plan = planned({})
+    strategy = plan.rehearsed.strategy
     changes: list[Change] = []
     chosen: dict[str, Any] = {}
-    for settings in _smaller(config, plan.strategy, cluster) if advise and not plan.fits else ():
+    for settings in () if plan.fits else _smaller(config, strategy, cluster):
         try:
             found = planned({**chosen, **settings})
         except UserError:  # another setting rules it out
@@ -108,7 +109,7 @@ def make_plan(
         if found.fits:
             break
     faster = None
-    if compare and plan.fits and plan.strategy == "fsdp" and cluster.nodes > 1 and plan.parallel.replicas == 1:
+    if compare and plan.fits and strategy == "fsdp" and cluster.nodes > 1 and plan.parallel.replicas == 1:
         settings = {"parallel.replicas": cluster.nodes}
         found = planned(settings)
         if found.fits and found.time.total < plan.time.total:
@@ -144,13 +145,56 @@ def _with(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     return config
 
 
+def check_fits(
+    config: RunConfig, directory: Path, model: nn.Module, processes: Processes, memory: float
+) -> list[str]:
+    """UserError, on every rank: `plan` says that a device of `memory` bytes, the same on all ranks, cannot hold
+    this run, and what would fit. Returns a warning where it has nothing to say."""
+    if config.parallel.force or certainly_fits(model, config, memory):
+        return []
+    return processes.on_main(lambda: _refuse_misfit(config, directory, processes, memory))
+
+
+def _refuse_misfit(config: RunConfig, directory: Path, processes: Processes, memory: float) -> list[str]:
+    print("looking whether this run fits (not with parallel.force=true) ...", flush=True)
+    gpu, kind = processes.device.type == "cuda", processes.device.type
+    device = replace(GPUS["h100"], name=kind, memory=memory)  # rates do not matter here
+    if not gpu:
+        device = replace(device, reserved=0.0)
+    nodes, uneven = divmod(processes.world_size, processes.local_world_size)
+    cluster = Cluster(device, processes.world_size, 1 if uneven else nodes)
+    try:
+        with Rehearsals() as rehearse:
+            plan = make_plan(config, directory, cluster, rehearse, gpu=gpu)
+    except RunFailed as error:
+        return [f"warning: {error}"]
+    if plan.fits:
+        return []
+    line = _verdict(plan).rstrip(":")
+    if plan.changes and plan.changes[-1].fits:
+        line = f"{line.partition('. ')[0]}; it would with {_as_overrides(plan.changes[-1].settings)}"
+    raise UserError(f"parallel.strategy: {_strategy(plan)}: {line}. parallel.force=true trains all the same")
+
+
+def certainly_fits(model: nn.Module, config: RunConfig, memory: float) -> bool:
+    """Whether a run is so small that no rehearsal is needed to say that it fits: a bound far above what it
+    holds."""
+    weights = 2 * sum(t.nbytes for t in base_tensors(model).values())
+    trained = 20 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    widths = sum(sum(p.shape) for p in model.parameters() if p.dim() == 2)
+    tokens = config.train.micro_batch_size * config.data.seq_len
+    heads = getattr(model.config, "num_attention_heads", 64) * config.data.seq_len  # attention by its definition
+    blocks = sum(1 for m in model.modules() if isinstance(m, nn.ModuleList) for _ in m)
+    return weights + trained + tokens * 4 * (6 * widths + blocks * heads * 2) < memory / 2
+
+
 def as_text(plan: Plan) -> str:
     """The table that `dora-dist plan` prints."""
     device, time = plan.cluster.device, plan.time
     rate = plan.tokens / time.total
     lines = [
         f"{plan.cluster}: {device.usable() / GB:.1f} of {device.memory / GB:.1f} GB of each are for the run",
-        f"strategy: {strategy_of(plan)} ({plan.rehearsed.reason})",
+        f"strategy: {_strategy(plan)} ({plan.rehearsed.reason})",
         *plan.rehearsed.coverage,
         "",
         f"memory of a GPU at its fullest ({plan.rehearsed.fullest()[0].value})",
@@ -169,13 +213,13 @@ def as_text(plan: Plan) -> str:
     ]
     if sent:
         lines.append(f"  {sent / GB:10.2f} GB gathered and reduced, {100 * norms / sent:.3f} % for the norms")
-    lines += ["", verdict(plan)]
+    lines += ["", _verdict(plan)]
     for change in plan.changes:
         told = f"{_size(change.peak_bytes)}, {change.step_seconds:.2f} s a step"
-        lines.append(f"  {as_overrides(change.settings)}: {told}")
+        lines.append(f"  {_as_overrides(change.settings)}: {told}")
     if (found := plan.faster) is not None:
         told = f"{found.step_seconds:.3f} s a step, {_size(found.peak_bytes)}"
-        lines.append(f"faster: {as_overrides(found.settings)}: {told}")
+        lines.append(f"faster: {_as_overrides(found.settings)}: {told}")
     lines += ["", "counted by a rehearsal on fake tensors; times from published rates, not measured:"]
     return "\n".join([*lines, *(f"  - {assumption}" for assumption in ASSUMPTIONS)])
 
@@ -188,13 +232,13 @@ def _rows(held: Mapping[str, float], total: float) -> list[str]:
     return [*rows, f"  {total / GB:10.2f} GB  together"]
 
 
-def strategy_of(plan: Plan) -> str:
+def _strategy(plan: Plan) -> str:
     parallel = plan.parallel
     replicas = f", {parallel.replicas} replicas" if parallel.replicas > 1 else ""
-    return f"{plan.strategy}{replicas}{', offloaded to the host' if parallel.cpu_offload else ''}"
+    return f"{plan.rehearsed.strategy}{replicas}{', offloaded to the host' if parallel.cpu_offload else ''}"
 
 
-def verdict(plan: Plan) -> str:
+def _verdict(plan: Plan) -> str:
     limit = plan.cluster.device.usable()
     if plan.fits:
         return f"it fits: {_size(plan.peak)} of {_size(limit)}"
@@ -208,7 +252,7 @@ def _size(size: float) -> str:
     return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"
 
 
-def as_overrides(settings: Mapping[str, Any]) -> str:
+def _as_overrides(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={str(v).lower() if isinstance(v, bool) else v}" for key, v in settings.items())
 
 
@@ -221,7 +265,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "net_bytes_per_second": cluster.net.rate, "memory_bytes": cluster.device.memory,
             "usable_bytes": cluster.device.usable(),
         },
-        "strategy": plan.strategy,
+        "strategy": plan.rehearsed.strategy,
         "reason": plan.rehearsed.reason,
         "coverage": list(plan.rehearsed.coverage),
         "fits": plan.fits,

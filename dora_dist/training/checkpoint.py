@@ -30,7 +30,8 @@ from dora_dist.parallel.engine import OptimizerState
 from dora_dist.parallel.gather import ShardedTensor, finish, gathered, spread
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import Rectangle, as_matrix
-from dora_dist.training.checkpoint_files import (
+from dora_dist.training.optim import TrainableModel
+from dora_dist.training.resume import (
     FORMAT,
     OPTIMIZER,
     RNG,
@@ -40,7 +41,6 @@ from dora_dist.training.checkpoint_files import (
     find_checkpoint,
     set_aside,
 )
-from dora_dist.training.optim import TrainableModel
 
 
 class _File(NamedTuple):

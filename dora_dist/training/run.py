@@ -26,11 +26,10 @@ from dora_dist.parallel.strategy import Strategy, choose_strategy, device_memory
 from dora_dist.parallel.watchdog import Watchdog
 from dora_dist.schema import difference_between_ranks
 from dora_dist.training.checkpoint import Checkpoints
-from dora_dist.training.checkpoint_files import Checkpoint
 from dora_dist.training.health import StopSignals
 from dora_dist.training.loop import Loop, evaluates_at
 from dora_dist.training.optim import TrainableModel, build_to_train, optimizer_class
-from dora_dist.training.resume_rules import contradictions, describe_run, free_changes
+from dora_dist.training.resume import Checkpoint, compare, describe_run
 from dora_dist.training.run_log import Resumed, RunLog
 from dora_dist.training.trainer import Progress, Trainer
 
@@ -65,7 +64,7 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog, check_fits: C
     with _alone_in(output_dir, processes), StopSignals() as signals:
         found, notices = checkpoints.find()
         if found is not None:
-            notices += _compare(found, about, config.checkpoint.force, data.steps)
+            notices += compare(found, about, config.checkpoint.force, data.steps)
         _prepare_output(output_dir, processes, {"config.yaml": config.to_yaml(), **strategy.files})
         # Dropout differs between ranks, and from what it was before a checkpoint of another number of ranks.
         torch.manual_seed(config.train.seed + processes.rank + (found.step << 32 if found else 0))
@@ -187,21 +186,6 @@ def _log_position(
         return None
     again = evaluates_at(found.step, eval_every, steps) or found.step >= steps
     return Resumed(found.step, found.counters["log"], again)
-
-
-def _compare(found: Checkpoint, run: dict[str, Any], force: bool, steps: int) -> list[str]:
-    """Lines that say where the run goes on and what has changed. UserError: it cannot go on from there."""
-    problems = contradictions(found.run, run)
-    if problems and not force:
-        raise UserError(
-            f"checkpoint.resume: {str(found.path)!r} belongs to another run: {'; '.join(problems)}. Set "
-            "checkpoint.force=true to go on from it all the same, or checkpoint.resume=none to begin anew"
-        )
-    lines = [f"resumed from {found.path}, after step {found.step} of {steps}"]
-    if found.step >= steps:
-        lines.append("no step is left to train; to begin anew, set checkpoint.resume=none")
-    changes = [*problems, *free_changes(found.run, run)]
-    return lines + ([f"changed since then: {'; '.join(changes)}"] if changes else [])
 
 
 def describe(built: TrainableModel, strategy: Strategy) -> list[str]:

@@ -22,7 +22,7 @@ from dora_dist.training.checkpoint import Checkpoints
 from dora_dist.training.health import StopSignals
 from dora_dist.training.loop import Loop
 from dora_dist.training.optim import build_to_train
-from dora_dist.training.resume_rules import describe_run
+from dora_dist.training.resume import describe_run
 from dora_dist.training.run_log import RunLog
 from dora_dist.training.trainer import Trainer
 from tests.faults.case import Case

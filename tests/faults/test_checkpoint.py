@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from dora_dist.cli import main
-from dora_dist.training.checkpoint_files import FORMAT
+from dora_dist.training.resume import FORMAT
 from tests.faults import whole_runs
 from tests.faults.case import STEPS, Case
 from tests.faults.saves import damaged_checkpoints, full_disks, killed_saves, make_loop, train_and_save

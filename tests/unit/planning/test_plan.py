@@ -14,9 +14,8 @@ from dora_dist.models.build import make_blueprint
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import device_memory
 from dora_dist.planning import rehearse as rehearsals
-from dora_dist.planning.fits import certainly_fits, check_fits
 from dora_dist.planning.hardware import GPUS, find_cluster
-from dora_dist.planning.plan import as_json, as_text, make_plan
+from dora_dist.planning.plan import as_json, as_text, certainly_fits, check_fits, make_plan
 from dora_dist.planning.rehearse import Job
 from tests.support import ROOT
 from tests.support.launch import child_environment

@@ -91,8 +91,8 @@ def test_an_example_fits_its_gpus(name, tmp_path, rehearse):
         (directory / "config.json").write_text(json.dumps(known_models()[config.model.path]))
     shape = Shape.of(transformers.AutoConfig.from_pretrained(directory))
     cluster = find_cluster(meant.gpu, meant.gpus, meant.nodes)
-    plan = make_plan(config, directory, cluster, rehearse, advise=False)
-    assert (plan.strategy, plan.fits) == (meant.strategy, True)
+    plan = make_plan(config, directory, cluster, rehearse)
+    assert (plan.rehearsed.strategy, plan.fits) == (meant.strategy, True)
 
     # What must be held: a part of the weights, the block that computes, and the input of each block.
     of_linear, of_word = item_bytes(config)
