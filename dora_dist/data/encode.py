@@ -11,7 +11,7 @@ import numpy as np
 
 from dora_dist.config import DataConfig
 from dora_dist.data.fields import BadRow
-from dora_dist.data.formats import Drafter, Labels, detect_format
+from dora_dist.data.formats import Labels, detect_format, drafter
 from dora_dist.data.rows import Report, Row, characters
 from dora_dist.data.templates import Draft
 from dora_dist.errors import UserError
@@ -109,7 +109,7 @@ class Encoder:
             check_vocabulary(tokenizer, vocab_size)
         self.unused: set[str] = set()  # names of the fields met so far that nothing reads
         self._form = ""
-        self._drafter: Drafter | None = None
+        self._drafter: Callable[[Row], list[Draft]] | None = None
 
     def encode(self, rows: Iterable[Row], report: Report) -> Iterator[Example]:
         """The examples of the rows in order; lazily, a chunk at a time."""
@@ -135,7 +135,7 @@ class Encoder:
                     f"data.format: {self._form} ends each row with the tokenizer's end-of-sequence token, and "
                     "this tokenizer has none; valid would be a tokenizer with an eos_token"
                 )
-            self._drafter = Drafter(self._form, self.config, self.tokenizer, self.labels, self.unused)
+            self._drafter = drafter(self._form, self.config, self.tokenizer, self.labels, self.unused)
         return self._drafter is not None
 
     def encode_chunk(self, rows: Sequence[Row]) -> list[Encoded]:

@@ -6,7 +6,7 @@ One function per format makes `Draft`s of a row, or raises `BadRow` with what is
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from dora_dist.config import DataConfig
@@ -87,50 +87,43 @@ def detect_format(row: Row, config: DataConfig, *, classify: bool) -> str:
     raise UserError(f"{row.place}: the keys found ({found}) fit no format; valid would be {shapes}")
 
 
-class Drafter:
-    """Makes the drafts of a format's rows; adds the names of the fields that nothing reads to `unused`.
+def drafter(
+    form: str, config: DataConfig, tokenizer: Any, labels: Labels | None, unused: set[str]
+) -> Callable[[Row], list[Draft]]:
+    """What makes the drafts of a format's rows: one, but of a conversation whose turns cannot be shown in one
+    text. Adds the names of the fields that nothing reads to `unused`.
 
     Raises:
         UserError: the format is chat and the tokenizer has no chat template.
     """
+    everything = config.loss_on == "all"
+    template = cache(lambda: ChatTemplate(tokenizer, everything, unused))
+    if form == "chat":
+        template()
 
-    def __init__(
-        self, form: str, config: DataConfig, tokenizer: Any, labels: Labels | None, unused: set[str]
-    ) -> None:
-        self._form, self._everything, self._tokenizer = form, config.loss_on == "all", tokenizer
-        self._unused = unused
-        self._template = self._chat_template() if form == "chat" else None
-        drafts: dict[str, Callable[[Row], list[Draft]]] = {
-            "chat": self._chat,
-            "prompt_completion": self._prompt_completion,
-            "alpaca": partial(_draft_alpaca, end=tokenizer.eos_token),
-            "text": _draft_text,
-            "labels": partial(_draft_labels, to_label=labels),
-        }
-        self._draft = drafts[form]
-
-    def __call__(self, row: Row) -> list[Draft]:
-        """The drafts of a row: one, but of a conversation whose turns cannot be shown in one text."""
-        self._unused.update(check_fields(row, self._form))
-        drafts = self._draft(row)
-        if self._everything and self._form in ("prompt_completion", "alpaca") and not drafts[0].chat:
-            return [draft._replace(spans=None) for draft in drafts]
-        return drafts
-
-    def _chat_template(self) -> ChatTemplate:
-        return ChatTemplate(self._tokenizer, self._everything, self._unused)
-
-    def _chat(self, row: Row) -> list[Draft]:
-        assert self._template is not None
-        return self._template(read_chat(row))
-
-    def _prompt_completion(self, row: Row) -> list[Draft]:
+    def prompt_completion(row: Row) -> list[Draft]:
         if not isinstance(row.fields.get("prompt"), list) and not isinstance(row.fields.get("completion"), list):
             prompt, completion = text_field(row, "prompt"), text_field(row, "completion")
             return [Draft(prompt + completion, [(len(prompt), len(prompt) + len(completion))])]
         chat = read_prompt_chat(row)
-        self._template = self._template or self._chat_template()
-        return self._template(chat)
+        return template()(chat)
+
+    make: dict[str, Callable[[Row], list[Draft]]] = {
+        "chat": lambda row: template()(read_chat(row)),
+        "prompt_completion": prompt_completion,
+        "alpaca": partial(_draft_alpaca, end=tokenizer.eos_token),
+        "text": _draft_text,
+        "labels": partial(_draft_labels, to_label=labels),
+    }
+
+    def draft(row: Row) -> list[Draft]:
+        unused.update(check_fields(row, form))
+        drafts = make[form](row)
+        if everything and form in ("prompt_completion", "alpaca") and not drafts[0].chat:
+            return [one._replace(spans=None) for one in drafts]
+        return drafts
+
+    return draft
 
 
 def _draft_alpaca(row: Row, end: str) -> list[Draft]:
