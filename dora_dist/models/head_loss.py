@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dora_dist.data.batches import IGNORED
 from dora_dist.device import to_device
 
-IGNORED = -100  # a target that no loss counts
 _CHUNK_BYTES = 64 << 20  # of a chunk's fp32 logits; a quarter of it costs a CPU 1.4 times the time
 _LEAST_ROWS = 256  # with fewer, reading the head's weight takes longer than multiplying by it
 _FP16_SCALE = 64.0  # probabilities below 6e-5 lose digits in fp16
