@@ -36,13 +36,13 @@ from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import blocks
 from dora_dist.parallel.strategy import Strategy, choose_strategy, strategy_for
 from dora_dist.planning.fake_group import collective_of, fake_group, reduce_in_python
-from dora_dist.planning.replacements import replacements
 from dora_dist.planning.stand_ins import (
     BASE,
     Files,
     Watch,
     full_batch,
     gloo_scratch,
+    replacements,
     rounded,
     tag_head,
     tag_what_is_held,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dora_dist.planning import fake_group, replacements
+from dora_dist.planning import fake_group, stand_ins
 from dora_dist.planning.trace import Tracer
 from dora_dist.quant import modules
 
@@ -14,7 +14,7 @@ from dora_dist.quant import modules
 def test_what_is_replaced_is_called_and_put_back():
     owner = SimpleNamespace(half=lambda n: n / 2)
     before = owner.half
-    around = replacements.replaced(owner, "half", lambda half: lambda n: half(n) + 1, needed=True)
+    around = stand_ins.replaced(owner, "half", lambda half: lambda n: half(n) + 1, needed=True)
     with around:
         assert owner.half(4) == 3.0
     assert owner.half is before
@@ -24,13 +24,13 @@ def test_what_is_replaced_in_vain_fails_loudly():
     owner = SimpleNamespace(half=lambda n: n / 2)
     with (
         pytest.raises(LookupError, match="half was replaced in a rehearsal, and nothing called it"),
-        replacements.replaced(owner, "half", lambda half: half, needed=True),
+        stand_ins.replaced(owner, "half", lambda half: half, needed=True),
     ):
         pass
 
 
 def replace_all(strategy="single"):
-    with replacements.replacements(nn.Linear(1, 1), strategy, Tracer(lambda *_: None)) as names:
+    with stand_ins.replacements(nn.Linear(1, 1), strategy, Tracer(lambda *_: None)) as names:
         return names
 
 
@@ -44,10 +44,10 @@ def test_all_that_a_rehearsal_replaces_is_there():
 
 
 def test_a_target_that_was_renamed_fails_loudly(monkeypatch):
-    monkeypatch.setattr(replacements, "_PIECES", ((modules, "_chunks"),))
+    monkeypatch.setattr(stand_ins, "_PIECES", ((modules, "_chunks"),))
     with pytest.raises(LookupError, match=r"modules\._chunks is to be replaced in a rehearsal, and is not there"):
         replace_all()
-    monkeypatch.setattr(replacements, "_PIECES", ())
+    monkeypatch.setattr(stand_ins, "_PIECES", ())
     monkeypatch.setattr(fake_group, "_EVERY_RANK_ALIKE", {"is_bad_grad_norm": lambda norm: False})
     with pytest.raises(LookupError, match="is_bad_grad_norm of DeepSpeed is to be replaced"):
         replace_all("zero3")

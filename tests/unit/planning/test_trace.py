@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dora_dist.parallel.phases import Phase
-from dora_dist.planning.replacements import replaced
+from dora_dist.planning.stand_ins import replaced
 from dora_dist.planning.trace import GATHERED, HOST, Collective, Tracer
 
 MB = 1 << 20
