@@ -5,6 +5,8 @@ products, functional        mixed-precision products; a layer's forward and back
 kept_output                 what the backward reads of an output that a model may write into
 kernels, triton_kernels     the same, fused, on a GPU
 layers                      DoraLayer, and DoraLinear and DoraEmbedding made from it
+grouped, experts            the same for every expert of a mixture; how a module of experts computes by them
+experts_layout              how models hold their experts, and the proof of it
 targets, inject             which modules of a model become them; how they do
 norm_cache                  norms, computed once per optimizer step from each rank's own rows
 """

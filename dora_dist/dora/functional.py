@@ -12,6 +12,7 @@ product before that is rounded to 16 bits.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +41,14 @@ from dora_dist.quant.nf4 import Nf4
 _LEAST_RATIO = {torch.float16: 1e-4, torch.float64: 1e-100}  # else 1e-20: as far as exponents reach
 
 
-def _magnitude_grads(total: Tensor, ratio: Tensor, norm: Tensor, needs_dn: bool) -> tuple[Tensor, Tensor | None]:
+def magnitude_grads(total: Tensor, ratio: Tensor, norm: Tensor, needs_dn: bool) -> tuple[Tensor, Tensor | None]:
     """dm and, where it is needed, dn from sum(dY * V x). Divides by n, never by m: right where m is zero; 0 where
     V's row is."""
     dm = (total / norm).masked_fill_(norm == 0, 0.0)
     return dm, -ratio * dm if needs_dn else None
 
 
-def _nonzero_ratio(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
+def nonzero_ratio(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
     """m / n, kept so far from zero that an output of `dtype` multiplied by it can be divided by it again."""
     ratio, least = norm_ratio(magnitude, norm), _LEAST_RATIO.get(dtype, 1e-20)
     return torch.where(ratio.abs() < least, least, ratio)
@@ -74,6 +75,25 @@ class Constants:
         return dense(parts, self.layout, self.transposed, row_factors)
 
 
+class Kept(NamedTuple):
+    """What a product's gradients are made from, besides the weight. A, B and z are None without a low-rank path,
+    g for LoRA."""
+
+    x_TI: Tensor
+    A_RI: Tensor | None
+    B_OR: Tensor | None
+    g: Tensor | None  # m / n per output feature or, for `in_grads`, per input feature
+    z_TR: Tensor | None
+    keep_TI: Tensor | None  # what dropout keeps
+
+
+class Grads(NamedTuple):
+    dx_TI: Tensor | None
+    dA_RI: Tensor | None
+    dB_OR: Tensor | None
+    total: Any  # of which m's and n's are made; None for LoRA
+
+
 class LinearOut(Function):
     """y_TO = g_O * h_TO + bias with h = x W^T + s (drop(x) A^T) B^T and g = m / n per output feature (LoRA: no g).
 
@@ -84,9 +104,9 @@ class LinearOut(Function):
 
     @staticmethod
     def forward(ctx, x_TI, A_RI, B_OR, m_O, n_O, bias, keep_TI, constants, *parts):
-        g_O = None if m_O is None else _nonzero_ratio(m_O, n_O, x_TI.dtype)
+        g_O = None if m_O is None else nonzero_ratio(m_O, n_O, x_TI.dtype)
         z_TR = low_rank_z(x_TI, A_RI, keep_TI, constants.keep_scale)
-        y_TO, gh_TO = _outputs(x_TI, z_TR, B_OR, g_O, bias, constants, parts)
+        y_TO, gh_TO = outputs(x_TI, z_TR, B_OR, g_O, bias, constants, parts)
         ctx.constants, ctx.kept = constants, None
         if g_O is not None and bias is None:
             gh_TO, ctx.kept = keep(gh_TO)
@@ -98,31 +118,47 @@ class LinearOut(Function):
     @once_differentiable
     def backward(ctx, dy_TO):
         x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI, gh_TO, *parts = ctx.saved_tensors
-        constants, scaling, keep_scale = ctx.constants, ctx.constants.scaling, ctx.constants.keep_scale
-        row_factors = g_O if constants.ratio_in_weight else None
-        dx_TI = dA_RI = dB_OR = dm_O = dn_O = None
         if is_overwritten(ctx.kept):
-            gh_TO = _outputs(x_TI, z_TR, B_OR, g_O, None, constants, parts)[1]
-        if g_O is not None:
-            dh_TO, dz_TR, total_O = decomposed(dy_TO, gh_TO, B_OR, g_O, scaling, keep_dh=row_factors is None)
-            dh_TO = dy_TO if dh_TO is None else dh_TO
-            dm_O, dn_O = _magnitude_grads(total_O / g_O, g_O, n_O, ctx.needs_input_grad[4])
-        else:
-            dh_TO, dz_TR = dy_TO, low_rank_dz(dy_TO, B_OR, scaling)
-        if dz_TR is not None:
-            x_kept_TI = dropped(x_TI, keep_TI, keep_scale)
-            dA_RI, dB_OR = low_rank_grads(dh_TO, dz_TR, x_kept_TI, z_TR, A_RI, B_OR, scaling)
-            if row_factors is not None:
-                dB_OR.mul_(row_factors[:, None])
-        if ctx.needs_input_grad[0]:
-            dx_TI = dh_TO @ constants.weight(parts, row_factors).t()
-            if dz_TR is not None:
-                add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, keep_scale)
+            gh_TO = outputs(x_TI, z_TR, B_OR, g_O, None, ctx.constants, parts)[1]
+        kept = Kept(x_TI, A_RI, B_OR, g_O, z_TR, keep_TI)
+        dx_TI, dA_RI, dB_OR, total_O = out_grads(dy_TO, gh_TO, kept, ctx.constants, parts, ctx.needs_input_grad[0])
+        dm_O = dn_O = None
+        if total_O is not None:
+            dm_O, dn_O = magnitude_grads(total_O, g_O, n_O, ctx.needs_input_grad[4])
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
         return dx_TI, dA_RI, dB_OR, dm_O, dn_O, dbias, *[None] * (2 + len(parts))
 
 
-def _outputs(
+def out_grads(
+    dy_TO: Tensor, gh_TO: Tensor | None, kept: Kept, constants: Constants, parts: Sequence[Tensor], needs_dx: bool
+) -> Grads:
+    """Of `outputs`; total = sum_T(dy * h), where there is a g."""
+    x_TI, A_RI, B_OR, g_O, z_TR, keep_TI = kept
+    scaling, keep_scale = constants.scaling, constants.keep_scale
+    row_factors = g_O if constants.ratio_in_weight else None
+    dx_TI = dA_RI = dB_OR = total_O = dz_TR = None
+    if g_O is not None:
+        assert gh_TO is not None
+        dh_TO, dz_TR, total_O = decomposed(dy_TO, gh_TO, B_OR, g_O, scaling, keep_dh=row_factors is None)
+        dh_TO = dy_TO if dh_TO is None else dh_TO
+        total_O = total_O / g_O
+    else:
+        assert B_OR is not None
+        dh_TO, dz_TR = dy_TO, low_rank_dz(dy_TO, B_OR, scaling)
+    if dz_TR is not None:
+        assert A_RI is not None and B_OR is not None and z_TR is not None
+        x_kept_TI = dropped(x_TI, keep_TI, keep_scale)
+        dA_RI, dB_OR = low_rank_grads(dh_TO, dz_TR, x_kept_TI, z_TR, A_RI, B_OR, scaling)
+        if row_factors is not None:
+            dB_OR.mul_(row_factors[:, None])
+    if needs_dx:
+        dx_TI = dh_TO @ constants.weight(parts, row_factors).t()
+        if dz_TR is not None and A_RI is not None:
+            add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, keep_scale)
+    return Grads(dx_TI, dA_RI, dB_OR, total_O)
+
+
+def outputs(
     x_TI: Tensor,
     z_TR: Tensor | None,
     B_OR: Tensor | None,
@@ -151,35 +187,72 @@ class _LinearIn(Function):
 
     @staticmethod
     def forward(ctx, x_TI, A_RI, B_OR, m_I, n_I, bias, keep_TI, constants, *parts):
-        gx_TI = x_TI * norm_ratio(m_I, n_I)
-        y_TO = mm_wide_left(gx_TI, constants.weight(parts))
-        z_TR = None if A_RI is None else low_rank_z(gx_TI.to(x_TI.dtype), A_RI, keep_TI, constants.keep_scale)
-        if z_TR is not None:
-            y_TO.addmm_(z_TR.to(y_TO.dtype), B_OR.t().to(y_TO.dtype), alpha=constants.scaling)
-        if bias is not None:
-            y_TO += bias
+        y_TO, z_TR = in_outputs(x_TI, A_RI, B_OR, norm_ratio(m_I, n_I), bias, keep_TI, constants, parts)
         ctx.save_for_backward(x_TI, A_RI, B_OR, m_I, n_I, z_TR, keep_TI, *parts)
         ctx.constants = constants
-        return _own(y_TO.to(x_TI.dtype))
+        return _own(y_TO)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TO):
         x_TI, A_RI, B_OR, m_I, n_I, z_TR, keep_TI, *parts = ctx.saved_tensors
-        constants, scaling, keep_scale = ctx.constants, ctx.constants.scaling, ctx.constants.keep_scale
         g_I = norm_ratio(m_I, n_I)
-        dA_RI = dB_OR = None
-        dgx_TI = wide_mm(dy_TO, constants.weight(parts).t())
-        if A_RI is not None:
-            gx_kept_TI = dropped((x_TI * g_I).to(x_TI.dtype), keep_TI, keep_scale)
-            dz_TR = low_rank_dz(dy_TO, B_OR, scaling)
-            dA_RI, dB_OR = low_rank_grads(dy_TO, dz_TR, gx_kept_TI, z_TR, A_RI, B_OR, scaling)
-            add_low_rank_dx(dgx_TI, dz_TR, A_RI, keep_TI, keep_scale)
-            del gx_kept_TI  # dx takes its place
-        dx_TI, total_I = column_sums(dgx_TI, x_TI, g_I, ctx.needs_input_grad[0])
-        dm_I, dn_I = _magnitude_grads(total_I, g_I, n_I, ctx.needs_input_grad[4])
+        kept = Kept(x_TI, A_RI, B_OR, g_I, z_TR, keep_TI)
+        dx_TI, dA_RI, dB_OR, total_I = in_grads(dy_TO, kept, ctx.constants, parts, ctx.needs_input_grad[0])
+        dm_I, dn_I = magnitude_grads(total_I, g_I, n_I, ctx.needs_input_grad[4])
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
         return dx_TI, dA_RI, dB_OR, dm_I, dn_I, dbias, *[None] * (2 + len(parts))
+
+
+def in_outputs(
+    x_TI: Tensor,
+    A_RI: Tensor | None,
+    B_OR: Tensor | None,
+    g_I: Tensor,
+    bias: Tensor | None,
+    keep_TI: Tensor | None,
+    constants: Constants,
+    parts: Sequence[Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """(g x) W^T + s drop(g x) A^T B^T + bias, of x's dtype, and z."""
+    gx_TI = x_TI * g_I
+    y_TO = mm_wide_left(gx_TI, constants.weight(parts))
+    z_TR = None if A_RI is None else low_rank_z(gx_TI.to(x_TI.dtype), A_RI, keep_TI, constants.keep_scale)
+    if z_TR is not None and B_OR is not None:
+        y_TO.addmm_(z_TR.to(y_TO.dtype), B_OR.t().to(y_TO.dtype), alpha=constants.scaling)
+    if bias is not None:
+        y_TO += bias
+    return y_TO.to(x_TI.dtype), z_TR
+
+
+def in_grads(dy_TO: Tensor, kept: Kept, constants: Constants, parts: Sequence[Tensor], needs_dx: bool) -> Grads:
+    """Of `in_outputs`; total = sum_T(x * (dy V))."""
+    x_TI, A_RI, B_OR, g_I, z_TR, keep_TI = kept
+    assert g_I is not None
+    scaling, keep_scale = constants.scaling, constants.keep_scale
+    dA_RI = dB_OR = None
+    dgx_TI = wide_mm(dy_TO, constants.weight(parts).t())
+    if A_RI is not None and B_OR is not None and z_TR is not None:
+        gx_kept_TI = dropped((x_TI * g_I).to(x_TI.dtype), keep_TI, keep_scale)
+        dz_TR = low_rank_dz(dy_TO, B_OR, scaling)
+        dA_RI, dB_OR = low_rank_grads(dy_TO, dz_TR, gx_kept_TI, z_TR, A_RI, B_OR, scaling)
+        add_low_rank_dx(dgx_TI, dz_TR, A_RI, keep_TI, keep_scale)
+        del gx_kept_TI  # dx takes its place
+    dx_TI, total_I = column_sums(dgx_TI, x_TI, g_I, needs_dx)
+    return Grads(dx_TI, dA_RI, dB_OR, total_I)
+
+
+def prepare(
+    x_TI: Tensor, dropout: float, scaling: float, transposed: bool, layout: Nf4 | None
+) -> tuple[Tensor | None, Constants]:
+    """What dropout keeps of x, and what to compute with."""
+    keep_TI, keep_scale = None, 1.0
+    if dropout > 0:
+        keep_TI = torch.empty_like(x_TI, dtype=torch.bool).bernoulli_(1 - dropout)
+        keep_scale = 1 / (1 - dropout)
+    # A 4-bit W's scales take the ratio at no cost; then no [T, O] tensor is multiplied by it, or held in fp32.
+    in_weight = layout is not None and layout.dtype == torch.bfloat16 and not transposed
+    return keep_TI, Constants(scaling, keep_scale, transposed, layout, in_weight)
 
 
 def adapted_linear(
@@ -214,13 +287,7 @@ def adapted_linear(
     if magnitude is None and A_RI is None:
         return frozen_linear(x, parts, bias, layout, transposed)
     x_TI = x.reshape(-1, x.shape[-1])
-    keep_TI, keep_scale = None, 1.0
-    if dropout > 0 and A_RI is not None:
-        keep_TI = torch.empty_like(x_TI, dtype=torch.bool).bernoulli_(1 - dropout)
-        keep_scale = 1 / (1 - dropout)
-    # A 4-bit W's scales take the ratio at no cost; then no [T, O] tensor is multiplied by it, or held in fp32.
-    in_weight = layout is not None and layout.dtype == torch.bfloat16 and not transposed
-    constants = Constants(scaling, keep_scale, transposed, layout, in_weight)
+    keep_TI, constants = prepare(x_TI, dropout if A_RI is not None else 0.0, scaling, transposed, layout)
     function = _LinearIn if magnitude is not None and axis == "in" else LinearOut
     y_TO = function.apply(x_TI, A_RI, B_OR, magnitude, norm, bias, keep_TI, constants, *parts)
     return y_TO if x.dim() == 2 else y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dora_dist.config import DoraConfig
+from dora_dist.dora.experts import DoraExperts, complete, own_parameter
 from dora_dist.dora.layers import AdapterSpec, DoraEmbedding, DoraLayer, DoraLinear
-from dora_dist.dora.targets import choose, inside, is_conv1d, rank_and_alpha
+from dora_dist.dora.targets import Projection, choose, inside, is_conv1d, rank_and_alpha
 from dora_dist.errors import UserError
 from dora_dist.io.fingerprint import Base
 
@@ -39,9 +40,9 @@ def inject_dora(
     """Swap the targets of `config` for DoRA layers, in place, and return the model.
 
     Targets are nn.Linear (and subclasses that compute the same), transformers' Conv1D (GPT-2) and nn.Embedding
-    modules. The layers share the model's weights; afterwards only A, B, the magnitudes and `modules_to_save` (held
-    in fp32) require gradients. At first the model computes what it computed before. On the meta device values are
-    left to `initialize_adapters`.
+    modules, and a mixture's experts whose matrices are one parameter (experts.py). The layers share the model's
+    weights; afterwards only A, B, the magnitudes and `modules_to_save` (held in fp32) require gradients. At first the
+    model computes what it computed before. On the meta device values are left to `initialize_adapters`.
 
     Args:
         base: what the model is; `save_adapter` writes it down, and `load_adapter` refuses adapters of another.
@@ -63,10 +64,13 @@ def inject_dora(
     specs = {name: _spec(name, module, name in chosen.magnitude_only, config) for name, module in targets.items()}
 
     model.requires_grad_(False)
-    replaced: dict[nn.Module, DoraLayer] = {}
+    replaced: dict[nn.Module | Projection, DoraLayer] = {}
     for name, module in targets.items():
         replaced[module] = replaced.get(module) or _make_layer(module, specs[name])
         set_module(model, name, replaced[module])
+    for projection in targets.values():
+        if isinstance(projection, Projection) and projection.layout is not None:
+            complete(projection.experts, projection.layout)
     dtypes = {
         name: parameter.dtype  # before ties are widened
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -105,7 +109,7 @@ def injection_of(model: nn.Module) -> Injection:
     return injection
 
 
-def _spec(name: str, module: nn.Module, magnitude_only: bool, config: DoraConfig) -> AdapterSpec:
+def _spec(name: str, module: nn.Module | Projection, magnitude_only: bool, config: DoraConfig) -> AdapterSpec:
     rank, alpha = rank_and_alpha(name, config)
     shape = module.weight.shape
     assert isinstance(shape, torch.Size)
@@ -127,15 +131,19 @@ def _spec(name: str, module: nn.Module, magnitude_only: bool, config: DoraConfig
     )
 
 
-def _make_layer(module: nn.Module, spec: AdapterSpec) -> DoraLayer:
+def _make_layer(module: nn.Module | Projection, spec: AdapterSpec) -> DoraLayer:
     layer: DoraLayer
-    weight: nn.Parameter = module.weight  # type: ignore[assignment]
-    if isinstance(module, nn.Embedding):
-        layer = DoraEmbedding(weight, spec, module.padding_idx)
+    if isinstance(module, Projection):
+        assert module.layout is not None
+        weight = own_parameter(module.experts, module.key, module.layout)
+        layer = DoraExperts(weight, spec, module.layout.num_experts).train(module.experts.training)
+    elif isinstance(module, nn.Embedding):
+        layer = DoraEmbedding(module.weight, spec, module.padding_idx)  # type: ignore[arg-type]
+        layer.train(module.training)
     else:
-        layer = DoraLinear(weight, module.bias, spec, transposed=is_conv1d(module))  # type: ignore[arg-type]
-    layer.train(module.training)
-    if not weight.is_meta:
+        layer = DoraLinear(module.weight, module.bias, spec, transposed=is_conv1d(module))  # type: ignore[arg-type]
+        layer.train(module.training)
+    if not layer.weight.is_meta:
         layer.reset_parameters()
     return layer
 
@@ -178,4 +186,6 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
+    owner = model.get_submodule(parent)
+    owner._parameters.pop(attribute, None)  # a projection of experts
+    setattr(owner, attribute, module)

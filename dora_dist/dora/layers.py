@@ -9,6 +9,7 @@ detached norm because the norm depends on weight, A and B alone.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from dora_dist.device import wide_dtype
 from dora_dist.dora.functional import adapted_embedding, adapted_linear
 from dora_dist.dora.norm_math import merge_, norm_ratio, norm_with_gradient, squared_norms
 from dora_dist.quant.modules import BaseWeight
+from dora_dist.quant.nf4 import Nf4, PackedMatrix, rows_of
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,21 @@ class AdapterSpec:
     init: str = "kaiming"
 
 
+@dataclass(frozen=True)
+class Block:
+    """Rows of a stored weight that one low-rank product is added to: a layer's, or one expert's."""
+
+    rows: slice
+    ranks: slice  # the rows of A
+    start: int  # where the norms of its columns begin, among the layer's
+
+    def norms(self, dim: int, columns: slice) -> slice:
+        """Where the norms along `dim` of these columns of it lie."""
+        return self.rows if dim == 0 else slice(self.start + columns.start, self.start + columns.stop)
+
+
 class DoraLayer(BaseWeight):
-    """What DoraLinear and DoraEmbedding share.
+    """What DoraLinear, DoraEmbedding and DoraExperts share.
 
     `weight` is [out, in], or [in, out] where `transposed` (Conv1D, embeddings: in = vocabulary). A is
     [r, in], B [out, r], magnitude [out] or [in] by the spec's axis. A, B, magnitude and norm are fp32 (fp64
@@ -45,6 +60,7 @@ class DoraLayer(BaseWeight):
     magnitude: nn.Parameter | None
     bias: nn.Parameter | None
     norm: Tensor | None
+    num_experts = 1  # matrices that the weight holds, one below the other
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, spec: AdapterSpec):
         super().__init__()
@@ -53,9 +69,11 @@ class DoraLayer(BaseWeight):
         for p in (weight, bias):
             if p is not None:
                 p.requires_grad_(False)
-        self.out_features, self.in_features = reversed(weight.shape) if self.transposed else weight.shape
+        rows, self.in_features = reversed(weight.shape) if self.transposed else weight.shape
+        self.out_features = rows // self.num_experts
 
         def trained(*shape: int) -> nn.Parameter:
+            shape = (self.num_experts * shape[0], *shape[1:])
             return nn.Parameter(torch.zeros(*shape, dtype=wide_dtype(weight.dtype), device=weight.device))
 
         self.lora_A = trained(spec.rank, self.in_features) if spec.rank else None
@@ -84,15 +102,24 @@ class DoraLayer(BaseWeight):
             return None, None
         return self.stored_factors(self.lora_A, self.lora_B)
 
+    def blocks(self, rows: slice | None = None) -> list[Block]:
+        """What `rows` of the stored weight (None: all) consist of."""
+        all_rows = slice(0, self.in_features if self.transposed else self.out_features)
+        return [Block(rows or all_rows, slice(None), 0)]
+
+    def block_factors(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """This layer's own (L, U) of each of its `blocks()`."""
+        return [self.factors]
+
     def initial_factors(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Fresh (A, B), whole, on the generator's device (CPU), B A = 0."""
         dtype = wide_dtype(self.base_dtype)
-        A = torch.empty(self.spec.rank, self.in_features, dtype=dtype)
+        A = torch.empty(self.num_experts * self.spec.rank, self.in_features, dtype=dtype)
         if self.spec.init == "gaussian":
             nn.init.normal_(A, std=1 / self.spec.rank, generator=generator)
         else:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-        return A, torch.zeros(self.out_features, self.spec.rank, dtype=dtype)
+        return A, torch.zeros(self.num_experts * self.out_features, self.spec.rank, dtype=dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -109,7 +136,17 @@ class DoraLayer(BaseWeight):
     def current_norm(self) -> Tensor:
         """The norm of V, computed here from whole weights."""
         self._require_whole()
-        return squared_norms(self.matrix, *self.factors, self.spec.scaling, self.magnitude_dim).sqrt_()
+        return self.norm_over(self.matrix)
+
+    @torch.no_grad()
+    def norm_over(self, matrix: Tensor | PackedMatrix) -> Tensor:
+        """The norm of V with `matrix` in the weight's place."""
+        scaling, dim = self.spec.scaling, self.magnitude_dim
+        squares = [
+            squared_norms(rows_of(matrix, block.rows), L, U, scaling, dim)
+            for block, (L, U) in zip(self.blocks(), self.block_factors(), strict=True)
+        ]
+        return (squares[0] if len(squares) == 1 else torch.cat(squares)).sqrt_()
 
     def renew_norm(self, norm: Tensor) -> None:
         assert self.norm is not None
@@ -131,20 +168,50 @@ class DoraLayer(BaseWeight):
                 "MixedPrecisionPolicy(param_dtype=...) does, and DeepSpeed's sections bf16 and fp16); leave them "
                 "unset: the layer mixes precisions"
             )
-        L, U = self.factors
-        if self.spec.norm_gradient == "exact" and L is not None and U is not None and torch.is_grad_enabled():
-            parts, scaling = self.weight_parts, self.spec.scaling
-            norm = norm_with_gradient(norm, parts, L, U, scaling, self.magnitude_dim, self.layout)
+        if self.spec.norm_gradient == "exact" and self.lora_A is not None and torch.is_grad_enabled():
+            norm = self._with_gradient(norm)
         return norm
+
+    def _with_gradient(self, norm: Tensor) -> Tensor:
+        dim, found = self.magnitude_dim, []
+        for block, (L, U) in zip(self.blocks(), self.block_factors(), strict=True):
+            assert L is not None and U is not None
+            own = norm[block.norms(dim, slice(0, U.shape[1]))]
+            parts = [part[block.rows] for part in self.weight_parts]
+            found.append(norm_with_gradient(own, parts, L, U, self.spec.scaling, dim, self.layout))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """(m/n) * (W + s B A) in the weight's dtype and orientation, a new tensor."""
         self._require_whole()
         merged = self.matrix[:].detach().clone()
-        ratio = norm_ratio(self.magnitude, self.current_norm()) if self.magnitude is not None else None
-        merge_(merged, *self.factors, self.spec.scaling, ratio, self.magnitude_dim)
+        self.merge_into(merged)
         return merged
+
+    @torch.no_grad()
+    def merge_into(self, weight: Tensor) -> None:
+        """Write (m/n) * (W + s B A) over a dense W in the stored orientation, which may be another than the
+        layer's."""
+        dim = self.magnitude_dim
+        ratio = norm_ratio(self.magnitude, self.norm_over(weight)) if self.magnitude is not None else None
+        for block, (L, U) in zip(self.blocks(), self.block_factors(), strict=True):
+            own = None if ratio is None else ratio[block.norms(dim, slice(0, weight.shape[1]))]
+            merge_(weight[block.rows], L, U, self.spec.scaling, own, dim)
+
+    def _in_compute_dtype(self, x: Tensor, *more: Any) -> Tensor:
+        """`_adapted` of x, and of the weight, in the weight's dtype or, under autocast, in autocast's."""
+        self._require_whole()
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._adapted(x, list(self.weight_parts), self.layout, *more)
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            if self.layout is None:
+                return self._adapted(x.to(dtype), [self.weight.to(dtype)], None, *more)
+            return self._adapted(x.to(dtype), list(self.weight_parts), replace(self.layout, dtype=dtype), *more)
+
+    def _adapted(self, x: Tensor, parts: list[Tensor], layout: Nf4 | None, *more: Any) -> Tensor:
+        raise NotImplementedError
 
     def _kept_wide(self) -> list[Tensor]:
         trained = [t for t in (self.lora_A, self.lora_B, self.magnitude, self.norm) if t is not None]
@@ -186,21 +253,12 @@ class DoraLinear(DoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the weight's dtype (under autocast, in autocast's)."""
-        self._require_whole()
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            with torch.autocast(x.device.type, enabled=False):
-                return self._adapted(x.to(dtype), dtype)
-        return self._adapted(x, self.base_dtype)
+        return self._in_compute_dtype(x)
 
-    def _adapted(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        weight: Tensor | list[nn.Parameter] = self.weight_parts
-        layout = None if self.layout is None else replace(self.layout, dtype=dtype)
-        if layout is None:
-            weight = self.weight if self.weight.dtype == dtype else self.weight.to(dtype)
+    def _adapted(self, x: Tensor, parts: list[Tensor], layout: Nf4 | None) -> Tensor:
         return adapted_linear(
             x,
-            weight,
+            parts,
             self.lora_A,
             self.lora_B,
             self.magnitude,

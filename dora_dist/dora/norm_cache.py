@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from dora_dist.dora.layers import DoraLayer
+from dora_dist.dora.layers import Block, DoraLayer
 from dora_dist.dora.norm_math import squared_norms
 from dora_dist.errors import UserError
 from dora_dist.parallel import fsdp, zero
 from dora_dist.parallel.shards import Shards, Whole, named_generator, write_whole
+from dora_dist.quant.nf4 import rows_of
 
 
 def dora_layers(model: nn.Module) -> dict[str, DoraLayer]:
@@ -133,17 +134,27 @@ def _factors_needed_whole(layer: DoraLayer, shards: Shards) -> Iterator[nn.Param
 
 def _add_own_part(layer: DoraLayer, part: Tensor, whole: dict[Tensor, Tensor], shards: Shards) -> None:
     """Add the squared norms of this rank's rectangles of one layer to `part`."""
+    scaling, dim = layer.spec.scaling, layer.magnitude_dim
     for matrix, rows, cols in layer.own_rows(shards) if shards.owns(layer.weight) else ():
-        L_NR = U_RK = None
-        if layer.lora_A is not None and layer.lora_B is not None:
-            if layer.lora_B in whole:
-                L_NR, U_RK = layer.stored_factors(whole[layer.lora_A], whole[layer.lora_B])
-                L_NR, U_RK = L_NR[rows], U_RK[:, cols]
-            else:
-                (own_B,) = shards.rectangles(layer.lora_B)
-                L_NR, U_RK = own_B.values, whole[layer.lora_A][:, cols]
-        squares = squared_norms(matrix, L_NR, U_RK, layer.spec.scaling, layer.magnitude_dim, part.device)
-        part[rows if layer.magnitude_dim == 0 else cols] += squares
+        for block in layer.blocks(rows):
+            L_NR, U_RK = _own_factors(layer, block, whole, shards)
+            own = rows_of(matrix, slice(block.rows.start - rows.start, block.rows.stop - rows.start))
+            U_RK = None if U_RK is None else U_RK[:, cols]
+            part[block.norms(dim, cols)] += squared_norms(own, L_NR, U_RK, scaling, dim, part.device)
+
+
+def _own_factors(
+    layer: DoraLayer, block: Block, whole: dict[Tensor, Tensor], shards: Shards
+) -> tuple[Tensor | None, Tensor | None]:
+    """(L, U) of a block of this rank's rows."""
+    if layer.lora_A is None or layer.lora_B is None:
+        return None, None
+    A_RK, rows = whole[layer.lora_A], block.rows
+    if layer.lora_B in whole:
+        L_NR, U_RK = layer.stored_factors(A_RK, whole[layer.lora_B])
+        return L_NR[rows], U_RK[block.ranks]
+    (own_B,) = shards.rectangles(layer.lora_B)
+    return own_B.values[rows.start - own_B.row : rows.stop - own_B.row], A_RK[block.ranks]
 
 
 def _widest(tensors: list[Tensor]) -> torch.dtype:

@@ -4,24 +4,37 @@ Only looks at the model, so that all mistakes are told before anything is change
 """
 
 import fnmatch
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dora_dist.config import DoraConfig
+from dora_dist.dora.experts import ExpertsLayout
+from dora_dist.dora.experts_layout import FIRST, LAST, experts_layout, unknown_experts
 from dora_dist.dora.linear_subclasses import computes_linear
 from dora_dist.errors import UserError, nearest
 
 _GLOB = set("*?[")
 
 
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """One projection of a mixture's experts, which the model holds as a parameter. Chosen like a module."""
+
+    experts: nn.Module
+    key: str  # the parameter's name there
+    weight: Tensor  # without values: [out, in] of one expert, or the parameter's shape where that is not known
+    layout: ExpertsLayout | None  # None: not known, so it cannot be adapted
+
+
 @dataclass(frozen=True)
 class Choice:
     """What a configuration means in one model; names are in the model's order."""
 
-    targets: dict[str, nn.Module]  # to be adapted
+    targets: dict[str, nn.Module | Projection]  # to be adapted
     magnitude_only: set[str]  # the targets that train the magnitude alone
     saved: list[str]  # trained in full
     left_out: list[str]  # meant too, but idle: they take no part in the loss
@@ -31,45 +44,68 @@ class Choice:
 def choose(model: nn.Module, config: DoraConfig, idle: Collection[str]) -> Choice:
     """The modules that `config` means. UserError: see `inject_dora`."""
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    places = with_projections(model)
     _require_all_match("dora.modules_to_save", config.modules_to_save, modules)
     meant_in_full = [name for name in modules if matches(name, config.modules_to_save)]
     saved = _without_idle("dora.modules_to_save", config.modules_to_save, meant_in_full, idle)
     _refuse_idle_parts(saved, idle)
     _check_ties(model, saved)
 
-    candidates = [name for name, m in modules.items() if is_target_kind(m)]
+    candidates = [name for name, m in places.items() if is_target_kind(m)]
     free = [name for name in candidates if not inside(name, saved)]
-    magnitude_only = _selected("dora.magnitude_only", config.magnitude_only, modules, free)
+    magnitude_only = _selected("dora.magnitude_only", config.magnitude_only, places, free)
     names = [t for t in config.target_list() if t != "all-linear"]
-    meant = _selected("dora.targets", names, modules, free) | magnitude_only
+    meant = _selected("dora.targets", names, places, free) | magnitude_only
     chosen = set(_without_idle("dora.targets", [*names, *config.magnitude_only], sorted(meant), idle))
     if "all-linear" in config.target_list():
         heads = output_heads(model)
-        linear = {name for name in free if is_linear(modules[name]) and modules[name] not in heads}
+        linear = {name for name in free if is_linear(places[name]) and places[name] not in heads}
         meant |= linear
         chosen |= linear.difference(idle)
     small = {
-        name for name in chosen.intersection(candidates) - magnitude_only if _is_small(name, modules[name], config)
+        name for name in chosen.intersection(candidates) - magnitude_only if _is_small(name, places[name], config)
     }
     too_small = small - _named(small, names, chosen - small)
     chosen -= too_small
     if not chosen:
         raise UserError("dora.targets: nothing to adapt; name at least one module, or all-linear")
-    targets = {name: module for name, module in modules.items() if name in chosen}
+    targets = {name: module for name, module in places.items() if name in chosen}
     _check_targets(targets, candidates, saved)
     _require_all_match("dora.rank_pattern", config.rank_pattern, targets)
     _require_all_match("dora.alpha_pattern", config.alpha_pattern, targets)
-    left_out = [name for name in modules if name in idle and (name in meant or name in meant_in_full)]
-    return Choice(targets, magnitude_only, saved, left_out, [name for name in modules if name in too_small])
+    left_out = [name for name in places if name in idle and (name in meant or name in meant_in_full)]
+    return Choice(targets, magnitude_only, saved, left_out, [name for name in places if name in too_small])
+
+
+def with_projections(model: nn.Module) -> dict[str, nn.Module | Projection]:
+    """All modules by name, and behind each that holds experts its projections."""
+    found: dict[str, nn.Module | Projection] = {}
+    made: dict[nn.Module, dict[str, Projection]] = {}  # a module may have several names
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name:
+            continue
+        if module not in made:
+            layout = experts_layout(module)
+            shapes = unknown_experts(name, module) if layout is None else layout.shapes
+            made[module] = {
+                key: Projection(module, key, torch.empty(shape, device="meta"), layout)
+                for key, shape in shapes.items()
+            }
+        found[name] = module
+        found |= {f"{name}.{key}": projection for key, projection in made[module].items()}
+    return found
 
 
 def matches(name: str, patterns: Iterable[str]) -> str | None:
-    """The first pattern that is `name`, a dotted suffix of it, "^" and all of it, or a glob that fits it."""
+    """The first pattern that is `name`, a dotted suffix of it, "^" and all of it, or a glob that fits it. What
+    means the experts of a mixture means their projections, too."""
+    parent, _, last = name.rpartition(".")
+    names = (name, parent) if parent.endswith("experts") and last in (*FIRST, LAST) else (name,)
     for pattern in patterns:
         if _is_glob(pattern):
             if fnmatch.fnmatchcase(name, pattern):
                 return pattern
-        elif name == pattern.removeprefix("^") or name.endswith("." + pattern):
+        elif any(n == pattern.removeprefix("^") or n.endswith("." + pattern) for n in names):
             return pattern
     return None
 
@@ -89,25 +125,29 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module | Projection) -> bool:
+    if isinstance(module, Projection):
+        return module.layout is not None
     return type(module) is nn.Linear or is_conv1d(module) or computes_linear(module)
 
 
-def is_target_kind(module: nn.Module) -> bool:
+def is_target_kind(module: nn.Module | Projection) -> bool:
     # An embedding with max_norm rewrites its weight in each forward.
     return is_linear(module) or (type(module) is nn.Embedding and module.max_norm is None)
 
 
 def _selected(
-    key: str, patterns: Iterable[str], modules: Collection[str], candidates: Collection[str]
+    key: str, patterns: Iterable[str], places: Mapping[str, nn.Module | Projection], candidates: Collection[str]
 ) -> set[str]:
-    """The modules that `patterns` mean: a name may mean any module (a wrong kind is told), a glob only those
-    that can be adapted."""
+    """The modules and projections that `patterns` mean: a name may mean any module (a wrong kind is told), a glob
+    only what can be adapted."""
     names = [p for p in patterns if not _is_glob(p)]
     globs = [p for p in patterns if _is_glob(p)]
-    _require_all_match(key, names, modules, candidates)
+    _require_all_match(key, names, places, candidates)
     _require_all_match(key, globs, candidates)
-    return {n for n in modules if matches(n, names)} | {n for n in candidates if matches(n, globs)}
+    named = {n for n in places if matches(n, names)}
+    holders = {n.rpartition(".")[0] for n in named if isinstance(places[n], Projection)}
+    return (named - holders) | {n for n in candidates if matches(n, globs)}
 
 
 def _without_idle(key: str, patterns: Iterable[str], meant: list[str], idle: Collection[str]) -> list[str]:
@@ -120,7 +160,7 @@ def _without_idle(key: str, patterns: Iterable[str], meant: list[str], idle: Col
     return [name for name in meant if name not in idle]
 
 
-def _is_small(name: str, module: nn.Module, config: DoraConfig) -> bool:
+def _is_small(name: str, module: nn.Module | Projection, config: DoraConfig) -> bool:
     weight: Any = module.weight
     return rank_and_alpha(name, config)[0] > min(weight.shape)
 
@@ -156,17 +196,28 @@ def _require_all_match(
         raise UserError(f"{key}: {pattern!r} matches no module; {nearest(pattern, valid)}")
 
 
-def _check_targets(targets: dict[str, nn.Module], candidates: list[str], saved: list[str]) -> None:
+def _check_targets(targets: Mapping[str, nn.Module | Projection], candidates: list[str], saved: list[str]) -> None:
     for name, module in targets.items():
+        if isinstance(module, Projection) and module.layout is None:
+            shapes = ", ".join(f"{key} {shape}" for key, shape in unknown_experts(name, module.experts).items())
+            raise UserError(
+                f"dora.targets: {name.rpartition('.')[0]!r} is a {type(module.experts).__name__}, whose experts "
+                f"({shapes}) lie or compute in a way that is not known; valid is to adapt the attention alone"
+                f"{_such_as(n for n in candidates if 'att' in n)}"
+            )
         if not is_target_kind(module):
-            inner = [n for n in candidates if n.startswith(name + ".")]
             other = ", which does not compute as nn.Linear does" if isinstance(module, nn.Linear) else ""
             raise UserError(
                 f"dora.targets: {name!r} is a {type(module).__name__}{other}; targets are Linear, Conv1D and "
-                f"Embedding modules{', such as ' + repr(inner[0]) if inner else ''}"
+                f"Embedding modules{_such_as(n for n in candidates if n.startswith(name + '.'))}"
             )
         if inside(name, saved):
             raise UserError(f"dora.targets: {name!r} is trained in full by dora.modules_to_save already")
+
+
+def _such_as(names: Iterable[str]) -> str:
+    first = next(iter(names), None)
+    return "" if first is None else f", such as {first!r}"
 
 
 def _check_ties(model: nn.Module, saved: list[str]) -> None:

@@ -4,11 +4,13 @@ from collections.abc import Collection
 
 from torch import nn
 
+from dora_dist.dora.experts_layout import experts_layout
 from dora_dist.dora.inject import injection_of
 from dora_dist.dora.layers import DoraLayer
 from dora_dist.dora.norm_cache import dora_layers
 from dora_dist.dora.targets import inside, is_target_kind, output_heads
 from dora_dist.models.participation import summary
+from dora_dist.quant.modules import FrozenExperts
 
 _LARGE = 0.1  # of the base's weights
 
@@ -52,11 +54,11 @@ def _warnings(kinds: dict[str, list[nn.Module]], total: int) -> list[str]:
         share = sum(p.numel() for m in modules for p in m.parameters(recurse=False)) / total
         if share <= _LARGE:
             continue
-        if all(is_target_kind(m) for m in modules):
+        if all(_can_be_adapted(m) for m in modules):
             told.append(f"{kind} ({_percent(share)})")
             to_name.append(kind)
         else:
-            cls = type(next(m for m in modules if not is_target_kind(m))).__name__
+            cls = type(next(m for m in modules if not _can_be_adapted(m))).__name__
             lines.append(
                 f"warning: {kind} ({cls}) holds {_percent(share)} of the base's weights and is not adapted: DoRA "
                 "has no layer for it"
@@ -67,6 +69,10 @@ def _warnings(kinds: dict[str, list[nn.Module]], total: int) -> list[str]:
             f"{', '.join(to_name)} to dora.targets"
         )
     return lines
+
+
+def _can_be_adapted(module: nn.Module) -> bool:
+    return is_target_kind(module) or isinstance(module, FrozenExperts) or experts_layout(module) is not None
 
 
 def _percent(share: float) -> str:

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from dora_dist.dora.experts_layout import experts_layout
 from dora_dist.dora.layers import DoraLayer
 from dora_dist.errors import UserError
 from dora_dist.io.headers import Stored, check_link, read_header, read_json
@@ -202,8 +203,15 @@ def load_whole(model: nn.Module, load: Callable[[], nn.Module], shards: Shards, 
         shape = layout.shape if layout else shards.shape(tensor)
         whole = torch.empty(shape, dtype=layout.dtype if layout else tensor.dtype, device=processes.device)
         if processes.is_main:
-            whole.copy_(source[name])
+            whole.copy_(_taken_from(source, model, name))
         _write(tensor, processes.broadcast_(whole), shards, packed)
+
+
+def _taken_from(source: dict[str, Tensor], model: nn.Module, name: str) -> Tensor:
+    """The tensor `name` of `model` among those of the bare model, where experts are held in another form."""
+    own = name.removesuffix(".weight")
+    layout = None if name in source else experts_layout(model.get_submodule(own.rpartition(".")[0]))
+    return source[name] if layout is None else layout.stacked(source[own])
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 adapted."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -166,3 +167,75 @@ class PackedLinear(BaseWeight):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, 4 bits"
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows of tokens sorted by the expert that they go to. An expert without tokens stands in no span."""
+
+    num_experts: int
+    spans: tuple[tuple[int, slice], ...]  # an expert, and the rows of its tokens
+
+    @classmethod
+    def of(cls, counts: Sequence[int]) -> "Groups":
+        """From the number of tokens of each expert."""
+        stops = accumulate(counts)
+        found = ((e, slice(stop - n, stop)) for e, (n, stop) in enumerate(zip(counts, stops, strict=True)) if n)
+        return cls(len(counts), tuple(found))
+
+    def part(self, stacked: Tensor, expert: int) -> Tensor:
+        """An expert's rows of what has equally many for each."""
+        size = stacked.shape[0] // self.num_experts
+        return stacked[expert * size : (expert + 1) * size]
+
+    def parts(self, weight: Sequence[Tensor], layout: Nf4 | None, expert: int) -> list[Tensor]:
+        """The same of a weight, which may have rows that fill it up."""
+        return [self.part(part if layout is None else part[: layout.rows], expert) for part in weight]
+
+    def shape(self, weight: Sequence[Tensor], layout: Nf4 | None) -> tuple[int, int]:
+        """(out, in) of one expert."""
+        rows, columns = weight[0].shape if layout is None else layout.shape
+        return rows // self.num_experts, columns
+
+
+class _FrozenExperts(Function):
+    """y_SO = x W_e^T for the tokens of each expert e. Keeps the weight's parts alone."""
+
+    @staticmethod
+    def forward(ctx, x_SI, layout, groups, *parts):
+        ctx.save_for_backward(*parts)
+        ctx.layout, ctx.groups = layout, groups
+        y_SO = x_SI.new_empty(x_SI.shape[0], groups.shape(parts, layout)[0])
+        for expert, tokens in groups.spans:
+            W_IO = dense(groups.parts(parts, layout, expert), layout, transposed=False)
+            torch.mm(x_SI[tokens], W_IO, out=y_SO[tokens])
+        return y_SO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_SO):
+        parts, layout, groups = ctx.saved_tensors, ctx.layout, ctx.groups
+        dx_SI = dy_SO.new_empty(dy_SO.shape[0], groups.shape(parts, layout)[1])
+        for expert, tokens in groups.spans:
+            W_IO = dense(groups.parts(parts, layout, expert), layout, transposed=False)
+            torch.mm(dy_SO[tokens], W_IO.t(), out=dx_SI[tokens])
+        return dx_SI, *[None] * (2 + len(parts))
+
+
+class FrozenExperts(BaseWeight):
+    """One projection of a mixture's experts, not adapted. `weight` is [E out, in], dense or in 4 bits: row
+    e out + o is output feature o of expert e."""
+
+    def __init__(self, weight: nn.Parameter, num_experts: int):
+        super().__init__()
+        self.weight, self.num_experts = weight, num_experts
+        self.out_features, self.in_features = weight.shape[0] // num_experts, weight.shape[1]
+
+    def forward(self, x_SI: Tensor, groups: Groups) -> Tensor:
+        """x sorted by expert -> [S, out], each row by its own expert's weight."""
+        self._require_whole()
+        return _FrozenExperts.apply(x_SI.to(self.base_dtype), self.layout, groups, *self.weight_parts)
+
+    def extra_repr(self) -> str:
+        bits = "" if self.layout is None else ", 4 bits"
+        return f"{self.num_experts} x ({self.in_features}, {self.out_features}){bits}"

@@ -127,9 +127,18 @@ class PackedMatrix:
     def __getitem__(self, rows: slice) -> Tensor:
         return self.read(rows, self.device)
 
+    def part(self, rows: slice) -> "PackedMatrix":
+        """Some of the rows, in 4 bits."""
+        return PackedMatrix([part[: self.shape[0]][rows] for part in self.parts], self.layout)
+
     def read(self, rows: slice, device: torch.device) -> Tensor:
         """Dense rows on a device; what goes there is packed."""
         return dequantize([part[: self.shape[0]][rows].to(device) for part in self.parts], self.layout)
+
+
+def rows_of(matrix: Tensor | PackedMatrix, rows: slice) -> Tensor | PackedMatrix:
+    """Some rows of a matrix, held as it is."""
+    return matrix[rows] if isinstance(matrix, Tensor) else matrix.part(rows)
 
 
 def _scales(stored: Sequence[Tensor]) -> Tensor:

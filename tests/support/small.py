@@ -51,8 +51,13 @@ def causal_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def small_model(model_type: str, **options: Any) -> Any:
-    return AutoModelForCausalLM.from_config(small_config(model_type), **options)
+def small_model(model_type: str, sizes: dict[str, Any] | None = None, **options: Any) -> Any:
+    """`sizes`: settings of the configuration, where it has them, instead of the small ones."""
+    config = small_config(model_type)
+    for key, value in (sizes or {}).items():
+        if hasattr(config, key):
+            setattr(config, key, value)
+    return AutoModelForCausalLM.from_config(config, **options)
 
 
 def _small(config: Any, layers: int) -> dict[str, Any]:
