@@ -41,8 +41,8 @@ def inject_dora(
 
     Targets are nn.Linear (and subclasses that compute the same), transformers' Conv1D (GPT-2) and nn.Embedding
     modules, and a mixture's experts whose matrices are one parameter (experts.py). The layers share the model's
-    weights; afterwards only A, B, the magnitudes and `modules_to_save` (held in fp32) require gradients. At first the
-    model computes what it computed before. On the meta device values are left to `initialize_adapters`.
+    weights; afterwards only A, B, the magnitudes and `modules_to_save` (held in fp32) require gradients. At first
+    the model computes what it computed before. On the meta device values are left to `initialize_adapters`.
 
     Args:
         base: what the model is; `save_adapter` writes it down, and `load_adapter` refuses adapters of another.

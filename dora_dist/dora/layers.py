@@ -186,15 +186,15 @@ class DoraLayer(BaseWeight):
         """(m/n) * (W + s B A) in the weight's dtype and orientation, a new tensor."""
         self._require_whole()
         merged = self.matrix[:].detach().clone()
-        self.merge_into(merged)
+        self.merge_into(
+            merged, norm_ratio(self.magnitude, self.current_norm()) if self.magnitude is not None else None
+        )
         return merged
 
     @torch.no_grad()
-    def merge_into(self, weight: Tensor) -> None:
-        """Write (m/n) * (W + s B A) over a dense W in the stored orientation, which may be another than the
-        layer's."""
+    def merge_into(self, weight: Tensor, ratio: Tensor | None) -> None:
+        """Write (m/n) * (W + s B A) over a dense W that lies as the layer's does; `ratio`: m/n."""
         dim = self.magnitude_dim
-        ratio = norm_ratio(self.magnitude, self.norm_over(weight)) if self.magnitude is not None else None
         for block, (L, U) in zip(self.blocks(), self.block_factors(), strict=True):
             own = None if ratio is None else ratio[block.norms(dim, slice(0, weight.shape[1]))]
             merge_(weight[block.rows], L, U, self.spec.scaling, own, dim)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_dist.dora.experts import ExpertsForward, restore
 from dora_dist.errors import UserError
 from dora_dist.models.build import Blueprint
 from dora_dist.models.huggingface import load_with_transformers
 from dora_dist.models.merge_weights import Drift, Entry, Probe, merged_values
-from dora_dist.models.weights import base_tensors, missing_from
+from dora_dist.models.weights import base_tensors, missing_from, stack_experts
 from dora_dist.parallel.shards import Rectangle, as_matrix
 
 
@@ -57,7 +58,9 @@ def load_renamed(blueprint: Blueprint) -> LoadedWeights | None:
             "write the base anew under the model's own names: from_pretrained(...).save_pretrained(DIRECTORY, "
             "save_original_format=False)"
         )
-    return LoadedWeights(load_with_transformers(blueprint.config.model, files, blueprint.head))
+    loaded = load_with_transformers(blueprint.config.model, files, blueprint.head)
+    stack_experts(loaded, model)
+    return LoadedWeights(loaded)
 
 
 @torch.no_grad()
@@ -83,6 +86,9 @@ def write_loaded(
                 module.config.tie_word_embeddings = False
     else:
         model.tie_weights()
+    for module in model.modules():
+        if isinstance(module, ExpertsForward):
+            restore(module)
     model.save_pretrained(out, max_shard_size=limit)
     drift.tell()
     return len(list(out.glob("*.safetensors")))

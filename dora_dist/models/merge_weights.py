@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dora_dist.adapters.adapter import load_adapter
 from dora_dist.dora.inject import injection_of
 from dora_dist.dora.layers import DoraLayer
-from dora_dist.dora.norm_math import merge_, norm_ratio, squared_norms
+from dora_dist.dora.norm_math import norm_ratio
 from dora_dist.models.build import Blueprint, materialize
 from dora_dist.models.weights import aliases, base_tensors, packed_layers
 from dora_dist.parallel.shards import Rectangle, Whole, named_generator
@@ -158,12 +158,11 @@ def _merged(entry: Entry, weight: Tensor, probes: "dict[str, Probe]") -> Tensor:
     """(m/n) * (W + s B A), written over `weight` [N, K]."""
     layer = entry.layer
     if layer is not None:
-        scaling, dim = layer.spec.scaling, layer.magnitude_dim
         ratio = None
         if layer.magnitude is not None:
-            ratio = norm_ratio(layer.magnitude, squared_norms(weight, *layer.factors, scaling, dim).sqrt_())
+            ratio = norm_ratio(layer.magnitude, layer.norm_over(weight))
         probes[entry.name] = Probe(entry.name, weight, layer, ratio)
-        merge_(weight, *layer.factors, scaling, ratio, dim)
+        layer.merge_into(weight, ratio)
     return weight
 
 
@@ -171,15 +170,17 @@ class Probe:
     """What base and adapter make of a few random vectors, to be compared with what the merged weight makes."""
 
     def __init__(self, name: str, weight: Tensor, layer: DoraLayer, ratio: Tensor | None):
-        vectors = torch.randn(weight.shape[1], 4, generator=named_generator(0, name))
-        self.vectors, (L_NR, U_RK) = vectors, layer.factors
-        if ratio is not None and layer.magnitude_dim == 1:
-            vectors = vectors * ratio[:, None]
-        self.expected = _product(weight, vectors)
-        if L_NR is not None and U_RK is not None:
-            self.expected += layer.spec.scaling * (L_NR @ (U_RK @ vectors))
-        if ratio is not None and layer.magnitude_dim == 0:
-            self.expected *= ratio[:, None]
+        self.vectors = torch.randn(weight.shape[1], 4, generator=named_generator(0, name))
+        dim, columns, expected = layer.magnitude_dim, slice(0, weight.shape[1]), []
+        for block, (L_NR, U_RK) in zip(layer.blocks(), layer.block_factors(), strict=True):
+            vectors, own = self.vectors, None if ratio is None else ratio[block.norms(dim, columns), None]
+            if own is not None and dim == 1:
+                vectors = vectors * own
+            made = _product(weight[block.rows], vectors)
+            if L_NR is not None and U_RK is not None:
+                made += layer.spec.scaling * (L_NR @ (U_RK @ vectors))
+            expected.append(made if own is None or dim == 1 else made * own)
+        self.expected = torch.cat(expected)
 
     def check(self, name: str, merged: Tensor) -> None:
         """RuntimeError: more than rounding lies between them."""

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dora_dist.dora.experts_layout import experts_layout
+from dora_dist.dora.experts import ExpertsForward, complete
 from dora_dist.dora.layers import DoraLayer
 from dora_dist.errors import UserError
 from dora_dist.io.headers import Stored, check_link, read_header, read_json
@@ -191,7 +191,9 @@ def load_whole(model: nn.Module, load: Callable[[], nn.Module], shards: Shards, 
     failure: str | None = None
     if processes.is_main:
         try:
-            source = load().state_dict()
+            loaded = load()
+            stack_experts(loaded, model)
+            source = loaded.state_dict()
         except UserError as error:
             failure = str(error)
     failure = processes.from_main(failure)  # which may take any time; all ranks end alike
@@ -203,15 +205,15 @@ def load_whole(model: nn.Module, load: Callable[[], nn.Module], shards: Shards, 
         shape = layout.shape if layout else shards.shape(tensor)
         whole = torch.empty(shape, dtype=layout.dtype if layout else tensor.dtype, device=processes.device)
         if processes.is_main:
-            whole.copy_(_taken_from(source, model, name))
+            whole.copy_(source[name])
         _write(tensor, processes.broadcast_(whole), shards, packed)
 
 
-def _taken_from(source: dict[str, Tensor], model: nn.Module, name: str) -> Tensor:
-    """The tensor `name` of `model` among those of the bare model, where experts are held in another form."""
-    own = name.removesuffix(".weight")
-    layout = None if name in source else experts_layout(model.get_submodule(own.rpartition(".")[0]))
-    return source[name] if layout is None else layout.stacked(source[own])
+def stack_experts(loaded: nn.Module, model: nn.Module) -> None:
+    """Have the bare `loaded` hold its experts as `model` does."""
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertsForward):
+            complete(loaded.get_submodule(name), module.layout)
 
 
 @torch.no_grad()

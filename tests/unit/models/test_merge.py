@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_dist.cli import main
 from dora_dist.config import load_config
-from dora_dist.dora import norm_math
+from dora_dist.dora import layers, norm_math
 from dora_dist.models import merge, merge_weights
 from tests.support.ranks import run_ranks
 from tests.support.rounding import MODEL, assert_near, rounding
@@ -133,7 +133,7 @@ def half_of_B(weight, L, U, scaling, ratio, dim):
 def test_a_wrong_merge_is_found(run, tmp_path, monkeypatch, wrong, dtype):
     """Tensor by tensor, in what was written."""
     path, _ = run(dtype=dtype, quant=NF4)
-    monkeypatch.setattr(merge_weights, "merge_", wrong)
+    monkeypatch.setattr(layers, "merge_", wrong)
     with pytest.raises(RuntimeError, match="random vectors"):
         merge.run_merge(load_config(path), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
