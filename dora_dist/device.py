@@ -4,10 +4,12 @@ Code is run for the device that its tensors lie on, or for the GPU that a rehear
 fake tensors that lie on no device but say "cpu". What chooses between a GPU's way and a CPU's asks here.
 """
 
+import re
 import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -95,3 +97,12 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def free_host_memory() -> float:
+    """Bytes that a program can still take; infinite where the system does not say."""
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 if found else float("inf")

@@ -6,28 +6,30 @@ Parameters stay on the meta device until they are sharded, so no rank ever holds
 tensor it is reading. Buffers (rotary frequencies) are real from the start: they are computed, not loaded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dora_dist.adapters.adapter import check_adapter_files, load_adapter
 from dora_dist.config import RunConfig
+from dora_dist.device import free_host_memory
 from dora_dist.dora.inject import inject_dora
 from dora_dist.dora.layers import DoraLayer
 from dora_dist.dora.norm_cache import cache_norms, initialize_adapters
 from dora_dist.errors import UserError
 from dora_dist.io.fingerprint import Base, base_fingerprint
 from dora_dist.models.coverage import coverage
+from dora_dist.models.files import SafetensorsFiles
 from dora_dist.models.head_loss import HeadLoss, attach_head_loss, has_plain_logits
 from dora_dist.models.huggingface import check_model, classifier_head, load_with_transformers, meta_model
 from dora_dist.models.participation import idle_modules
 from dora_dist.models.quantize import pack_linears
 from dora_dist.models.weights import (
-    SafetensorsFiles,
     base_tensors,
     check_shapes,
     fill_random,
@@ -40,7 +42,7 @@ from dora_dist.parallel.fsdp import Fsdp
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import Shards, blocks
 from dora_dist.parallel.strategy import Strategy
-from dora_dist.quant.bitsandbytes_files import check_quantization, find_four_bit
+from dora_dist.quant.bitsandbytes_files import CODES_WITH_SCALES, check_quantization, find_four_bit
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,10 @@ def make_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from
     """The injected meta model of a run. Reads config.json and the headers of the weight files, no weight; without
     `from_files` config.json alone."""
     from_files = from_files and config.model.init == "pretrained"
-    quantized = from_files and check_quantization(directory, config.quant)
+    quantized = check_quantization(directory, config.quant) if from_files else {}
     model = meta_model(config.model, directory)
-    check_model(config, model)
-    files = SafetensorsFiles(directory, config.model.allow_pickle) if from_files else None
-    if files is not None:
-        if quantized:
-            files.take_four_bit(find_four_bit(files))
-        check_shapes(files, model)
+    check_model(model, config.model.task, config.data.packing, config.train.activation_checkpointing)
+    files = _open_files(model, directory, config.model.allow_pickle, quantized) if from_files else None
     base = Base(base_fingerprint(files, directory, config.train.seed), str(config.quant))
     if config.dora.init_from is not None and from_files:
         check_adapter_files(config.dora.init_from, base, config.dora.accept_other_base, "dora.init_from")
@@ -92,8 +90,25 @@ def make_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from
     if config.quant.scheme == "nf4":
         split = world_size if config.parallel.strategy == "zero3" else 1
         pack_linears(model, config.quant, split, files.block_sizes() if files is not None else {})
+    if files is not None:
+        files.take_stacks(model)
     head_loss = attach_head_loss(model) if plain_logits else None
     return Blueprint(config, model, files, head, base, head_loss, idle is not None, told)
+
+
+def _open_files(
+    model: nn.Module, directory: Path, allow_pickle: bool, quantized: Mapping[str, Any]
+) -> SafetensorsFiles:
+    """The weight files of a model that is as transformers makes it. `quantized`: what config.json says of them."""
+    files = SafetensorsFiles(directory, allow_pickle)
+    if quantized.get("quant_method") in CODES_WITH_SCALES:
+        files.take_scaled(quantized)
+    elif quantized:
+        files.take_four_bit(find_four_bit(files))
+    if missing_from(files, model) and not files.four_bit:
+        files.take_names(model)
+    check_shapes(files, model)
+    return files
 
 
 def sizes_of(model: nn.Module) -> Sizes:
@@ -154,6 +169,33 @@ def materialize(
                 module._buffers[name] = buffer.to(buffer_device)
 
 
+def _read_whole(blueprint: Blueprint) -> list[str]:
+    """The base tensors for which transformers must load all: no part of the files is known to hold them.
+
+    Raises:
+        UserError: it could not, as the files are quantized.
+    """
+    files, heads = blueprint.files, tuple(f"{name}." for name in blueprint.head)
+    missing = [] if files is None else missing_from(files, blueprint.model)
+    missing = [name for name in missing if not name.startswith(heads)]
+    if missing and files is not None and (files.four_bit or files.scaled):
+        raise UserError(
+            f"model.path: {str(files.directory)!r} is quantized and holds no tensor {missing[0]!r}; where names "
+            "differ from the model's, only 16-bit checkpoints can be loaded"
+        )
+    return missing
+
+
+def describe_loading(blueprint: Blueprint) -> list[str]:
+    """A line where the base will be loaded whole, which takes host memory."""
+    missing, files = _read_whole(blueprint), blueprint.files
+    if not missing or files is None:
+        return []
+    reason = "these are pickles" if files.pickled else f"{missing[0]!r} cannot be read from them by slices"
+    memory = f"{files.bytes / 1e9:,.1f} GB of host memory, of which {free_host_memory() / 1e9:,.1f} GB are free"
+    return [f"rank 0 loads all weights in {str(files.directory)!r}, as {reason}: that takes {memory}"]
+
+
 def _load(blueprint: Blueprint, shards: Shards, processes: Processes) -> None:
     config, model, files = blueprint.config.model, blueprint.model, blueprint.files
     std = getattr(model.config, "initializer_range", 0.02)
@@ -161,16 +203,8 @@ def _load(blueprint: Blueprint, shards: Shards, processes: Processes) -> None:
     if files is None:
         fill_random(model, base_tensors(model), seed, std, shards)
         return
-    new = [n for n in missing_from(files, model) if n.startswith(tuple(f"{h}." for h in blueprint.head))]
-    if missing_from(files, model) == new:
-        load_slices(model, files, shards, processes.device)
-        fill_random(model, new, seed, std, shards)
-    elif files.four_bit:
-        missing = missing_from(files, model)[0]
-        raise UserError(
-            f"model.path: {str(files.directory)!r} is in 4 bits and holds no tensor {missing!r}; where names "
-            "differ from the model's, only 16-bit checkpoints can be loaded"
-        )
-    else:
-        load = partial(load_with_transformers, config, files, blueprint.head)
-        load_whole(model, load, shards, processes)
+    if _read_whole(blueprint):
+        load_whole(model, partial(load_with_transformers, config, files, blueprint.head), shards, processes)
+        return
+    load_slices(model, files, shards, processes.device)
+    fill_random(model, missing_from(files, model), seed, std, shards)

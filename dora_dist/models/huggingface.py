@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_dist.config import ModelConfig, RunConfig
+from dora_dist.config import ModelConfig
 from dora_dist.errors import UserError
 from dora_dist.io.headers import check_path
 from dora_dist.models.attention import has_windows
-from dora_dist.models.weights import SafetensorsFiles
+from dora_dist.models.files import SafetensorsFiles
 
 
 def resolve_model(path: str, allow_pickle: bool = False, config_only: bool = False) -> Path:
@@ -156,9 +156,9 @@ def _bad_config(directory: Path, error: Exception) -> UserError:
     return UserError(f"model.path: {str(directory / 'config.json')!r} cannot be used: {reason}")
 
 
-def check_model(config: RunConfig, model: nn.Module) -> None:
-    """UserError: the run asks for what this model cannot do."""
-    if config.train.activation_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+def check_model(model: nn.Module, task: str, packing: bool, checkpointing: bool) -> None:
+    """UserError: the run asks for what this model cannot do. `checkpointing`: of activations."""
+    if checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(f"train.activation_checkpointing: {type(model).__name__} does not support it")
     for name, module in model.named_modules():
         empty = [b for b in module._non_persistent_buffers_set if getattr(module._buffers[b], "is_meta", False)]
@@ -169,7 +169,7 @@ def check_model(config: RunConfig, model: nn.Module) -> None:
                 "loaded; only models whose buffers follow from config.json can be used"
             )
     hf_config: Any = model.config
-    if config.model.task == "sequence_classification":
+    if task == "sequence_classification":
         if hf_config.num_labels < 2:
             raise UserError(f"model.num_labels: {hf_config.num_labels}; a classifier needs at least 2")
     elif any("MaskedLM" in name for name in getattr(hf_config, "architectures", None) or ()):
@@ -177,9 +177,9 @@ def check_model(config: RunConfig, model: nn.Module) -> None:
             f"model.task: causal_lm does not fit {hf_config.architectures[0]}, which sees the tokens it predicts; "
             "sequence_classification does"
         )
-    if config.data.packing and (problem := _packing_undone_by(model)):
+    if packing and (problem := _packing_undone_by(model)):
         raise UserError(f"data.packing: {type(model).__name__} {problem}; valid would be data.packing: false")
-    if config.data.packing and "position_ids" not in inspect.signature(model.forward).parameters:
+    if packing and "position_ids" not in inspect.signature(model.forward).parameters:
         raise UserError(
             f"data.packing: {type(model).__name__} takes no position_ids, by which rows are told apart"
         )

@@ -1,8 +1,8 @@
 """The `merge` verb: base and adapter into one Hugging Face directory in 16 bits.
 
-merge_weights.py writes tensor by tensor, in the memory of one output file and one tensor; merge_loaded.py has
-transformers load and save whole what only it can. The check that follows holds one whole model at a time: first
-base and adapter, then what was merged.
+merge_weights.py writes tensor by tensor, in the memory of one output file and one tensor; what transformers
+alone can load is loaded whole first. The check that follows holds one whole model at a time: first base and
+adapter, then what was merged.
 """
 
 import json
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from dora_dist.adapters.files import CONFIG, TENSORS
 from dora_dist.config import ParallelConfig, QuantConfig, RunConfig
 from dora_dist.data.run_data import RunData, load_tokenizer
+from dora_dist.device import free_host_memory
 from dora_dist.errors import UserError
 from dora_dist.io.headers import check_link, read_header, read_json
-from dora_dist.models.build import Blueprint, build, make_blueprint
-from dora_dist.models.huggingface import resolve_model
-from dora_dist.models.merge_loaded import load_renamed, write_loaded
+from dora_dist.models.build import Blueprint, build, describe_loading, make_blueprint
+from dora_dist.models.files import LoadedWeights, Weights
+from dora_dist.models.huggingface import load_with_transformers, resolve_model
 from dora_dist.models.merge_weights import read_plan, write_weights
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.replicated import Single
@@ -64,31 +65,27 @@ def run_merge(
     blueprint = make_blueprint(config, directory)
     if base == "original" and blueprint.files is not None and blueprint.files.four_bit:
         raise UserError(f"--base original: {str(directory)!r} is in 4 bits itself; leave --base out")
-    assert blueprint.files is not None
-    loaded = load_renamed(blueprint)
-    entries, unties = read_plan(blueprint, adapter, loaded or blueprint.files)
+    weights = _weights(blueprint)
+    entries, unties = read_plan(blueprint, adapter, weights)
     _compare_base(adapter, config.model.path)
-    check = Check(config, directory, adapter, base, processes)
+    if base == "original":
+        blueprint = make_blueprint(replace(config, quant=QuantConfig()), directory)
+    check = Check(blueprint, adapter, load_tokenizer(directory), processes)
     with _new_directory(out) as partial:
-        if loaded is None:
-            files = write_weights(entries, blueprint, partial, base, max_shard_bytes)
-        else:
-            files = write_loaded(entries, loaded, partial, base, max_shard_bytes, unties)
-            del loaded
+        written = write_weights(entries, weights, partial, base, max_shard_bytes)
+        del weights
         _copy_files(directory, partial)
         _write_config(blueprint, directory, partial, unties, check.pad_id)
         check.run(partial)
-    size = sum(entry.bytes for entry in entries) / 1e9
-    print(f"merged: {out} ({len(entries)} tensors, {size:,.2f} GB in {files} file{'s' if files > 1 else ''})")
+    print(f"merged: {out} ({written})")
 
 
 class Check:
     """Compares a merged directory with the adapter's run, on rows of its data. All but the weights is read at
     once, so that mistakes are told before anything is written."""
 
-    def __init__(self, config: RunConfig, directory: Path, adapter: Path, base: str, processes: Processes):
-        if base == "original":
-            config = replace(config, quant=QuantConfig())
+    def __init__(self, blueprint: Blueprint, adapter: Path, tokenizer: Any, processes: Processes):
+        config = blueprint.config
         local = Path(config.data.train).exists()
         config = replace(
             config,
@@ -97,9 +94,8 @@ class Check:
             train=replace(config.train, micro_batch_size=1, accumulation=1, steps=_ROWS_TO_CHECK),
         )
         self.config, self.processes = config, processes
-        self.blueprint = make_blueprint(config, directory)
-        tokenizer, task = load_tokenizer(directory), config.model.task
-        data = RunData(config.data, config.train, task, self.blueprint.model, tokenizer, processes)
+        self.blueprint = replace(blueprint, config=config)
+        data = RunData(config.data, config.train, config.model.task, blueprint.model, tokenizer, processes)
         self.pad_id: int = data.pad_id
         self.batches = [
             {n: t[:, :_TOKENS_TO_CHECK] for n, t in micro.items() if n not in ("targets", "labels")}
@@ -137,6 +133,24 @@ class Check:
     def _logits(self, model: nn.Module) -> list[Tensor]:
         model.eval()
         return [model(**batch).logits.float() for batch in self.batches]
+
+
+def _weights(blueprint: Blueprint) -> Weights:
+    """The base's tensors: its files, or what transformers makes of them where it alone can read them.
+
+    Raises:
+        UserError: that does not fit in memory.
+    """
+    files, told = blueprint.files, describe_loading(blueprint)
+    assert files is not None
+    if not told:
+        return files
+    if files.bytes > free_host_memory():
+        raise UserError(f"{told[0]}; merge on a larger machine")
+    print(*told, sep="\n")
+    loaded = LoadedWeights(load_with_transformers(blueprint.config.model, files, blueprint.head))
+    loaded.take_stacks(blueprint.model)
+    return loaded
 
 
 def _one_process() -> Processes:

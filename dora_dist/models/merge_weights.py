@@ -1,4 +1,5 @@
 """The tensors of a merged model, read, merged and written one at a time, and each adapted one checked in its file.
+They are written as the base has them: under its names, one for each expert where it has one for each.
 
 Memory: one output file, one tensor with its copies (read, cast, merged) and the adapter; safetensors before 0.8
 copies a file once more while writing it.
@@ -9,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -21,26 +21,15 @@ from dora_dist.dora.inject import injection_of
 from dora_dist.dora.layers import DoraLayer
 from dora_dist.dora.norm_math import norm_ratio
 from dora_dist.models.build import Blueprint, materialize
-from dora_dist.models.weights import aliases, base_tensors, packed_layers
+from dora_dist.models.files import Weights
+from dora_dist.models.origins import Box, Traced
+from dora_dist.models.weights import aliases, base_tensors, packed_layers, stands_for
 from dora_dist.parallel.shards import Rectangle, Whole, named_generator
-from dora_dist.quant.bitsandbytes_files import FourBit
-from dora_dist.quant.nf4 import Nf4, dequantize, quantize
+from dora_dist.quant.nf4 import Nf4, dequantize, pieces, quantize
 
 _TILE_ELEMENTS = 1 << 20  # quantized or compared at a time
 # A weight changes by at most this part of itself when it is rounded; fp32 sums are rounded, too.
 _ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-10, torch.float32: 1e-5}
-
-
-class Weights(Protocol):
-    """A base's tensors: its files, or the model that transformers made of them."""
-
-    shapes: dict[str, tuple[int, ...]]
-    four_bit: dict[str, FourBit]
-
-    def read(self, name: str, own: Rectangle) -> Tensor:
-        """The rows and columns of one tensor that `own` covers, as a matrix."""
-
-    def rows(self, name: str, rows: slice) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -48,12 +37,23 @@ class Entry:
     """One tensor of the merged model: its name, where it comes from, and what is done to it."""
 
     name: str
-    source: str  # its name in the base's files
+    source: str  # the one of its names that the base has it under
     parameter: Tensor
     shape: tuple[int, ...]
     dtype: torch.dtype
     layer: DoraLayer | None  # what adapts it
     layout: Nf4 | None  # how the run holds it in 4 bits
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the merged files: which boxes of the model's tensors it is made of."""
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool  # the boxes lie in it with its last two dimensions swapped
+    dtype: torch.dtype
+    parts: list[tuple[Entry, Box]]
 
     @property
     def bytes(self) -> int:
@@ -78,13 +78,13 @@ def read_plan(blueprint: Blueprint, adapter: Path, weights: Weights) -> tuple[li
     for first, tensor in base_tensors(model).items():
         layers = {name: _adapting(model, name) for name in groups[first]}
         layout = packed[tensor].layout if tensor in packed else None
-        shape = layout.shape if layout else tuple(tensor.shape)
-        kind = layout.dtype if layout else trained_in_full.get(first, tensor.dtype)
+        shape, dtype = stands_for(tensor, packed, _TrainedAlone())
+        dtype = trained_in_full.get(first, dtype)
         source = next((name for name in layers if name in weights.shapes), first)
         parts = len(set(layers.values())) > 1
         unties |= parts
         for name in layers if parts else [source]:
-            entries.append(Entry(name, source, tensor, shape, kind, layers[name], layout))
+            entries.append(Entry(name, source, tensor, shape, dtype, layers[name], layout))
     return entries, unties
 
 
@@ -99,71 +99,119 @@ def _adapting(model: nn.Module, name: str) -> DoraLayer | None:
     return module if isinstance(module, DoraLayer) and attribute == "weight" else None
 
 
+def outputs(entries: list[Entry], weights: Weights) -> list[Output]:
+    """What the files will hold: what the base's files hold, in the order of the model's tensors."""
+    found: dict[str, Output] = {}
+    for entry in entries:
+        made_of, published = Traced.of_file(entry.name, entry.shape), (entry.name, entry.shape, False)
+        is_published = entry.name == entry.source in weights.origins and entry.source not in weights.four_bit
+        for box in sorted(weights.origins[entry.name].boxes if is_published else made_of.boxes, key=_first):
+            if is_published:
+                published = weights.published(box.source)
+            found.setdefault(box.source, Output(*published, entry.dtype, [])).parts.append((entry, box))
+    return list(found.values())
+
+
+def _first(box: Box) -> tuple[int, ...]:
+    return box.start
+
+
 @torch.no_grad()
-def write_weights(entries: list[Entry], blueprint: Blueprint, out: Path, base: str, limit: int) -> int:
-    """Write the safetensors files and their index, and return how many files there are.
+def write_weights(entries: list[Entry], weights: Weights, out: Path, base: str, limit: int) -> str:
+    """Write the safetensors files and their index, and say what was written.
 
     Raises:
         RuntimeError: an adapted weight, read back, does not act on vectors as base and adapter do.
     """
-    assert blueprint.files is not None
-    groups, drift = list(_by_file(entries, limit)), Drift()
-    where: dict[str, str] = {}
+    written, merger = outputs(entries, weights), _Merger(weights, base)
+    groups, where = list(_by_file(written, limit)), dict[str, str]()
     for number, group in enumerate(groups, 1):
         name = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        probes: dict[str, Probe] = {}
-        tensors = {entry.name: merged_values(entry, blueprint.files, base, drift, probes) for entry in group}
+        probes: list[tuple[str, Box, Probe]] = []
+        tensors = {output.name: merger.tensor(output, probes) for output in group}
         save_file(tensors, out / name, {"format": "pt"})
         where |= dict.fromkeys(tensors, name)
         del tensors  # before the next file's are read
         with safe_open(out / name, framework="pt") as file:
-            for key, probe in probes.items():
-                probe.check(key, file.get_tensor(key))
-    index = {"metadata": {"total_size": sum(entry.bytes for entry in entries)}, "weight_map": where}
+            for key, box, probe in probes:
+                probe.check(key, file.get_tensor(key), box)
+    size, files = sum(output.bytes for output in written), len(groups)
+    index = {"metadata": {"total_size": size}, "weight_map": where}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    drift.tell()
-    return len(groups)
+    merger.drift.tell()
+    return f"{len(written)} tensors, {size / 1e9:,.2f} GB in {files} file{'s' if files > 1 else ''}"
 
 
-def _by_file(entries: list[Entry], limit: int) -> Iterator[list[Entry]]:
-    group: list[Entry] = []
-    for entry in entries:
-        if group and sum(e.bytes for e in group) + entry.bytes > limit:
+def _by_file(outputs: list[Output], limit: int) -> Iterator[list[Output]]:
+    group: list[Output] = []
+    for output in outputs:
+        if group and sum(o.bytes for o in group) + output.bytes > limit:
             yield group
             group = []
-        group.append(entry)
+        group.append(output)
     yield group
 
 
-def merged_values(entry: Entry, files: Weights, base: str, drift: "Drift", probes: "dict[str, Probe]") -> Tensor:
-    """The merged tensor. Of an adapted one its probe is left in `probes`."""
-    if entry.parameter.requires_grad:
-        return entry.parameter.detach().to(entry.dtype, copy=True)
-    if not entry.shape:
-        return files.read(entry.source, Rectangle(torch.empty(1, 1))).reshape(()).to(entry.dtype)
-    if entry.source in files.four_bit:
-        return _merged(entry, _stored_in_4_bits(entry, files), probes)
-    read = files.rows(entry.source, slice(None))
-    if entry.layout is None:
-        return _merged(entry, read.to(entry.dtype, copy=True), probes)
-    trained_on = _merged(entry, _through_4_bits(read, entry.layout), probes)
-    if base == "dequantized":
-        return trained_on
-    values = _merged(entry, read.to(entry.dtype, copy=True), probes)
-    drift.add(values, trained_on)
-    return values
+class _Merger:
+    """Makes the tensors to write. Holds the model's tensor that it merged last: several may be made of it."""
+
+    def __init__(self, weights: Weights, base: str):
+        self.weights, self.base, self.drift = weights, base, Drift()
+        self._last: tuple[Entry, Tensor, Probe | None] | None = None
+
+    def tensor(self, output: Output, probes: "list[tuple[str, Box, Probe]]") -> Tensor:
+        flat = torch.empty(math.prod(output.shape), dtype=output.dtype)
+        for entry, box in output.parts:
+            values, probe = self._merged(entry)
+            flat.as_strided(box.size, box.stride, box.offset).copy_(values[box.places([0] * values.dim())])
+            if probe is not None:
+                probes.append((output.name, box, probe))
+        if not output.transposed:
+            return flat.view(output.shape)
+        *outer, rows, columns = output.shape
+        return flat.view(*outer, columns, rows).mT.contiguous()
+
+    def _merged(self, entry: Entry) -> "tuple[Tensor, Probe | None]":
+        if self._last is None or self._last[0] is not entry:
+            self._last = None  # frees it
+            self._last = entry, *self._merge(entry)
+        return self._last[1:]
+
+    def _merge(self, entry: Entry) -> "tuple[Tensor, Probe | None]":
+        if entry.parameter.requires_grad:
+            return entry.parameter.detach(), None
+        layout = entry.layout
+        if layout is not None and entry.source in self.weights.four_bit:
+            stored = self.weights.four_bit[entry.source]
+            return _adapted(entry, _by_tiles(layout, lambda rows: stored.read(self.weights, rows)))
+        read = self.weights.whole(entry.source)
+        if layout is None:
+            return _adapted(entry, read.to(entry.dtype, copy=entry.layer is not None))
+        trained_on = _adapted(entry, _by_tiles(layout, lambda rows: quantize(read[rows], layout)))
+        if self.base == "dequantized":
+            return trained_on
+        original = _adapted(entry, read.to(entry.dtype, copy=True))
+        self.drift.add(original[0], trained_on[0])
+        return original
 
 
-def _merged(entry: Entry, weight: Tensor, probes: "dict[str, Probe]") -> Tensor:
-    """(m/n) * (W + s B A), written over `weight` [N, K]."""
+def _adapted(entry: Entry, weight: Tensor) -> "tuple[Tensor, Probe | None]":
+    """(m/n) * (W + s B A), written over `weight` [N, K], and what it should compute."""
     layer = entry.layer
-    if layer is not None:
-        ratio = None
-        if layer.magnitude is not None:
-            ratio = norm_ratio(layer.magnitude, layer.norm_over(weight))
-        probes[entry.name] = Probe(entry.name, weight, layer, ratio)
-        layer.merge_into(weight, ratio)
-    return weight
+    if layer is None:
+        return weight, None
+    ratio = None if layer.magnitude is None else norm_ratio(layer.magnitude, layer.norm_over(weight))
+    probe = Probe(entry.name, weight, layer, ratio)
+    layer.merge_into(weight, ratio)
+    return weight, probe
+
+
+def _by_tiles(layout: Nf4, parts: Callable[[slice], list[Tensor]]) -> Tensor:
+    """The dense matrix of what the run holds in 4 bits."""
+    out = torch.empty(layout.shape, dtype=layout.dtype)
+    for rows in pieces(slice(0, layout.rows), max(1, _TILE_ELEMENTS // layout.columns)):
+        out[rows] = dequantize(parts(rows), layout)
+    return out
 
 
 class Probe:
@@ -182,13 +230,15 @@ class Probe:
             expected.append(made if own is None or dim == 1 else made * own)
         self.expected = torch.cat(expected)
 
-    def check(self, name: str, merged: Tensor) -> None:
-        """RuntimeError: more than rounding lies between them."""
-        error = (_product(merged, self.vectors) - self.expected).norm()
+    def check(self, name: str, written: Tensor, box: Box) -> None:
+        """Of the box that lies in a tensor of the files. RuntimeError: more than rounding lies between them."""
+        merged = written.as_strided(box.size, box.stride, box.offset)
+        expected = self.expected[box.start[0] : box.start[0] + box.size[0]]
+        error = (_product(merged, self.vectors) - expected).norm()
         if not error <= 1.5 * _ROUNDING[merged.dtype] * _product(merged, self.vectors, squared=True).sum().sqrt():
             raise RuntimeError(
                 f"the merged {name!r} does not compute what base and adapter do, so nothing was kept: on random "
-                f"vectors it differs by {error / self.expected.norm():.3g}, more than rounding explains"
+                f"vectors it differs by {error / expected.norm():.3g}, more than rounding explains"
             )
 
 
@@ -197,27 +247,6 @@ def _product(weight: Tensor, vectors: Tensor, squared: bool = False) -> Tensor:
     step = max(1, _TILE_ELEMENTS // weight.shape[1])
     tiles = (rows.float() for rows in weight.split(step))
     return torch.cat([rows.square() @ vectors.square() if squared else rows @ vectors for rows in tiles])
-
-
-def _through_4_bits(weight: Tensor, layout: Nf4) -> Tensor:
-    """What the run computes with in place of `weight` [N, K], in the layout's dtype."""
-    return _by_tiles(layout, lambda rows: quantize(weight[rows], layout))
-
-
-def _stored_in_4_bits(entry: Entry, files: Any) -> Tensor:
-    """The same of a base that is in 4 bits in its files."""
-    assert entry.layout is not None
-    stored = files.four_bit[entry.source]
-    return _by_tiles(entry.layout, lambda rows: stored.read(files, rows))
-
-
-def _by_tiles(layout: Nf4, parts: Callable[[slice], list[Tensor]]) -> Tensor:
-    out = torch.empty(layout.shape, dtype=layout.dtype)
-    step = max(1, _TILE_ELEMENTS // layout.columns)
-    for start in range(0, layout.rows, step):
-        rows = slice(start, min(start + step, layout.rows))
-        out[rows] = dequantize(parts(rows), layout)
-    return out
 
 
 class Drift:

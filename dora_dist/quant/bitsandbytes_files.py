@@ -22,6 +22,7 @@ from dora_dist.config import QuantConfig
 from dora_dist.errors import UserError
 from dora_dist.quant.nf4 import CODES
 
+CODES_WITH_SCALES = ("fp8", "fbgemm_fp8", "mxfp4")  # which are widened while they are read
 _STATE = ".quant_state.bitsandbytes__"
 
 
@@ -64,8 +65,9 @@ class FourBit:
         return values[absmax.int()] * nested[block] + self.nested_offset
 
 
-def check_quantization(directory: Path, config: QuantConfig) -> bool:
-    """Whether config.json says that the weights are bitsandbytes' nf4. Reads nothing else.
+def check_quantization(directory: Path, config: QuantConfig) -> Mapping[str, Any]:
+    """What config.json says of quantized weights: bitsandbytes' nf4, or codes with scales; nothing where there are
+    none. Reads nothing else.
 
     Raises:
         UserError: they are quantized in another way, or `quant.scheme` does not ask for 4 bits.
@@ -73,15 +75,20 @@ def check_quantization(directory: Path, config: QuantConfig) -> bool:
     try:
         found = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError, RecursionError):
-        return False  # transformers says what is wrong with it
+        return {}  # transformers says what is wrong with it
     if not found:
-        return False
+        return {}
     key = f"model.path: {str(directory)!r}: quantization_config"
     if not isinstance(found, Mapping):
         raise UserError(f"{key} in config.json is not a section of keys")
     method = found.get("quant_method", "bitsandbytes")  # old files of bitsandbytes do not say
+    if method in CODES_WITH_SCALES:
+        return found
     if method != "bitsandbytes":
-        raise UserError(f"{key}.quant_method is {method!r}; only bitsandbytes' nf4 and 16-bit weights can be read")
+        raise UserError(
+            f"{key}.quant_method is {method!r}; only bitsandbytes' nf4, {', '.join(CODES_WITH_SCALES)} and 16-bit "
+            "weights can be read"
+        )
     if found.get("load_in_8bit") or not found.get("load_in_4bit"):
         raise UserError(f"{key}: load_in_4bit is not set; of bitsandbytes' weights only nf4 can be read")
     kind = found.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
@@ -92,7 +99,7 @@ def check_quantization(directory: Path, config: QuantConfig) -> bool:
         raise UserError(f"{key}.bnb_4bit_quant_storage is {storage!r}; only 'uint8' can be read")
     if config.scheme == "none":
         raise UserError(f"model.path: {str(directory)!r} holds weights in 4 bits; set quant.scheme=nf4")
-    return True
+    return found
 
 
 def find_four_bit(files: Files) -> dict[str, FourBit]:

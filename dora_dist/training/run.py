@@ -17,7 +17,7 @@ from dora_dist.adapters.adapter import save_adapter, try_saving
 from dora_dist.config import RunConfig
 from dora_dist.data.run_data import RunData, check_lengths, load_tokenizer
 from dora_dist.errors import RunFailed, Stopped, UserError
-from dora_dist.models.build import Blueprint, make_blueprint, sizes_of
+from dora_dist.models.build import Blueprint, describe_loading, make_blueprint, sizes_of
 from dora_dist.models.huggingface import resolve_model
 from dora_dist.models.weights import packed_layers
 from dora_dist.parallel.phases import Phase
@@ -70,7 +70,7 @@ def _run(config: RunConfig, processes: Processes, watch: Watchdog, check_fits: C
         torch.manual_seed(config.train.seed + processes.rank + (found.step << 32 if found else 0))
         resumed = _log_position(found, checkpoints, config.train.eval_every, data.steps)
         with RunLog(config.log, output_dir, data.steps, about["config"], processes.is_main, resumed) as log:
-            log.say(*warnings, *notices, f"data: {data.report}")
+            log.say(*warnings, *notices, f"data: {data.report}", *describe_loading(blueprint))
             built = build_to_train(blueprint, strategy)
             adapter = (built, output_dir / "adapter", config.model.path)
             log.say(*describe(built, strategy), *blueprint.coverage)

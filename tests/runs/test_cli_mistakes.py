@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dora_dist.cli import main
-from dora_dist.models.weights import SafetensorsFiles
+from dora_dist.models.files import SafetensorsFiles
 from tests.runs.test_cli import TRAIN, write
 from tests.support.launch import child_environment
 

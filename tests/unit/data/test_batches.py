@@ -8,7 +8,6 @@ import torch
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dora_dist.config import DataConfig, ModelConfig, RunConfig
 from dora_dist.data.batches import BatchPlan, Collate, EvaluationBatches, Split
 from dora_dist.data.formats import Labels
 from dora_dist.data.packing import additive_mask, pack, packed_attention
@@ -239,6 +238,5 @@ def test_recurrent_models_refuse_packing(name):
         num_key_value_heads=1, mamba_n_heads=2, mamba_d_head=32, mamba_n_groups=1, num_experts=2,
     )  # fmt: skip
     model = getattr(transformers, f"{name}ForCausalLM")(config)
-    run = RunConfig(ModelConfig("model"), DataConfig("rows", packing=True))
     with pytest.raises(UserError, match=f"data.packing: {name}ForCausalLM keeps a state from token to token"):
-        check_model(run, model)
+        check_model(model, "causal_lm", packing=True, checkpointing=False)

@@ -17,7 +17,7 @@ from dora_dist.data.run_data import RunData, load_tokenizer
 from dora_dist.data.sources import find_source
 from dora_dist.io.fingerprint import Base, base_fingerprint, tokenizer_fingerprint
 from dora_dist.models.build import make_blueprint
-from dora_dist.models.weights import SafetensorsFiles
+from dora_dist.models.files import SafetensorsFiles
 from dora_dist.parallel.process import Processes
 from tests.support.data import load, make_tokenizer, write_jsonl
 from tests.support.models import letter_tokenizer, llama

@@ -17,9 +17,9 @@ from dora_dist.parallel.replicated import Single
 def run(tiny_llama, tiny_rows, tmp_path):
     """Makes a configuration and an adapter of random A, B and m. Gives the former's path and the adapted model."""
 
-    def make(model: Path = tiny_llama, dtype: str = "float32", quant: dict | None = None, **dora):
+    def make(model: Path = tiny_llama, dtype="float32", quant: dict | None = None, attention="sdpa", **dora):
         config = {
-            "model": {"path": str(model), "dtype": dtype},
+            "model": {"path": str(model), "dtype": dtype, "attention": attention},
             "dora": dora or {"rank": 2, "targets": ["q_proj", "v_proj", "down_proj", "up_proj"]},
             "quant": quant or {},
             "data": {"train": str(tiny_rows), "seq_len": 48},

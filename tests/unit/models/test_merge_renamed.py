@@ -1,4 +1,4 @@
-"""Merging bases whose tensors transformers renames or fuses: it loads and saves them whole."""
+"""Merging bases whose tensors transformers renames or fuses: what is written has the names that they have."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from dora_dist.cli import main
 from dora_dist.config import load_config
 from dora_dist.dora import layers
-from dora_dist.models import merge, merge_loaded
-from tests.support.models import letter_tokenizer, save_model
+from dora_dist.models import merge, origins
+from tests.support.models import save_model
+from tests.support.published import in_fp8, in_mxfp4
 from tests.support.rounding import MODEL, rounding
 from tests.support.small import small_config, small_model
 from tests.unit.models.test_merge import NF4, half_of_B, load, logits, without_magnitude
@@ -22,7 +24,7 @@ def renamed(tmp_path_factory) -> dict[str, Path]:
     """Bases whose tensors transformers renames (GPT-2 without its prefix) or fuses (experts; DeepSeek-V3 also has
     a buffer, its router's correction bias)."""
     found = {}
-    for name in ("gpt2", "mixtral", "deepseek_v3"):
+    for name in ("gpt2", "mixtral", "deepseek_v3", "gpt_oss"):
         torch.manual_seed(0)
         config = small_config(name)
         config.initializer_range, config.num_key_value_heads = 0.3, config.num_attention_heads
@@ -34,17 +36,21 @@ def renamed(tmp_path_factory) -> dict[str, Path]:
     return found
 
 
+FILE = "model-00001-of-00001.safetensors"
 RENAMED = {
     "renamed, tied": ("gpt2", {"rank": 2, "targets": ["c_attn", "c_fc"]}),
     "renamed, parting": ("gpt2", {"rank": 2, "targets": ["c_attn", "wte"]}),
     "fused": ("mixtral", {"rank": 2, "targets": ["q_proj", "o_proj"], "modules_to_save": ["mlp.gate"]}),
     "fused, with a buffer": ("deepseek_v3", {"rank": 2, "targets": ["o_proj"], "magnitude_only": ["down_proj"]}),
     "fused, in 4 bits": ("mixtral", {"rank": 2, "targets": ["q_proj", "o_proj"], "quant": NF4}),
+    "experts": ("mixtral", {"rank": 2, "targets": ["experts", "q_proj"]}),
+    "experts, a magnitude per input": ("deepseek_v3", {"rank": 2, "targets": ["experts"], "magnitude_axis": "in"}),
+    "experts, transposed": ("gpt_oss", {"rank": 2, "targets": ["experts"], "attention": "eager"}),
 }
 
 
 @pytest.mark.parametrize("case", RENAMED)
-def test_a_base_that_transformers_renames_is_merged_by_it(run, renamed, tmp_path, capsys, case):
+def test_a_base_that_transformers_renames_keeps_its_names(run, renamed, tmp_path, capsys, case):
     name, settings = RENAMED[case]
     path, adapted = run(renamed[name], **settings)
     assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 0, capsys.readouterr().err
@@ -55,11 +61,37 @@ def test_a_base_that_transformers_renames_is_merged_by_it(run, renamed, tmp_path
         config = json.loads((tmp_path / "out" / "config.json").read_text())
         assert config.get("tie_word_embeddings", True) == (case == "renamed, tied")
     else:
-        written, base = (load_file(d / "model.safetensors") for d in (tmp_path / "out", renamed[name]))
+        written, base = load_file(tmp_path / "out" / FILE), load_file(renamed[name] / "model.safetensors")
         assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in base.items()}
         experts = [n for n in base if ".experts." in n]
-        kept = [n for n in experts if not ("down" in n and "magnitude_only" in settings)]
-        assert kept and [n for n in experts if torch.equal(written[n], base[n])] == kept
+        adapted_too = settings.get("magnitude_only", [".experts."] if "experts" in settings["targets"] else [])
+        kept = [n for n in experts if not any(key in n for key in adapted_too) or n.endswith("bias")]
+        assert experts and [n for n in experts if torch.equal(written[n], base[n])] == kept
+
+
+QUANTIZED = {
+    "fp8": ("qwen3_moe", lambda path: in_fp8(path, (8, 4)), {}),
+    "fp8, in 4 bits": ("qwen3_moe", lambda path: in_fp8(path, (8, 4)), {"quant": NF4}),
+    "mxfp4": ("gpt_oss", in_mxfp4, {"attention": "eager"}),
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_a_quantized_base_is_written_in_the_dtype_of_the_run(run, tmp_path, capsys, case):
+    name, quantize, settings = QUANTIZED[case]
+    torch.manual_seed(0)
+    config = small_config(name)
+    config.initializer_range, config.intermediate_size = 0.3, 64
+    base = save_model(AutoModelForCausalLM.from_config(config), tmp_path / "base")
+    shapes = {key: tensor.shape for key, tensor in load_file(base / "model.safetensors").items()}
+    quantize(base)
+    path, adapted = run(base, rank=2, targets=["q_proj", "o_proj"], **settings)
+    assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    written = load_file(tmp_path / "out" / FILE)
+    assert {key: tensor.shape for key, tensor in written.items()} == shapes
+    assert {tensor.dtype for tensor in written.values()} == {torch.float32}
+    wanted = logits(adapted)
+    assert (logits(load(tmp_path / "out")) - wanted).norm() <= rounding(MODEL, torch.float32) * wanted.norm()
 
 
 @pytest.mark.parametrize("wrong", [without_magnitude, half_of_B])
@@ -80,15 +112,15 @@ def test_a_renamed_base_in_several_files(run, renamed, tmp_path, capsys):
     assert "merged weights differ by" in told
 
 
-def test_a_base_that_memory_does_not_hold_is_refused_with_a_way_that_works(
-    run, renamed, tmp_path, monkeypatch, capsys
-):
-    path, _ = run(renamed["mixtral"], rank=2, targets=["q_proj"])
-    monkeypatch.setattr(merge_loaded, "available_memory", lambda: 1000.0)
+def test_a_base_that_cannot_be_read_by_slices_is_loaded_whole(run, renamed, tmp_path, monkeypatch, capsys):
+    """It is written under the model's own names, which transformers loads, too."""
+    path, adapted = run(renamed["mixtral"], rank=2, targets=["q_proj"])
+    monkeypatch.setattr(origins, "_converted", lambda *_: {})
+    monkeypatch.setattr(merge, "free_host_memory", lambda: 1000.0)
     assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 2
-    assert "save_pretrained(DIRECTORY, save_original_format=False)" in capsys.readouterr().err
-    anew = tmp_path / "anew"
-    load(renamed["mixtral"]).save_pretrained(anew, save_original_format=False)
-    letter_tokenizer().save_pretrained(anew)
-    words = ["merge", "--config", str(path), str(tmp_path / "out"), f"model.path={anew}"]
-    assert main([*words, "dora.accept_other_base=true"]) == 0, capsys.readouterr().err
+    assert "'model.layers.0.mlp.experts.gate_up_proj' cannot be read" in capsys.readouterr().err
+    monkeypatch.setattr(merge, "free_host_memory", lambda: 1e12)
+    assert main(["merge", "--config", str(path), str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    assert "rank 0 loads all weights" in capsys.readouterr().out
+    wanted, merged = logits(adapted), load(tmp_path / "out")
+    assert (logits(merged) - wanted).norm() <= rounding(MODEL, torch.float32) * wanted.norm()

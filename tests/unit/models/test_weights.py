@@ -1,6 +1,7 @@
-"""Weights reach the model by slices, through transformers where names differ, or from a seed."""
+"""Weights reach the model by slices, through transformers where nothing else reads them, or from a seed."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from dora_dist.config import DataConfig, DoraConfig, ModelConfig, RunConfig
 from dora_dist.errors import UserError
 from dora_dist.models import weights
 from dora_dist.models.build import build, make_blueprint
-from dora_dist.models.weights import SafetensorsFiles
+from dora_dist.models.files import SafetensorsFiles
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.replicated import Single
 from dora_dist.parallel.shards import Rectangle
@@ -121,20 +122,35 @@ def old_names(tiny_llama, tiny_gpt2, tmp_path_factory):
     return directory
 
 
-def test_other_names_go_through_transformers(old_names, tiny_gpt2):
+@pytest.fixture(scope="module")
+def pickled(old_names, tmp_path_factory):
+    directory = shutil.copytree(old_names, tmp_path_factory.mktemp("pickled") / "model")
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    return directory
+
+
+def test_pickles_go_through_transformers(pickled, tiny_gpt2):
+    got, want = built(pickled, allow_pickle=True).state_dict(), built(tiny_gpt2).state_dict()
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+def test_other_names_are_read_by_slices(old_names, tiny_gpt2, monkeypatch):
+    monkeypatch.setattr(weights, "load_whole", None)
     got, want = built(old_names).state_dict(), built(tiny_gpt2).state_dict()
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
 
 
 @pytest.mark.ranks
-def test_other_names_under_sharding(old_names, tiny_gpt2, tiny_rows, tmp_path):
+def test_what_is_loaded_whole_under_sharding(pickled, tiny_gpt2, tiny_rows, tmp_path):
     import yaml
 
     losses = []
-    for path in (tiny_gpt2, old_names):
+    for path in (tiny_gpt2, pickled):
         text = {
-            "model": {"path": str(path), "dtype": "float32"},
+            "model": {"path": str(path), "dtype": "float32", "allow_pickle": True},
             "dora": {"rank": 2, "targets": "all-linear"},
             "data": {"train": str(tiny_rows), "seq_len": 48},
             "train": {"steps": 1, "micro_batch_size": 4},
@@ -144,6 +160,7 @@ def test_other_names_under_sharding(old_names, tiny_gpt2, tiny_rows, tmp_path):
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(text))
         done = run_ranks(2, ROOT / "launch" / "train.py", "--config", str(tmp_path / "c.yaml"))
         assert done.returncode == 0, done.stderr[-3000:]
+        assert ("rank 0 loads all weights" in done.stdout) == (path == pickled)
         losses.append(json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"])
     assert losses[0] == losses[1]
 
