@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -26,7 +26,6 @@ from dora_dist.schema import (
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    section: ClassVar[str] = "model"
     path: str  # a directory in Hugging Face layout, or a hub id
     task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
     num_labels: int | None = setting(None, low=2)  # sequence_classification; None: what config.json says
@@ -45,7 +44,6 @@ class DoraConfig(Section):
     `alpha / sqrt(rank)`) scales the low-rank product. The patterns map such names to an own rank or alpha.
     """
 
-    section: ClassVar[str] = "dora"
     method: Literal["dora", "lora"] = "dora"
     rank: int = setting(16, low=1)
     alpha: float = setting(32, positive=True)
@@ -81,7 +79,6 @@ class DoraConfig(Section):
 class QuantConfig(Section):
     """4-bit storage of the frozen linear layers (QLoRA, arXiv 2305.14314)."""
 
-    section: ClassVar[str] = "quant"
     scheme: Literal["none", "nf4"] = "none"
     skip: list[str] = field(default_factory=lambda: ["lm_head"])  # kept in 16 bits: names, suffixes or globs
     block_size: int = setting(64, low=32, high=4096)  # weights that share a scale
@@ -100,7 +97,6 @@ class QuantConfig(Section):
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    section: ClassVar[str] = "data"
     train: str  # json, jsonl, parquet, csv, text file or directory, or a hub id
     eval: str | None = None
     format: Literal["auto", "alpaca", "chat", "prompt_completion", "text", "labels"] = "auto"
@@ -113,7 +109,6 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    section: ClassVar[str] = "train"
     steps: int | None = setting(None, low=1)  # optimizer steps; None: `epochs` over the data
     epochs: float = setting(1, positive=True)
     micro_batch_size: int = setting(1, low=1)  # rows per rank and forward
@@ -135,7 +130,6 @@ class TrainConfig(Section):
 
 @dataclass(frozen=True)
 class ParallelConfig(Section):
-    section: ClassVar[str] = "parallel"
     strategy: Literal["auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
     replicas: int = setting(1, low=1)  # > 1: hybrid sharding, one full copy per replica group
     cpu_offload: bool = False
@@ -161,7 +155,6 @@ class ParallelConfig(Section):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
-    section: ClassVar[str] = "checkpoint"
     every: int | None = setting(None, low=1)  # steps; None: only where a signal ends the run
     keep: int = setting(2, low=1)  # the newest of them
     resume: str = "auto"  # the newest in output_dir; none; or the directory of a checkpoint or of a run
@@ -171,7 +164,6 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True)
 class LogConfig(Section):
-    section: ClassVar[str] = "log"
     every: int = setting(1, low=1)
     tensorboard: bool = False
     wandb: bool = False

@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -27,14 +27,14 @@ def setting(default: Any, *, low: float | None = None, high: float | None = None
 
 @dataclass(frozen=True)
 class Section:
-    """Base of every section: checks its own fields' types, choices and ranges."""
-
-    section: ClassVar[str] = ""
+    """Base of every section: checks its own fields' types, choices and ranges. `TrainConfig` is the section
+    `train`; `RunConfig` holds the sections."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
+        section = type(self).__name__.removesuffix("Config").lower()
         for spec in dataclasses.fields(self):
-            key = f"{self.section}.{spec.name}" if self.section else spec.name
+            key = spec.name if section == "run" else f"{section}.{spec.name}"
             value = getattr(self, spec.name)
             _check_type(key, value, hints[spec.name])
             check_range(key, value, spec.metadata)
