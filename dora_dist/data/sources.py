@@ -19,6 +19,7 @@ KINDS = {
     ".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet",
     ".txt": "text", ".md": "text", ".py": "text",
 }  # fmt: skip
+_SUFFIXES = ", ".join(KINDS)
 _DECODED = ("Image", "Audio", "Video")  # features of `datasets` whose values are opened as they are read
 EVAL_SPLITS = ("validation", "dev", "valid", "test")
 
@@ -49,11 +50,11 @@ class Source:
         first and last MiB; of a hub dataset its id alone."""
         digest = hashlib.sha256(self.kind.encode())
         for name in self.names:
-            digest.update(f"{name}\n".encode() if self.kind == "hub" else self._file_digest(Path(name)))
+            told = name
+            if self.kind != "hub":
+                told = f"{Path(name).relative_to(self.path)}\n{ends_digest(Path(name))}"
+            digest.update(f"{told}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
-
-    def _file_digest(self, file: Path) -> bytes:
-        return f"{file.relative_to(self.path)}\n{ends_digest(file)}\n".encode(errors="surrogateescape")
 
 
 def find_source(path: str, key: str = "data.train", streaming: bool = False) -> Source:
@@ -70,7 +71,7 @@ def find_source(path: str, key: str = "data.train", streaming: bool = False) -> 
         if odd is not None:
             raise UserError(f"{key}: {str(odd)!r} is no readable file (a link to nothing, or a device)")
         if not files:
-            raise UserError(f"{key}: the directory {path!r} holds no files; valid would be {_suffixes()} files")
+            raise UserError(f"{key}: the directory {path!r} holds no files; valid would be {_SUFFIXES} files")
         kinds = {_kind_of(file, key): file for file in reversed(files)}
         if len(kinds) > 1:
             examples = ", ".join(sorted(str(file) for file in kinds.values()))
@@ -84,7 +85,7 @@ def find_source(path: str, key: str = "data.train", streaming: bool = False) -> 
         return Source(key, path, "hub", (path,), streaming)
     raise UserError(
         f"{key}: there is no file or directory {path!r}, and it is not a hub id either; "
-        f"valid would be a {_suffixes()} file, a directory of them, or a hub id such as org/name"
+        f"valid would be a {_SUFFIXES} file, a directory of them, or a hub id such as org/name"
     )
 
 
@@ -102,12 +103,8 @@ def _hidden(file: Path, directory: Path) -> bool:
 def _kind_of(file: Path, key: str) -> str:
     kind = KINDS.get(file.suffix.lower())
     if kind is None:
-        raise UserError(f"{key}: {str(file)!r} is of no known kind; valid would be {_suffixes()}")
+        raise UserError(f"{key}: {str(file)!r} is of no known kind; valid would be {_SUFFIXES}")
     return kind
-
-
-def _suffixes() -> str:
-    return ", ".join(KINDS)
 
 
 def _parquet_rows(name: str, key: str) -> Iterator[Row]:
