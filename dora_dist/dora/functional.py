@@ -21,6 +21,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dora_dist.device import wide_dtype
+from dora_dist.dora import kernels
 from dora_dist.dora.kept_output import is_overwritten, keep
 from dora_dist.dora.norm_math import norm_ratio
 from dora_dist.dora.products import (
@@ -32,25 +33,23 @@ from dora_dist.dora.products import (
     low_rank_dz,
     low_rank_grads,
     low_rank_z,
+    magnitude_grad,
     mm_wide_left,
     wide_mm,
 )
+from dora_dist.quant.kernels import available
 from dora_dist.quant.modules import dense, frozen_linear
 from dora_dist.quant.nf4 import Nf4
 
 _LEAST_RATIO = {torch.float16: 1e-4, torch.float64: 1e-100}  # else 1e-20: as far as exponents reach
 
 
-def magnitude_grads(total: Tensor, ratio: Tensor, norm: Tensor, needs_dn: bool) -> tuple[Tensor, Tensor | None]:
-    """dm and, where it is needed, dn from sum(dY * V x). Divides by n, never by m: right where m is zero; 0 where
-    V's row is."""
-    dm = (total / norm).masked_fill_(norm == 0, 0.0)
-    return dm, -ratio * dm if needs_dn else None
-
-
 def nonzero_ratio(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
     """m / n, kept so far from zero that an output of `dtype` multiplied by it can be divided by it again."""
-    ratio, least = norm_ratio(magnitude, norm), _LEAST_RATIO.get(dtype, 1e-20)
+    least = _LEAST_RATIO.get(dtype, 1e-20)
+    if available(norm.device, norm.dtype):
+        return kernels.nonzero_ratio(magnitude, norm, least)
+    ratio = norm_ratio(magnitude, norm)
     return torch.where(ratio.abs() < least, least, ratio)
 
 
@@ -83,6 +82,7 @@ class Kept(NamedTuple):
     A_RI: Tensor | None
     B_OR: Tensor | None
     g: Tensor | None  # m / n per output feature or, for `in_grads`, per input feature
+    n: Tensor | None
     z_TR: Tensor | None
     keep_TI: Tensor | None  # what dropout keeps
 
@@ -91,7 +91,7 @@ class Grads(NamedTuple):
     dx_TI: Tensor | None
     dA_RI: Tensor | None
     dB_OR: Tensor | None
-    total: Any  # of which m's and n's are made; None for LoRA
+    dm: Any  # n's is -g dm; None for LoRA
 
 
 class LinearOut(Function):
@@ -120,11 +120,9 @@ class LinearOut(Function):
         x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI, gh_TO, *parts = ctx.saved_tensors
         if is_overwritten(ctx.kept):
             gh_TO = outputs(x_TI, z_TR, B_OR, g_O, None, ctx.constants, parts)[1]
-        kept = Kept(x_TI, A_RI, B_OR, g_O, z_TR, keep_TI)
-        dx_TI, dA_RI, dB_OR, total_O = out_grads(dy_TO, gh_TO, kept, ctx.constants, parts, ctx.needs_input_grad[0])
-        dm_O = dn_O = None
-        if total_O is not None:
-            dm_O, dn_O = magnitude_grads(total_O, g_O, n_O, ctx.needs_input_grad[4])
+        kept = Kept(x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI)
+        dx_TI, dA_RI, dB_OR, dm_O = out_grads(dy_TO, gh_TO, kept, ctx.constants, parts, ctx.needs_input_grad[0])
+        dn_O = -g_O * dm_O if ctx.needs_input_grad[4] else None
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
         return dx_TI, dA_RI, dB_OR, dm_O, dn_O, dbias, *[None] * (2 + len(parts))
 
@@ -132,16 +130,15 @@ class LinearOut(Function):
 def out_grads(
     dy_TO: Tensor, gh_TO: Tensor | None, kept: Kept, constants: Constants, parts: Sequence[Tensor], needs_dx: bool
 ) -> Grads:
-    """Of `outputs`; total = sum_T(dy * h), where there is a g."""
-    x_TI, A_RI, B_OR, g_O, z_TR, keep_TI = kept
+    """Of `outputs`."""
+    x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI = kept
     scaling, keep_scale = constants.scaling, constants.keep_scale
     row_factors = g_O if constants.ratio_in_weight else None
-    dx_TI = dA_RI = dB_OR = total_O = dz_TR = None
+    dx_TI = dA_RI = dB_OR = dm_O = dz_TR = None
     if g_O is not None:
-        assert gh_TO is not None
-        dh_TO, dz_TR, total_O = decomposed(dy_TO, gh_TO, B_OR, g_O, scaling, keep_dh=row_factors is None)
+        assert gh_TO is not None and n_O is not None
+        dh_TO, dz_TR, dm_O = decomposed(dy_TO, gh_TO, B_OR, g_O, n_O, scaling, keep_dh=row_factors is None)
         dh_TO = dy_TO if dh_TO is None else dh_TO
-        total_O = total_O / g_O
     else:
         assert B_OR is not None
         dh_TO, dz_TR = dy_TO, low_rank_dz(dy_TO, B_OR, scaling)
@@ -155,7 +152,7 @@ def out_grads(
         dx_TI = dh_TO @ constants.weight(parts, row_factors).t()
         if dz_TR is not None and A_RI is not None:
             add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, keep_scale)
-    return Grads(dx_TI, dA_RI, dB_OR, total_O)
+    return Grads(dx_TI, dA_RI, dB_OR, dm_O)
 
 
 def outputs(
@@ -197,9 +194,9 @@ class _LinearIn(Function):
     def backward(ctx, dy_TO):
         x_TI, A_RI, B_OR, m_I, n_I, z_TR, keep_TI, *parts = ctx.saved_tensors
         g_I = norm_ratio(m_I, n_I)
-        kept = Kept(x_TI, A_RI, B_OR, g_I, z_TR, keep_TI)
-        dx_TI, dA_RI, dB_OR, total_I = in_grads(dy_TO, kept, ctx.constants, parts, ctx.needs_input_grad[0])
-        dm_I, dn_I = magnitude_grads(total_I, g_I, n_I, ctx.needs_input_grad[4])
+        kept = Kept(x_TI, A_RI, B_OR, g_I, n_I, z_TR, keep_TI)
+        dx_TI, dA_RI, dB_OR, dm_I = in_grads(dy_TO, kept, ctx.constants, parts, ctx.needs_input_grad[0])
+        dn_I = -g_I * dm_I if ctx.needs_input_grad[4] else None
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[5] else None
         return dx_TI, dA_RI, dB_OR, dm_I, dn_I, dbias, *[None] * (2 + len(parts))
 
@@ -226,9 +223,9 @@ def in_outputs(
 
 
 def in_grads(dy_TO: Tensor, kept: Kept, constants: Constants, parts: Sequence[Tensor], needs_dx: bool) -> Grads:
-    """Of `in_outputs`; total = sum_T(x * (dy V))."""
-    x_TI, A_RI, B_OR, g_I, z_TR, keep_TI = kept
-    assert g_I is not None
+    """Of `in_outputs`: dm = sum_T(x * (dy V)) / n."""
+    x_TI, A_RI, B_OR, g_I, n_I, z_TR, keep_TI = kept
+    assert g_I is not None and n_I is not None
     scaling, keep_scale = constants.scaling, constants.keep_scale
     dA_RI = dB_OR = None
     dgx_TI = wide_mm(dy_TO, constants.weight(parts).t())
@@ -239,7 +236,7 @@ def in_grads(dy_TO: Tensor, kept: Kept, constants: Constants, parts: Sequence[Te
         add_low_rank_dx(dgx_TI, dz_TR, A_RI, keep_TI, keep_scale)
         del gx_kept_TI  # dx takes its place
     dx_TI, total_I = column_sums(dgx_TI, x_TI, g_I, needs_dx)
-    return Grads(dx_TI, dA_RI, dB_OR, total_I)
+    return Grads(dx_TI, dA_RI, dB_OR, magnitude_grad(total_I, n_I))
 
 
 def prepare(

@@ -17,7 +17,6 @@ from dora_dist.dora.functional import (
     Kept,
     in_grads,
     in_outputs,
-    magnitude_grads,
     nonzero_ratio,
     out_grads,
     outputs,
@@ -38,26 +37,26 @@ class _Experts(Function):
         g = None
         if m is not None:
             g = norm_ratio(m, n) if on_inputs else nonzero_ratio(m, n, x_SI.dtype)
-        kept = Kept(x_SI, A, B, g, None, keep_SI)
+        kept = Kept(x_SI, A, B, g, n, None, keep_SI)
         y_SO, z_SR = _run(kept, constants, on_inputs, groups, parts)
         ctx.settings, ctx.overwritten = (constants, on_inputs, groups), None
         saved_SO = None
         if g is not None and not on_inputs:
             saved_SO, ctx.overwritten = keep(y_SO)
-        ctx.save_for_backward(x_SI, A, B, g, z_SR, keep_SI, n, saved_SO, *parts)
+        ctx.save_for_backward(x_SI, A, B, g, n, z_SR, keep_SI, saved_SO, *parts)
         return y_SO
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_SO):
         saved = ctx.saved_tensors  # once: checkpointing gives them once
-        kept, (n, y_SO, *parts) = Kept(*saved[:6]), saved[6:]
+        kept, (y_SO, *parts) = Kept(*saved[:7]), saved[7:]
         constants, on_inputs, groups = ctx.settings
         if is_overwritten(ctx.overwritten):
             y_SO, _ = _run(kept, constants, on_inputs, groups, parts)
-        needs_dx, dm, dn = ctx.needs_input_grad[0], None, None
+        needs_dx = ctx.needs_input_grad[0]
         dx_SI = torch.empty_like(kept.x_TI) if needs_dx else None
-        dA, dB, total = (None if t is None else torch.zeros_like(t) for t in (kept.A_RI, kept.B_OR, kept.g))
+        dA, dB, dm = (None if t is None else torch.zeros_like(t) for t in (kept.A_RI, kept.B_OR, kept.g))
         for expert, tokens in groups.spans:
             own, own_parts = (
                 _of_expert(kept, groups, expert, tokens),
@@ -70,11 +69,10 @@ class _Experts(Function):
                 grads = out_grads(dy_SO[tokens], gh_TO, own, constants, own_parts, needs_dx)
             if dx_SI is not None and grads.dx_TI is not None:
                 dx_SI[tokens] = grads.dx_TI
-            for stacked, found in zip((dA, dB, total), grads[1:], strict=True):
+            for stacked, found in zip((dA, dB, dm), grads[1:], strict=True):
                 if stacked is not None:
                     groups.part(stacked, expert).copy_(found)
-        if total is not None and kept.g is not None:
-            dm, dn = magnitude_grads(total, kept.g, n, ctx.needs_input_grad[4])
+        dn = -kept.g * dm if ctx.needs_input_grad[4] and kept.g is not None and dm is not None else None
         return dx_SI, dA, dB, dm, dn, *[None] * (4 + len(parts))
 
 
@@ -86,7 +84,7 @@ def _run(
     y_SO = x_SI.new_empty(x_SI.shape[0], groups.shape(parts, constants.layout)[0])
     z_SR = None if A is None else x_SI.new_empty(x_SI.shape[0], A.shape[0] // groups.num_experts)
     for expert, tokens in groups.spans:
-        x_TI, A_RI, B_OR, g, _, keep_TI = _of_expert(kept, groups, expert, tokens)
+        x_TI, A_RI, B_OR, g, _, _, keep_TI = _of_expert(kept, groups, expert, tokens)
         own_parts = groups.parts(parts, constants.layout, expert)
         if on_inputs:
             assert g is not None
@@ -101,11 +99,11 @@ def _run(
 
 
 def _of_expert(kept: Kept, groups: Groups, expert: int, tokens: slice) -> Kept:
-    """One expert's tokens, and its own A, B and g."""
+    """One expert's tokens, and its own A, B, g and n."""
     x, z, mask = (None if t is None else t[tokens] for t in (kept.x_TI, kept.z_TR, kept.keep_TI))
-    A, B, g = (None if t is None else groups.part(t, expert) for t in (kept.A_RI, kept.B_OR, kept.g))
+    A, B, g, n = (None if t is None else groups.part(t, expert) for t in (kept.A_RI, kept.B_OR, kept.g, kept.n))
     assert x is not None
-    return Kept(x, A, B, g, z, mask)
+    return Kept(x, A, B, g, n, z, mask)
 
 
 def adapted_experts(

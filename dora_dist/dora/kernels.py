@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
-"""DoRA's fused Triton kernels for CUDA devices: the norms in one pass over M, the output in one pass over the
-product x W^T, the backward in one pass over dY. Their references, and what serves every other device, are
-`squared_norms` in norm_math.py, `composed` and `decomposed` in products.py. Symbols are those of functional.py.
+"""DoRA's fused Triton kernels for CUDA devices, for ranks up to 64: the norms in one pass over M, the output in
+one pass over the product x W^T, the backward in one pass over dY. Their references, and what serves every other
+device and rank, are `squared_norms` in norm_math.py, `composed` and `decomposed` in products.py. Symbols are those
+of functional.py.
 
 Nothing is tuned at run time: block sizes follow from the rank, so that all ranks of a sharded model run the same
 programs and a repeated run gives the same bits. Sums across programs go through small buffers, never through
@@ -12,17 +13,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from dora_dist.quant.kernels import launch, strides
+from dora_dist.quant.kernels import launch, operator, strides
 from dora_dist.quant.nf4 import PackedMatrix, codes
 
-_CHUNK = 512  # elements of a row (or column) that one program of the norms sums
+MAX_RANK = 64  # beyond, the products are long enough for BLAS libraries to win
+_CHUNK = 512  # elements of a column that one program of the norms sums
 
 
 # -------------------------------------------------------------------------------------- the operators around them
-# torch.compile takes a custom operator as it is and does not break its graph there. Its results are tensors: where
-# there is none, an empty one. The programs are imported where they are started: they need Triton.
+# Their results are tensors: where there is none, an empty one. The programs are imported where they are started:
+# they need Triton.
 
 
 def _power_of_2(n: int) -> int:
@@ -39,8 +40,8 @@ def _blocks(rank: int, packed: bool = False) -> tuple[int, int, int, dict[str, i
     return 32 if packed else 64, 128, 32, {"num_warps": 8, "num_stages": 3}
 
 
-@custom_op("dora_dist::squared_norms", mutates_args=())
-def _squared_norms_op(
+@operator("dora_dist::squared_norms")
+def _squared_norms(
     parts: list[Tensor], L_NR: Tensor | None, U_RK: Tensor | None, scaling: float, dim: int,
     shape: list[int], block_size: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
@@ -51,7 +52,8 @@ def _squared_norms_op(
     rank = 0 if L_NR is None else L_NR.shape[1]
     BN, BK, BR, options = _blocks(rank, packed=block_size > 0)
     kept, summed = (BN, BK) if dim == 0 else (BK, BN)
-    chunk = max(summed, min(_CHUNK, _power_of_2(shape[1 - dim])))
+    length = _power_of_2(shape[1 - dim])  # a column is shared out: there are few of them to a weight's bytes
+    chunk = max(summed, length if dim == 0 else min(_CHUNK, length))
     chunks = -(-shape[1 - dim] // chunk)
     sums = torch.empty(chunks, shape[dim], device=M.device)
     launch(
@@ -59,16 +61,16 @@ def _squared_norms_op(
         scaling, *strides(M, scales, ranges, L_NR, U_RK), DIM=dim, R=rank, BLOCK=block_size, DTYPE=dtype,
         CHUNK=chunk, BN=BN, BK=BK, BR=BR, STAGES=3 if rank <= BR and not block_size else None, **options,
     )  # fmt: skip
-    return sums.sum(0)
+    return sums[0] if chunks == 1 else sums.sum(0)
 
 
-@_squared_norms_op.register_fake
+@_squared_norms.op.register_fake
 def _(parts, L_NR, U_RK, scaling, dim, shape, block_size, dtype):
     return parts[0].new_empty(shape[dim], dtype=torch.float32)
 
 
-@custom_op("dora_dist::compose", mutates_args=())
-def _compose_op(
+@operator("dora_dist::compose")
+def _compose(
     base_TO: Tensor, z_TR: Tensor | None, B_OR: Tensor | None, g_O: Tensor, bias_O: Tensor | None, scaling: float,
     out_dtype: torch.dtype, keep_gh: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -86,45 +88,73 @@ def _compose_op(
     return y_TO, gh_TO
 
 
-@_compose_op.register_fake
+@_compose.op.register_fake
 def _compose_results(base_TO, z_TR, B_OR, g_O, bias_O, scaling, out_dtype, keep_gh):
     shape = base_TO.shape
     return tuple(base_TO.new_empty(s, dtype=out_dtype) for s in (shape, shape if keep_gh else 0))
 
 
-@custom_op("dora_dist::dora_backward", mutates_args=())
-def _backward_op(
-    dy_TO: Tensor, h_TO: Tensor, B_OR: Tensor | None, g_O: Tensor, scaling: float, keep_dh: bool
+@operator("dora_dist::dora_backward")
+def _backward(
+    dy_TO: Tensor, h_TO: Tensor, B_OR: Tensor | None, g_O: Tensor, n_O: Tensor, scaling: float, keep_dh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     from dora_dist.dora.triton_kernels import backward_kernel
 
     T, O = dy_TO.shape  # noqa: E741
     rank = 0 if B_OR is None else B_OR.shape[1]
     # A program keeps its tokens' dz in registers while it walks over a chunk of the features: not over all, since
-    # T / 64 programs leave half of a GPU idle at T = 4096. Each chunk writes a dz of its own, so they are longer
-    # where the rank is large. Beyond BR columns of B are shared out among neighbours in the launch order, which
-    # find dY in the L2 cache.
-    bf16 = dy_TO.dtype == torch.bfloat16
-    BR = min(128 if bf16 else 64, max(16, _power_of_2(rank)))
-    BT, BO = 64, 64 if bf16 and BR <= 64 else 32
-    chunk = max(BO, min(1024 if rank <= 32 else 2048 if rank <= 128 else 4096, _power_of_2(O)))
+    # T / 64 programs leave half of a GPU idle at T = 4096. Each chunk writes a dz of its own.
+    BT, BR = 64, max(16, _power_of_2(rank))
+    BO = 64 if dy_TO.dtype == torch.bfloat16 else 32
+    chunk = max(BO, min(1024 if rank <= 32 else 2048, _power_of_2(O)))
     blocks, chunks = -(-T // BT), -(-O // chunk)
     dh_TO = dy_TO.new_empty((T, O) if keep_dh else 0)
     dz_CTR = dy_TO.new_empty(chunks, T, rank, dtype=torch.float32)
     totals = dy_TO.new_empty(blocks, O, dtype=torch.float32)
     launch(
-        backward_kernel, (blocks * max(1, -(-rank // BR)), chunks), dy_TO, h_TO, B_OR, g_O,
-        dh_TO if keep_dh else None, dz_CTR, totals, T, O, scaling, *strides(dy_TO, h_TO, B_OR, g_O),
-        DTYPE=dy_TO.dtype, R=rank, CHUNK=chunk, BT=BT, BO=BO, BR=BR, STAGES=2, num_warps=4, num_stages=2,
+        backward_kernel, (blocks, chunks), dy_TO, h_TO, B_OR, g_O, dh_TO if keep_dh else None, dz_CTR, totals, T,
+        O, scaling, *strides(dy_TO, h_TO, B_OR, g_O), DTYPE=dy_TO.dtype, R=rank, CHUNK=chunk, BT=BT, BO=BO, BR=BR,
+        STAGES=2, num_warps=4, num_stages=2,
     )  # fmt: skip
-    return dh_TO, dz_CTR[0] if chunks == 1 else dz_CTR.sum(0), totals.sum(0)
+    return dh_TO, _summed(dz_CTR, dy_TO.dtype), _summed(totals, torch.float32, g_O, n_O)
 
 
-@_backward_op.register_fake
-def _(dy_TO, h_TO, B_OR, g_O, scaling, keep_dh):
+@_backward.op.register_fake
+def _(dy_TO, h_TO, B_OR, g_O, n_O, scaling, keep_dh):
     T, O = dy_TO.shape  # noqa: E741
-    dz_TR = dy_TO.new_empty(T, 0 if B_OR is None else B_OR.shape[1], dtype=torch.float32)
+    dz_TR = dy_TO.new_empty(T, 0 if B_OR is None else B_OR.shape[1])
     return dy_TO.new_empty((T, O) if keep_dh else 0), dz_TR, dy_TO.new_empty(O, dtype=torch.float32)
+
+
+def _summed(parts_P: Tensor, dtype: torch.dtype, g: Tensor | None = None, n: Tensor | None = None) -> Tensor:
+    """The sum of the parts, rounded once; with g and n divided by both, and 0 where n is."""
+    from dora_dist.dora.triton_kernels import sum_kernel
+
+    out = parts_P.new_empty(parts_P.shape[1:], dtype=dtype)
+    launch(
+        sum_kernel, (-(-out.numel() // 256),), parts_P, g, n, out, len(parts_P), out.numel(),
+        0 if g is None else g.stride(0), 0 if n is None else n.stride(0),
+        DTYPE=dtype, BLOCK=256, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@operator("dora_dist::nonzero_ratio")
+def nonzero_ratio(m_O: Tensor, n_O: Tensor, least: float) -> Tensor:
+    """m / n, 1 where n is zero; `least` where it would be nearer to zero."""
+    from dora_dist.dora.triton_kernels import ratio_kernel
+
+    g_O = torch.empty_like(n_O)
+    launch(
+        ratio_kernel, (-(-len(n_O) // 256),), m_O, n_O, g_O, len(n_O), least, *strides(m_O, n_O), DTYPE=g_O.dtype,
+        BLOCK=256, num_warps=4,
+    )  # fmt: skip
+    return g_O
+
+
+@nonzero_ratio.op.register_fake
+def _(m_O, n_O, least):
+    return torch.empty_like(n_O)
 
 
 # ------------------------------------------------------------------------------------------------ what others call
@@ -142,8 +172,8 @@ def squared_norms(
         L_NR = U_RK = None
     shape, dtype = list(M_NK.shape), M_NK.dtype
     if isinstance(M_NK, Tensor):
-        return _squared_norms_op([M_NK], L_NR, U_RK, scaling, dim, shape, 0, dtype)
-    return _squared_norms_op(list(M_NK.parts), L_NR, U_RK, scaling, dim, shape, M_NK.layout.block_size, dtype)
+        return _squared_norms([M_NK], L_NR, U_RK, scaling, dim, shape, 0, dtype)
+    return _squared_norms(list(M_NK.parts), L_NR, U_RK, scaling, dim, shape, M_NK.layout.block_size, dtype)
 
 
 def compose(
@@ -158,17 +188,19 @@ def compose(
     """
     if z_TR is None or B_OR is None:
         z_TR = B_OR = None
-    y_TO, gh_TO = _compose_op(base_TO, z_TR, B_OR, g_O, bias_O, scaling, out_dtype, bias_O is not None)
+    y_TO, gh_TO = _compose(base_TO, z_TR, B_OR, g_O, bias_O, scaling, out_dtype, bias_O is not None)
     return y_TO, y_TO if bias_O is None else gh_TO
 
 
 def backward(
-    dy_TO: Tensor, h_TO: Tensor, B_OR: Tensor | None, g_O: Tensor, scaling: float, keep_dh: bool = True
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """dh = g * dY in dY's dtype, where it is kept; dz_TR = s dh B and total_O = sum_T(dY * h) in fp32, of any h.
+    dy_TO: Tensor, gh_TO: Tensor, B_OR: Tensor | None, g_O: Tensor, n_O: Tensor, scaling: float,
+    keep_dh: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """dh = g * dY, where it is kept, and dz_TR = s dh B in dY's dtype; dm = sum_T(dY * gh) / (g n) in fp32, 0
+    where n is.
 
-    In 16 bits 6 T O bytes, or 4 without dh: dY and h are read, dh is written; and 8 T R a chunk of features and
+    In 16 bits 6 T O bytes, or 4 without dh: dY and gh are read, dh is written; and 8 T R a chunk of features and
     T O / 8 for partial sums. Torch's own products and sums move 26 T O.
     """
-    dh_TO, dz_TR, total_O = _backward_op(dy_TO, h_TO, B_OR, g_O, scaling, keep_dh)
-    return dh_TO if keep_dh else None, None if B_OR is None else dz_TR, total_O
+    dh_TO, dz_TR, dm_O = _backward(dy_TO, gh_TO, B_OR, g_O, n_O, scaling, keep_dh)
+    return dh_TO if keep_dh else None, None if B_OR is None else dz_TR, dm_O

@@ -17,7 +17,7 @@ from dora_dist.quant.nf4 import Nf4, PackedMatrix, pieces
 # Scratch of the passes over a weight: on a CPU what its caches hold, on a GPU few launches. Fewer rows than these
 # would read the low-rank factor so often that a product of rank 384 took three times as long.
 _SCRATCH_BYTES = 900_000
-_SCRATCH_BYTES_GPU = 8_000_000
+_SCRATCH_BYTES_GPU = 64_000_000
 _LEAST_ROWS = 48
 
 
@@ -39,12 +39,13 @@ def squared_norms(
 ) -> Tensor:
     """Squared norms of V = M + s L U, accumulated in fp32 by tiles of rows: [N] for `dim` 0, [K] for `dim` 1.
 
-    V is never held whole. On a GPU a kernel has it in registers; else the scratch is one tile of 0.9 MB (8 MB for
-    fp64 on a GPU) or 48 rows, and the same rows of a 4-bit M. `device` is where to compute when M lies elsewhere
-    (offloaded weights). Direct sums, not the factored form, which cancels (docs/math.md).
+    V is never held whole. On a GPU a kernel has it in registers; else, and for ranks above 64, the scratch is one
+    tile of 0.9 MB (64 MB on a GPU) or 48 rows, and the same rows of a 4-bit M. `device` is where to compute when M
+    lies elsewhere (offloaded weights). Direct sums, not the factored form, which cancels (docs/math.md).
     """
     device = device or M_NK.device
-    if M_NK.device == device and available(device, M_NK.dtype):
+    small_rank = L_NR is None or L_NR.shape[1] <= kernels.MAX_RANK
+    if small_rank and M_NK.device == device and available(device, M_NK.dtype):
         return kernels.squared_norms(M_NK, L_NR, U_RK, scaling, dim)
     dtype = wide_dtype(M_NK.dtype)
     out = torch.zeros(M_NK.shape[dim], dtype=dtype, device=device)

@@ -110,7 +110,11 @@ def composed(
     """y = g h + bias and g h, of `dtype`, with h = x W^T + s z B^T; one tensor where there is no bias.
     `product_TO`, x W^T, may be overwritten."""
     if available(product_TO.device, product_TO.dtype):
-        return kernels.compose(product_TO, z_TR, B_OR, g_O, bias, scaling, dtype)
+        if z_TR is None or B_OR is None or z_TR.shape[1] <= kernels.MAX_RANK:
+            return kernels.compose(product_TO, z_TR, B_OR, g_O, bias, scaling, dtype)
+        gh_TO, _ = kernels.compose(product_TO, None, None, g_O, None, scaling, dtype)
+        gh_TO.addmm_(z_TR, (g_O[:, None] * B_OR).t().to(dtype), alpha=scaling)
+        return gh_TO if bias is None else gh_TO + bias, gh_TO
     if z_TR is not None and B_OR is not None:
         product_TO.addmm_(z_TR.to(product_TO.dtype), B_OR.t().to(product_TO.dtype), alpha=scaling)
     if torch.compiler.is_compiling():  # see column_sums
@@ -131,15 +135,30 @@ def composed(
 
 
 def decomposed(
-    dy_TO: Tensor, gh_TO: Tensor, B_OR: Tensor | None, g_O: Tensor, scaling: float, keep_dh: bool = True
+    dy_TO: Tensor,
+    gh_TO: Tensor,
+    B_OR: Tensor | None,
+    g_O: Tensor,
+    n_O: Tensor,
+    scaling: float,
+    keep_dh: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """dh = g dy in dy's dtype, where it is kept; dz = s dh B, and sum_T(dy * g h)."""
+    """dh = g dy in dy's dtype, where it is kept; dz = s dh B, and dm = sum_T(dy * g h) / (g n)."""
     if available(dy_TO.device, dy_TO.dtype):
-        dh_TO, dz_TR, total_O = kernels.backward(dy_TO, gh_TO, B_OR, g_O, scaling, keep_dh)
-        return dh_TO, None if dz_TR is None else dz_TR.to(dy_TO.dtype), total_O
-    dh_TO, total_O = column_sums(dy_TO, gh_TO, g_O, keep_dh)
-    if B_OR is None:
-        return dh_TO, None, total_O
+        small = None if B_OR is None or B_OR.shape[1] > kernels.MAX_RANK else B_OR
+        dh_TO, dz_TR, dm_O = kernels.backward(dy_TO, gh_TO, small, g_O, n_O, scaling, keep_dh)
+        if dz_TR is not None or B_OR is None:
+            return dh_TO, dz_TR, dm_O
+    else:
+        dh_TO, total_O = column_sums(dy_TO, gh_TO, g_O, keep_dh)
+        dm_O = magnitude_grad(total_O / g_O, n_O)
+        if B_OR is None:
+            return dh_TO, None, dm_O
     if dh_TO is None:
-        return None, low_rank_dz(dy_TO, g_O[:, None] * B_OR, scaling), total_O
-    return dh_TO, low_rank_dz(dh_TO, B_OR, scaling), total_O
+        return None, low_rank_dz(dy_TO, g_O[:, None] * B_OR, scaling), dm_O
+    return dh_TO, low_rank_dz(dh_TO, B_OR, scaling), dm_O
+
+
+def magnitude_grad(total: Tensor, norm: Tensor) -> Tensor:
+    """dm from sum(dY * V x). Divides by n, never by m: right where m is zero; 0 where V's row is."""
+    return (total / norm).masked_fill_(norm == 0, 0.0)

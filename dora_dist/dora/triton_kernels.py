@@ -105,14 +105,10 @@ def backward_kernel(
     stride_r, stride_g, DTYPE: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr,
     BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tokens of block p0 // parts, features of chunk p1, part p0 % parts of B; part 0 makes dh and the totals."""
-    parts: tl.constexpr = (R + BR - 1) // BR if R else 1
-    block = tl.program_id(0) // parts
+    """Tokens of block p0, features of chunk p1."""
+    block = tl.program_id(0)
     chunk = tl.program_id(1)
     t = block * BT
-    r = tl.program_id(0) % parts * BR
-    own_tokens = tl.where(r == 0, tokens, 0)
-    own_features = tl.where(r == 0, features, 0)
     dz_tile = tl.zeros([BT, BR], tl.float32)
     for start in tl.range(0, CHUNK, BO, num_stages=STAGES):
         o = chunk * CHUNK + start
@@ -121,15 +117,35 @@ def backward_kernel(
         ratio = tl.load(g + at_o * stride_g, mask=at_o < features, other=0)
         dh_tile = narrow(dy_tile.to(tl.float32) * ratio[None, :], DTYPE)
         if dh is not None:
-            own = within(t, own_tokens, o, features, BT, BO)
-            tl.store(tile(dh, t, o, features, 1, BT, BO), dh_tile, mask=own)
-        h_tile = _load(h, t, own_tokens, o, features, stride_ht, stride_ho, BT, BO)
+            tl.store(tile(dh, t, o, features, 1, BT, BO), dh_tile, mask=within(t, tokens, o, features, BT, BO))
+        h_tile = _load(h, t, tokens, o, features, stride_ht, stride_ho, BT, BO)
         sums = tl.sum(dy_tile.to(tl.float32) * h_tile.to(tl.float32), 0)
-        at = tl.cast(block, tl.int64) * features + at_o
-        tl.store(total + at, sums, mask=at_o < own_features)
+        tl.store(total + tl.cast(block, tl.int64) * features + at_o, sums, mask=at_o < features)
         if R:
-            b_tile = _load(b, o, features, r, R, stride_o, stride_r, BO, BR).to(tl.float32)
+            b_tile = _load(b, o, features, 0, R, stride_o, stride_r, BO, BR).to(tl.float32)
             dz_tile = _add_dot(dz_tile, dh_tile, b_tile)
     if R:
         start_dz = dz + tl.cast(chunk, tl.int64) * tokens * R
-        tl.store(tile(start_dz, t, r, R, 1, BT, BR), scaling * dz_tile, mask=within(t, tokens, r, R, BT, BR))
+        tl.store(tile(start_dz, t, 0, R, 1, BT, BR), scaling * dz_tile, mask=within(t, tokens, 0, R, BT, BR))
+
+
+@triton.jit(do_not_specialize=["parts"])
+def sum_kernel(parts_of, g, n, out, parts, length, stride_g, stride_n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in range(parts):
+        total += tl.load(parts_of + tl.cast(part, tl.int64) * length + at, mask=at < length, other=0)
+    if g is not None:
+        norm = tl.load(n + at * stride_n, mask=at < length, other=0)
+        ratio = tl.load(g + at * stride_g, mask=at < length, other=1)
+        total = tl.where(norm == 0, 0.0, total / ratio / tl.where(norm == 0, 1.0, norm))
+    tl.store(out + at, narrow(total, DTYPE), mask=at < length)
+
+
+@triton.jit
+def ratio_kernel(m, n, out, length, least, stride_m, stride_n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    norm = tl.load(n + at * stride_n, mask=at < length, other=0)
+    ratio = tl.load(m + at * stride_m, mask=at < length, other=0) / tl.where(norm == 0, 1.0, norm)
+    ratio = tl.where(norm == 0, 1.0, ratio)
+    tl.store(out + at, tl.where(tl.abs(ratio) < least, least, ratio), mask=at < length)

@@ -5,8 +5,8 @@ how they are launched."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -59,8 +59,26 @@ def strides(*tensors: Tensor | None) -> list[int]:
     return [step for tensor in tensors for step in ((0, 0) if tensor is None else tensor.stride())]
 
 
-@custom_op("dora_dist::dequantize", mutates_args=())
-def _dequantize_op(packed: Tensor, scales: Tensor, columns: int, block_size: int, dtype: torch.dtype) -> Tensor:
+def operator(name: str) -> Callable[[Callable], Any]:
+    """Make a function a custom operator where torch.compile or a rehearsal must know it by its shapes alone (its
+    `op`). Elsewhere it is called as it is: torch's dispatcher would take as long as a small layer."""
+
+    def wrap(function: Callable) -> Any:
+        op = custom_op(name, mutates_args=())(function)
+
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            by_shapes = torch.compiler.is_compiling() or gpu_is_rehearsed()
+            return (op if by_shapes else function)(*arguments)
+
+        call.op = op  # type: ignore[attr-defined]
+        return call
+
+    return wrap
+
+
+@operator("dora_dist::dequantize")
+def _dequantize(packed: Tensor, scales: Tensor, columns: int, block_size: int, dtype: torch.dtype) -> Tensor:
     from dora_dist.quant.triton_kernels import dequantize_kernel  # it needs Triton
 
     M_NK = packed.new_empty(packed.shape[0], columns, dtype=dtype)
@@ -72,7 +90,7 @@ def _dequantize_op(packed: Tensor, scales: Tensor, columns: int, block_size: int
     return M_NK
 
 
-@_dequantize_op.register_fake
+@_dequantize.op.register_fake
 def _(packed, scales, columns, block_size, dtype):
     return packed.new_empty(packed.shape[0], columns, dtype=dtype)
 
@@ -83,4 +101,4 @@ def dequantize(parts: Sequence[Tensor], layout: Nf4, row_factors: Tensor | None 
     if nf4.has_kernels(layout, parts[0].device) or not available(parts[0].device, layout.dtype):
         return nf4.dequantize(parts, layout, row_factors)
     packed, scales = nf4.codes_and_scales(parts, layout, row_factors)
-    return _dequantize_op(packed, scales, layout.columns, layout.block_size, layout.dtype)
+    return _dequantize(packed, scales, layout.columns, layout.block_size, layout.dtype)

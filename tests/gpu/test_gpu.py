@@ -9,6 +9,7 @@ from torch import nn
 
 from benchmarks.common.timing import growth
 from dora_dist import DoraConfig, attach_norm_refresh, inject_dora, refresh_norms
+from dora_dist.dora import kernels
 from dora_dist.dora.functional import adapted_linear
 from dora_dist.dora.norm_math import _SCRATCH_BYTES_GPU, squared_norms
 from dora_dist.dora.products import wide_mm
@@ -51,8 +52,8 @@ def norm_of(weight, A, B, scaling, axis, transposed):
 # ------------------------------------------------------------------------------------------------------ numerics
 
 
-def check_layer_against_fp64(device, dtype, axis, transposed):
-    leaves, weight, bias = random_layer(device, dtype, axis, transposed)
+def check_layer_against_fp64(device, dtype, axis, transposed, rank=16):
+    leaves, weight, bias = random_layer(device, dtype, axis, transposed, R=rank)
     x, A, B, m = leaves
     n = norm_of(weight, A, B, 0.7, axis, transposed)
     y = adapted_linear(x, weight, A, B, m, n, bias, scaling=0.7, axis=axis, transposed=transposed)
@@ -76,6 +77,11 @@ def check_layer_against_fp64(device, dtype, axis, transposed):
 @pytest.mark.parametrize("dtype", NARROW)
 def test_layer_against_fp64(dtype, axis, transposed):
     check_layer_against_fp64(CUDA, dtype, axis, transposed)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_layer_of_a_rank_beyond_the_kernels_against_fp64(dtype):
+    check_layer_against_fp64(CUDA, dtype, "out", False, rank=kernels.MAX_RANK + 16)
 
 
 def check_small_ratio_is_visible(device, dtype, axis):

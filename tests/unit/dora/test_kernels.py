@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.autograd import Function
 
-from dora_dist.dora import kernels
+from dora_dist.dora import kernels, products
 from dora_dist.quant import kernels as nf4_kernels
 from dora_dist.quant import nf4
 from dora_dist.quant.nf4 import Nf4, PackedMatrix, dequantize, quantize
@@ -25,8 +25,8 @@ GPU = pytest.param(
 )
 on_devices = pytest.mark.parametrize("device", ["cpu"] if INTERPRETED else [GPU])
 DTYPES = FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-RANKS = [5, 32, 130]  # below, at and above the columns of a factor that a program reads at once
-RANKS_AND_DTYPES = [(5, FP32), (32, BF16), (130, BF16), (130, FP16)]
+RANKS = [5, 32, 50]  # below, at and above the columns of a factor that a program reads at once
+RANKS_AND_DTYPES = [(5, FP32), (32, BF16), (50, BF16), (50, FP16)]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the child")
@@ -91,7 +91,7 @@ def check_norms(M, values, L, U, dim):
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("rank", RANKS)
 def test_norms_of_any_rank(rank, dim, device):
-    N, K = (70, 131) if rank < 64 else (20, 70)
+    N, K = (70, 131) if rank < 50 else (20, 70)
     M = normal(N, K, device=device)
     L, U = normal(N, rank, device=device) / rank**0.5, normal(rank, K, device=device)
     M[3] = 0
@@ -171,7 +171,7 @@ def test_dequantized_where_there_is_no_bitsandbytes(shape, double_quant, dtype, 
     assert len(launched) == 1
     assert got.dtype == dtype and torch.equal(got, dequantize(parts, layout, factors))
     torch.library.opcheck(
-        nf4_kernels._dequantize_op, (*nf4.codes_and_scales(parts, layout), shape[1], 64, dtype),
+        nf4_kernels._dequantize.op, (*nf4.codes_and_scales(parts, layout), shape[1], 64, dtype),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 
@@ -206,27 +206,31 @@ def check_compose(base, z, B, g, bias, dtype):
 
 
 def check_backward(dy, h, B, g, dtype):
-    dh, dz, total = kernels.backward(dy, h, B, g, 0.7)
+    n = g + 0.5
+    n[:1] = 0
+    g = torch.where(g == 0, 1e-4, g)
+    dh, dz, dm = kernels.backward(dy, h, B, g, n, 0.7)
     assert dh.dtype == dtype and torch.equal(dh, (dy.float() * g).to(dtype))
-    without, *others = kernels.backward(dy, h, B, g, 0.7, keep_dh=False)
+    without, *others = kernels.backward(dy, h, B, g, n, 0.7, keep_dh=False)
     assert without is None
-    for other, found in zip(others, (dz, total), strict=True):
+    for other, found in zip(others, (dz, dm), strict=True):
         assert found is None if other is None else torch.equal(other, found)
     if B is None:
         assert dz is None
     else:
-        assert dz.dtype == torch.float32
+        assert dz.dtype == dtype
         terms = TWO_PARTS if dtype == torch.bfloat16 else 1 + len(B)
-        assert_sums(dz, 0.7 * dh.double() @ B.double(), 0.7 * dh.double().abs() @ B.double().abs(), terms)
-    assert total.dtype == torch.float32
-    products = dy.double() * h.double()
-    assert_sums(total, products.sum(0), products.abs().sum(0), len(products))
+        assert_sums(dz, 0.7 * dh.double() @ B.double(), 0.7 * dh.double().abs() @ B.double().abs(), terms, FP32)
+    assert dm.dtype == torch.float32 and (dm[n == 0] == 0).all()
+    products = dy.double() * h.double() / (g.double() * n.double())
+    products[:, n == 0] = 0
+    assert_sums(dm, products.sum(0), products.abs().sum(0), len(products) + 2)
 
 
 @on_devices
 @pytest.mark.parametrize(("rank", "dtype"), RANKS_AND_DTYPES)
 def test_forward_and_backward_of_any_rank(rank, dtype, device):
-    T, O = (67, 131) if rank < 64 else (37, 40)  # noqa: E741
+    T, O = (67, 131) if rank < 50 else (37, 40)  # noqa: E741
     base, z, B, g, bias = layer(T, O, rank, dtype, device)
     check_compose(base, z, B, g, bias, dtype)
     check_backward(normal(T, O, dtype=dtype, device=device), base.to(dtype), B, g, dtype)
@@ -273,6 +277,27 @@ def test_backward_of_strided_matrices(dtype, device):
     check_backward(dy, base, None, g, dtype)
 
 
+@on_devices
+@pytest.mark.parametrize("keep_dh", [True, False])
+def test_beyond_their_largest_rank_libraries_multiply(keep_dh, device, monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_RANK", 4)
+    base, z, B, g, bias = layer(37, 70, 5, FP32, device)
+    n, g, dy = g + 0.5, g + 0.1, normal(37, 70, device=device)
+    h = base.double() + 0.7 * z.double() @ B.double().t()
+    y, gh = products.composed(base, z, B, g, bias, 0.7, FP32)
+    dh, dz, dm = products.decomposed(dy, gh, B, g, n, 0.7, keep_dh)
+    assert (dh is None) != keep_dh and (dh is None or torch.equal(dh, dy * g))
+    for got, want in ((gh, g * h), (y, g * h + bias), (dz, 0.7 * (g * dy).double() @ B.double())):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dm.double(), (dy * h).sum(0) / n, rtol=1e-5, atol=1e-5)
+
+
+@on_devices
+def test_ratios(device):
+    m, n = torch.tensor([2.0, -3, 0, 5], device=device), torch.tensor([4.0, 2, 3, 0], device=device)
+    assert kernels.nonzero_ratio(m, n, 1e-20).tolist() == [0.5, -1.5, pytest.approx(1e-20), 1]
+
+
 # --------------------------------------------------------------------------------------------------- torch.compile
 
 
@@ -288,8 +313,8 @@ class Layer(Function):
     @staticmethod
     def backward(ctx, dy):
         h, z, B, g = ctx.saved_tensors
-        dh, dz, total = kernels.backward(dy, h, B, g, 0.7)
-        return dh, dz, 0.7 * dh.t() @ z, total
+        dh, dz, dm = kernels.backward(dy, h, B, g, g, 0.7)
+        return dh, dz, 0.7 * dh.t() @ z, dm
 
 
 @on_devices
@@ -311,7 +336,8 @@ def test_the_operators_agree_with_their_shapes(device):
     check = torch.library.opcheck
     tests = ("test_schema", "test_faketensor")
     for keep_gh in (True, False):
-        check(kernels._compose_op, (base, z, B, g, bias, 0.7, torch.bfloat16, keep_gh), test_utils=tests)
-    check(kernels._backward_op, (base, base, B, g, 0.7, True), test_utils=tests)
-    check(kernels._backward_op, (base, base, None, g, 0.7, False), test_utils=tests)
-    check(kernels._squared_norms_op, ([base], z, B.t(), 0.7, 1, [5, 7], 0, torch.float32), test_utils=tests)
+        check(kernels._compose.op, (base, z, B, g, bias, 0.7, torch.bfloat16, keep_gh), test_utils=tests)
+    check(kernels._backward.op, (base, base, B, g, g, 0.7, True), test_utils=tests)
+    check(kernels._backward.op, (base, base, None, g, g, 0.7, False), test_utils=tests)
+    check(kernels.nonzero_ratio.op, (g, g, 1e-4), test_utils=tests)
+    check(kernels._squared_norms.op, ([base], z, B.t(), 0.7, 1, [5, 7], 0, torch.float32), test_utils=tests)

@@ -10,7 +10,6 @@ from itertools import product
 
 import pytest
 import torch
-from torch.library import CustomOpDef
 
 from dora_dist.dora import kernels
 from dora_dist.quant import kernels as nf4_kernels
@@ -50,7 +49,7 @@ def norms(dtype, rank, dim=0, double_quant=None, odd=0, conv1d=False):
 def dequantized(dtype, double_quant=True):
     layout = Nf4(O, I, dtype, double_quant=double_quant)
     packed, scales = nf4.codes_and_scales(layout.empty(torch.device("meta")), layout)
-    nf4_kernels._dequantize_op(packed, scales, I, layout.block_size, dtype)
+    nf4_kernels._dequantize(packed, scales, I, layout.block_size, dtype)
 
 
 def norms_alone(dtype, dim=0):
@@ -67,42 +66,47 @@ def compose(dtype, rank, bias=False, base=FP32, odd=0):
 def backward(dtype, rank, odd=0, keep_dh=True):
     o = O - odd
     dy, h_TO = empty(T, o, dtype=dtype), empty(T, o, dtype=dtype)
-    kernels.backward(dy, h_TO, empty(o, rank) if rank else None, empty(o), 2.0, keep_dh)
+    kernels.backward(dy, h_TO, empty(o, rank) if rank else None, empty(o), empty(o), 2.0, keep_dh)
+
+
+def ratio():
+    kernels.nonzero_ratio(empty(O), empty(O), 1e-20)
 
 
 USUAL = [
     (norms, {"dtype": BF16, "rank": 16}),
-    (norms, {"dtype": BF16, "rank": 384, "dim": 1}),
+    (norms, {"dtype": BF16, "rank": 64, "dim": 1}),
     (norms, {"dtype": BF16, "rank": 16, "double_quant": True}),
     (dequantized, {"dtype": BF16}),
-    (compose, {"dtype": BF16, "rank": 384, "bias": True}),
-    (backward, {"dtype": BF16, "rank": 384}),
+    (compose, {"dtype": BF16, "rank": 64, "bias": True}),
+    (backward, {"dtype": BF16, "rank": 64}),
     (backward, {"dtype": BF16, "rank": 16, "keep_dh": False}),
+    (ratio, {}),
 ]
 RARE = [
     *((dequantized, {"dtype": d}) for d in (FP32, FP16)),
-    *((norms, {"dtype": d, "rank": r, "dim": dim}) for d, r, dim in product((FP32, BF16), (32, 384), (0, 1))),
+    *((norms, {"dtype": d, "rank": r, "dim": dim}) for d, r, dim in product((FP32, BF16), (32, 64), (0, 1))),
     *((norms, {"dtype": d, "rank": 16, "dim": dim}) for d, dim in product((FP32, FP16), (0, 1))),
     *((norms_alone, {"dtype": d, "dim": dim}) for d, dim in [(FP32, 1), (BF16, 0), (FP16, 0)]),
     *(
         (norms, {"dtype": d, "rank": r, "dim": dim, "double_quant": double})
         for d, r, dim, double in [
-            (FP32, 16, 1, True), (BF16, 32, 0, False), (BF16, 64, 0, True), (BF16, 384, 1, True),
-            (FP16, 384, 0, False),
+            (FP32, 16, 1, True), (BF16, 32, 0, False), (BF16, 64, 0, True), (BF16, 64, 1, True),
+            (FP16, 64, 0, False),
         ]
     ),
     (norms, {"dtype": BF16, "rank": 17, "odd": 3}),
     (norms, {"dtype": FP32, "rank": 63, "dim": 1, "odd": 3}),
     (norms, {"dtype": BF16, "rank": 16, "dim": 1, "conv1d": True}),
-    (norms, {"dtype": FP32, "rank": 384, "conv1d": True}),
+    (norms, {"dtype": FP32, "rank": 64, "conv1d": True}),
     *((compose, {"dtype": d, "rank": r, "bias": True}) for d, r in product((FP32, BF16), (16, 32, 64))),
-    *((compose, {"dtype": d, "rank": 384, "base": d}) for d in (FP32, BF16, FP16)),
+    *((compose, {"dtype": d, "rank": 64, "base": d}) for d in (FP32, BF16, FP16)),
     (compose, {"dtype": BF16, "rank": 0}),
     (compose, {"dtype": FP32, "rank": 0, "bias": True}),
     (compose, {"dtype": BF16, "rank": 17, "bias": True, "odd": 3}),
-    *((backward, {"dtype": d, "rank": r}) for d, r in product((FP32, BF16), (16, 32, 64, 128))),
-    *((backward, {"dtype": d, "rank": 384}) for d in (FP32, FP16)),
-    *((backward, {"dtype": d, "rank": r, "keep_dh": False}) for d, r in [(FP32, 384), (FP16, 64), (BF16, 0)]),
+    *((backward, {"dtype": d, "rank": r}) for d, r in product((FP32, BF16), (16, 32, 64))),
+    *((backward, {"dtype": d, "rank": 64}) for d in (FP32, FP16)),
+    *((backward, {"dtype": d, "rank": r, "keep_dh": False}) for d, r in [(FP32, 64), (FP16, 64), (BF16, 0)]),
     (backward, {"dtype": BF16, "rank": 0}),
     (backward, {"dtype": BF16, "rank": 17, "odd": 3}),
 ]  # fmt: skip
@@ -145,10 +149,6 @@ def compile_for(monkeypatch, tmp_path):
         compiled = run(self, *args, grid=grid, warmup=True, **options)
         found.append((self.__name__, compiled.metadata.shared, stack_bytes(compiled.asm["cubin"], tmp_path)))
 
-    for module in (kernels, nf4_kernels):
-        for attribute, op in vars(module).items():
-            if isinstance(op, CustomOpDef):  # its call would get no more than shapes for meta tensors
-                monkeypatch.setattr(module, attribute, op._init_fn)
     monkeypatch.setattr(JITFunction, "run", compile_only)
 
     def compile_for(arch, call, **settings):
