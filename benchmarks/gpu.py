@@ -23,18 +23,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORTED = "torch transformers.models.llama.modeling_llama transformers.models.qwen3.modeling_qwen3 peft".split()
+IMPORTED = [
+    "torch",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen3", "qwen3_moe")),
+    "peft",
+]
 # No plugin is counted on: pyproject's addopts, written for `make test`, are left aside.
 PYTEST = "-p no:cacheprovider -o addopts= -q -rs -m gpu".split()
 TESTS = """
     tests/gpu/test_gpu_runs.py
     tests/gpu/test_gpu.py
+    tests/gpu/test_gpu_experts.py
     tests/unit/dora/test_kernels.py
     tests/unit/models/test_attention.py
     tests/unit/training/test_host_waits.py
 """.split()
 COMPILED = "tests/gpu/test_gpu_runs.py::test_losses_are_those_of_a_cpu[compile-bfloat16]"  # may take a minute
 STEP_TINY = "--hidden 64 --layers 1 --tokens 8 --batch 2 --rank 4 --rounds 1"
+MOE_TINY = "--hidden 64 --intermediate 32 --experts 4 --top-k 2 --tokens 16 --rank 4 --rounds 1"
 
 
 class Part(NamedTuple):
@@ -51,10 +57,12 @@ PARTS = {
     "step, activation checkpointing": Part("step_time", "--checkpointing", 15, 40),
     "layer": Part("layer", "--dtypes bfloat16 --ranks 16 384", 15, 40, "--shapes 32x48 --tokens 8 --rounds 1"),
     "norms": Part("norm", "", 15, 40, "--weights 24x16x4 --ranks 1 2 --hidden 256 --intermediate 64 --rounds 1"),
+    "moe": Part("moe", "", 15, 40, MOE_TINY),
     "published: arXiv 2603.22276": Part("published", "kernels", 30, 80, "--tiny"),
     "published: MetaMathQA": Part("published", "metamathqa", 25, 60, "--tiny"),
     "step, rank 384": Part("step_time", "--rank 384", 15, 40),
     "step, 4-bit": Part("step_time", "--four-bit", 15, 40, f"{STEP_TINY} --dtype bfloat16"),
+    "moe, 4-bit": Part("moe", "--four-bit", 15, 40, MOE_TINY),
     "profile": Part("step_profile", "", 15, 30),
     "compiled tests": Part("pytest", COMPILED, 30, 90, ""),
     "step, compiled": Part("step_time", "--compile", 45, 90),

@@ -13,8 +13,8 @@ from benchmarks.step import tables as step
 PAGES = ("README.md", "docs/strategies.md", "docs/quantization.md", "docs/performance.md", "docs/scaling.md")
 BEGIN = "<!-- {name}: made by benchmarks/report.py -->"
 TABLES: tuple[Callable[[], str], ...] = (
-    step.performance, step.folded, step.profiles, step.kept, step.norms, step.refresh, step.published,
-    planning.memory, planning.account, planning.simulated, planning.planned, planning.predicted,
+    step.performance, step.folded, step.profiles, step.kept, step.norms, step.refresh, step.experts,
+    step.published, planning.memory, planning.account, planning.simulated, planning.planned, planning.predicted,
 )  # fmt: skip
 
 

@@ -130,14 +130,15 @@ def make_ours(
         pack_linears(model, QuantConfig(scheme="nf4", double_quant=False))
     optimizer = make_optimizer(model)
     attach_norm_refresh(model, optimizer)
-    generator = torch.Generator(base.device).manual_seed(1)
+    device = next(base.parameters()).device
+    generator = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
         for _, layer in adapted(model):
             layer.lora_A.normal_(0, layer.in_features**-0.5, generator=generator)
             layer.lora_B.normal_(0, 0.01, generator=generator)
             if layer.magnitude is not None:
                 layer.magnitude.mul_(
-                    1 + 0.1 * torch.rand(layer.magnitude.shape, generator=generator, device=base.device)
+                    1 + 0.1 * torch.rand(layer.magnitude.shape, generator=generator, device=device)
                 )
     refresh_norms(model)
     return Contender(model, optimizer)

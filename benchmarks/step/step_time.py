@@ -10,10 +10,11 @@ for parameters; on a GPU also the most that a step holds, were the contender alo
     python -m benchmarks.step.step_time [--rank 64] [--four-bit] [--compile] [--checkpointing] [--hidden 768 ...]
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.common import contenders as of
 from benchmarks.common.results import default_path, ratios, save, spread
@@ -65,7 +66,10 @@ def times(seconds: Seconds, peaks: dict[str, int], losses: dict[str, float]) -> 
 def memory(contenders: dict[str, of.Contender], ids: Tensor, peaks: dict[str, int]) -> dict[str, Any]:
     """Of each contender, and the ratios of our DoRA to the others."""
     found = {
-        name: {"saved_bytes": saved_bytes(contender, ids), "peak_bytes": peaks[name] or None}
+        name: {
+            "saved_bytes": saved_bytes(contender.model, lambda c=contender: c.loss(ids)),
+            "peak_bytes": peaks[name] or None,
+        }
         for name, contender in contenders.items()
     }
     quotients = {
@@ -80,9 +84,9 @@ def memory(contenders: dict[str, of.Contender], ids: Tensor, peaks: dict[str, in
     return {"contenders": found, "ratios": quotients}
 
 
-def saved_bytes(contender: of.Contender, ids: Tensor) -> int:
+def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """What the forward leaves for the backward."""
-    parameters = {p.untyped_storage().data_ptr() for p in contender.model.parameters()}
+    parameters = {t.untyped_storage().data_ptr() for t in model.parameters()}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -92,8 +96,8 @@ def saved_bytes(contender: of.Contender, ids: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = contender.loss(ids)
-    del loss
+        result = forward()
+    del result
     return sum(kept.values())
 
 

@@ -21,6 +21,7 @@ PUBLISHED = (
     "PEFT's MetaMathQA (28 layers): LoRA 188 ms a step and 22.3 GB, DoRA 238 ms and 24.5 GB, 1.26 of LoRA",
 )
 BLOCKS_8B = 32
+KEPT_BY_EXPERTS = ("ours dora", "ours lora", "peft lora", "frozen")
 
 
 def performance() -> str:
@@ -102,6 +103,27 @@ def kept() -> str:
         sizes = [f"{values['saved_bytes'] / 1e6:.0f}" if values else "not measured" for values in found]
         rows.append([measured_by(record, case), *sizes])
     return table(["MB kept for the backward", *order], rows)
+
+
+def experts() -> str:
+    """moe: ratios of passes and steps, and what autograd keeps."""
+    pairs = {
+        "a step, DoRA / our LoRA": ("step", "ours dora / ours lora"),
+        "a step, DoRA / PEFT LoRA": ("step", "ours dora / peft lora"),
+        "a pass, DoRA / our LoRA": ("pass", "ours dora / ours lora"),
+        "a pass, DoRA / frozen": ("pass", "ours dora / frozen"),
+        "a pass, our LoRA / frozen": ("pass", "ours lora / frozen"),
+    }
+    rows, found = [], list(records("moe"))
+    for case, record in found:
+        cells = [median(record[f"{kind}_ratios"].get(pair)) for kind, pair in pairs.values()]
+        kept = record["saved_bytes"]
+        sizes = [f"{kept[who] / 1e6:.0f}" if who in kept else "not measured" for who in KEPT_BY_EXPERTS]
+        names = {} if record["settings"]["four_bit"] else {"peft": "PEFT"}
+        about = measured_by(record, case, torch="torch", transformers="transformers", **names)
+        rows.append([about, *cells, " / ".join(sizes)])
+    rows += any_gpu((record for _, record in found), len(pairs) + 1)
+    return table(["a block", *pairs, f"MB kept: {', '.join(KEPT_BY_EXPERTS)}"], rows)
 
 
 def folded() -> str:

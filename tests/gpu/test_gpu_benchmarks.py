@@ -86,9 +86,14 @@ def test_tables_take_the_rows_of_a_gpu(monkeypatch, tmp_path):
     about = {"device": "Made-up GPU", "date": "2001-02-03", "versions": {"torch": "2.11", "peft": "0.2"}}
     way = {"seconds": {"median": 0.004}, "weight_bytes_per_second": 2e12, "scratch_bytes": 5e5}
     step = {"settings": {"four_bit": False}, "ratios": {"ours dora / peft dora": {"median": 0.51}}}
+    mixture = {
+        "settings": {"four_bit": True}, "saved_bytes": {"ours dora": 5e6}, "pass_ratios": {},
+        "step_ratios": {"ours dora / ours lora": {"median": 1.07}},
+    }  # fmt: skip
     made_up = {
         "step_time": {"a step": step},
         "norm": {"a weight": {"norms": {"ours": way, "peft": way}}, "refresh, a block": {"refresh": {}}},
+        "moe": {"a mixture": mixture},
         "published": {
             "kernels: 9 of 36 layers": {
                 "seconds": {"ours dora": {"median": 1.5}, "peft dora": {"median": 3.0}},
@@ -100,14 +105,15 @@ def test_tables_take_the_rows_of_a_gpu(monkeypatch, tmp_path):
     found = {script: {case: about | record for case, record in cases.items()} for script, cases in made_up.items()}
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     marks = [report.BEGIN.format(name=name) + f"\n<!-- /{name} -->\n" for name in
-             ("performance", "norms", "refresh", "published")]  # fmt: skip
-    assert report.updated("".join(marks)).lower().count("any gpu") == 4
+             ("performance", "norms", "refresh", "experts", "published")]  # fmt: skip
+    assert report.updated("".join(marks)).lower().count("any gpu") == 5
     (tmp_path / "made-up-gpu.json").write_text(json.dumps(found))
     page = report.updated("".join(marks))
     assert "any gpu" not in page.lower()
     assert (
         "| Made-up GPU, a step (torch 2.11, PEFT 0.2, 2001-02-03) | not measured | 0.51 | not measured |" in page
     )
+    assert "| Made-up GPU, a mixture (torch 2.11, 2001-02-03) | 1.07 | not measured | not" in page
     row = "1,500 ms, 21.0 GB | 3,000 ms | not measured | not measured | 2.00 | not measured |"
     assert f"| Made-up GPU, kernels: 9 of 36 layers (torch 2.11, peft 0.2, 2001-02-03) | {row}" in page
 
@@ -117,12 +123,12 @@ def test_tables_take_the_rows_of_a_gpu(monkeypatch, tmp_path):
 def test_the_parts_run_on_a_cpu(tmp_path):
     """Tiny, so that all but the calls of CUDA has run once; of the tests a few, and nothing is compiled."""
     out = tmp_path / "cpu.json"
-    parts = ["tests", "step, a", "step, 4", "layer", "norms", "profile", "published"]
+    parts = ["tests", "step, a", "step, 4", "layer", "norms", "moe", "profile", "published"]
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--out", str(out), "--only", *parts]
     environment = {**child_environment(), "PYTEST_ADDOPTS": "-k 'single-float32 or fp64'"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     summary = done.stdout.partition("\nsummary\n")[2].splitlines()
-    assert len(summary) == 9 and all(": ok, " in line for line in summary), summary
-    scripts = {"step_time", "layer", "memory", "norm", "published", "step_profile"}
+    assert len(summary) == 11 and all(": ok, " in line for line in summary), summary
+    scripts = {"step_time", "layer", "memory", "moe", "norm", "published", "step_profile"}
     assert scripts <= set(json.loads(out.read_text()))

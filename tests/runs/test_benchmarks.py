@@ -82,6 +82,21 @@ def test_layer_writes_its_record(tmp_path):
         assert set(record["errors"]["peft dora"]) == {"y", "dx", "dA", "dB", "dm"}
 
 
+def test_moe_writes_its_record(tmp_path):
+    pytest.importorskip("peft")
+    out = tmp_path / "cpu.json"
+    size = "--hidden 24 --intermediate 20 --experts 4 --top-k 2 --tokens 16 --rank 3 --rounds 2 --device cpu"
+    run("step.moe", *size.split(), "--out", str(out))
+    run("step.moe", *size.split(), "--four-bit", "--out", str(out))
+    record, four_bit = json.loads(out.read_text())["moe"].values()
+    assert set(four_bit["pass_seconds"]) == {"ours dora", "ours lora"}
+    contenders = {"ours dora", "ours lora", "peft lora", "frozen"}
+    assert set(record["pass_seconds"]) == set(record["step_seconds"]) == set(record["saved_bytes"]) == contenders
+    trained = {f"{name}.{kind}" for name in ("gate_up_proj", "down_proj") for kind in ("lora_A", "lora_B")}
+    assert set(record["errors"]["peft lora"]) == {"y", "d x", "d weights", *(f"d {key}" for key in trained)}
+    assert record["saved_bytes"]["ours dora"] < record["saved_bytes"]["peft lora"]
+
+
 def test_norm_writes_its_records(tmp_path):
     out = tmp_path / "cpu.json"
     size = "--weights 24x16x4 --ranks 1 2 8 --hidden 256 --intermediate 64 --rank 4 --rounds 2".split()
