@@ -30,6 +30,7 @@ from dora_dist.adapters.peft_format import (
     adapted_layers,
     from_peft_config,
     frozen_tensors,
+    stacked_tensors,
     to_peft_config,
     trained_tensors,
     value_for,
@@ -98,12 +99,12 @@ def try_saving(
 def adapter_tensors(model: nn.Module, shards: Shards) -> list[ShardedTensor]:
     """What an adapter's file holds, in its order: the trained parameters, what PEFT wants besides, and zeros for
     factors that the model does not have."""
-    tensors = []
+    tensors, stacked = [], stacked_tensors(model)
     for key, p in (*trained_tensors(model), *frozen_tensors(model)):
-        own = shards.rectangles(p)
-        tensors.append(ShardedTensor(key, p.dtype, tuple(shards.shape(p)), own, shards.owns(p)))
+        own, shape = shards.rectangles(p), tuple(shards.shape(p))
+        tensors.append(ShardedTensor(key, p.dtype, shape, own, shards.owns(p), stacked.get(key)))
     for key, shape in zero_factors(model).items():
-        tensors.append(ShardedTensor(key, torch.float32, shape, [], owned=False))
+        tensors.append(ShardedTensor(key, torch.float32, shape, [], owned=False, stacked=stacked.get(key)))
     return sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
 
 
@@ -155,8 +156,10 @@ def load_adapter(
         _check(directory, files, trial, model, shards)
         inject_dora(model, dora_config)
     shards.reshard(model)
+    stacked = stacked_tensors(model)
     for key, parameter in trained_tensors(model):
-        write_whole(parameter, files.tensors[key], shards)
+        values = files.tensors[key]
+        write_whole(parameter, stacked[key].from_file(values) if key in stacked else values, shards)
     for layer in dora_layers(model).values():
         layer.mark_norm_stale()
     refresh_norms(model, shards)
@@ -244,13 +247,15 @@ def _meta_copy(model: nn.Module) -> nn.Module:
 def _check(directory: Path, files: AdapterFiles, injected: nn.Module, model: nn.Module, shards: Shards) -> None:
     """That the adapter fits `injected`: `model` or, while that is bare, a trial copy of it without values."""
     path, tensors = directory / TENSORS, files.tensors
-    wanted = dict(trained_tensors(injected))
+    wanted, stacked = dict(trained_tensors(injected)), stacked_tensors(injected)
     seen: dict[Tensor, str] = {}
     for key, parameter in wanted.items():
         if key not in tensors:
             raise UserError(f"{path}: {key!r} is missing; {nearest(key, tensors)}")
         values = tensors[key]
         needed = shards.shape(parameter)
+        if key in stacked:
+            needed = stacked[key].file_shape(needed)
         if values.shape != needed:
             raise UserError(f"{path}: {key!r} is {list(values.shape)}, the model needs {list(needed)}")
         if not values.is_floating_point() or not torch.isfinite(values).all():

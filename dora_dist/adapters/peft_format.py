@@ -15,13 +15,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_dist.adapters.peft_parameters import is_listed, name_in_peft, taken_for_experts
+from dora_dist.adapters.peft_parameters import (
+    Place,
+    expert_places,
+    is_listed,
+    name_in_peft,
+    taken_for_experts,
+    wrapped_in,
+)
 from dora_dist.config import DoraConfig
+from dora_dist.dora.experts import DoraExperts, ExpertsForward
 from dora_dist.dora.inject import injection_of
 from dora_dist.dora.layers import DoraEmbedding, DoraLayer
 from dora_dist.dora.norm_cache import dora_layers
-from dora_dist.dora.targets import inside, is_linear, rank_and_alpha
+from dora_dist.dora.targets import Projection, inside, is_linear, rank_and_alpha, with_projections
 from dora_dist.errors import UserError
+from dora_dist.parallel.gather import Stacked
+from dora_dist.quant.modules import FrozenExperts
 
 PREFIX = "base_model.model."
 OWN_TYPE = "DORA_DIST"
@@ -44,23 +54,30 @@ def adapted_layers(model: nn.Module) -> dict[str, DoraLayer]:
 
 def trained_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The trained parameters by key."""
-    for name, layer in adapted_layers(model).items():
-        for key, factor in zip(_factor_keys(name, layer), (layer.lora_A, layer.lora_B), strict=True):
+    for layer, places, path in _places(model):
+        for place, factor in zip(places, (layer.lora_A, layer.lora_B), strict=True):
             if factor is not None:
-                yield key, factor
+                yield PREFIX + place.key, factor
         if layer.magnitude is not None:
-            yield f"{PREFIX}{name}.lora_magnitude_vector", layer.magnitude
+            yield f"{PREFIX}{path}.lora_magnitude_vector", layer.magnitude
     for name in injection_of(model).saved:
         yield from _own_tensors(model, name)
 
 
-def zero_factors(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """PEFT has no magnitude without A and B: zeros of rank 1 stand in. Their shapes."""
-    shapes = {}
-    for name, layer in adapted_layers(model).items():
+def stacked_tensors(model: nn.Module) -> dict[str, Stacked]:
+    """How those tensors of an adapter's file lie that lie otherwise than in the model, by key."""
+    found = (place for _, places, _ in _places(model) for place in places)
+    return {PREFIX + place.key: place.stacked for place in found if place.stacked is not None}
+
+
+def zero_factors(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """PEFT has no magnitude without A and B: zeros of rank 1 stand in. Their shapes in the model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer, places, _ in _places(model):
         if layer.lora_A is None:
-            key_A, key_B = _factor_keys(name, layer)
-            shapes[key_A], shapes[key_B] = (1, layer.in_features), (layer.out_features, 1)
+            count = layer.num_experts if isinstance(layer, DoraExperts) else 1
+            sizes = ((count, layer.in_features), (count * layer.out_features, 1))
+            shapes |= {PREFIX + place.key: size for place, size in zip(places, sizes, strict=True)}
     return shapes
 
 
@@ -79,14 +96,19 @@ def to_peft_config(model: nn.Module, base_model: str | None) -> dict[str, Any]:
     config = injection.config
     task = _task_type(model, injection.saved)
     saved = [*injection.saved, *(_SEQ_CLS_HEADS if task == "SEQ_CLS" else ())]
-    taken = taken_for_experts(model, layers)
-    modules = [name for name in layers if name not in taken]
+    experts = [name for name, layer in layers.items() if isinstance(layer, DoraExperts)]
+    taken = taken_for_experts(model, [name for name in layers if name not in experts])
+    projections = _list_of(experts, _parameter_names(model))
+    parameters = [*(experts if projections is None else projections), *(f"{name}.weight" for name in taken)]
+    modules = [name for name in layers if name not in (*experts, *taken)]
     others = [n for n in _module_names(model) if n not in modules and not _is_saved_by_peft(n, saved)]
     peft_names = {name: f"{name}.weight" if name in taken else name for name in layers}
     ranks = {n: rank_and_alpha(n, config)[0] if layer.spec.rank else 1 for n, layer in layers.items()}
     alphas = {n: rank_and_alpha(n, config)[1] for n in layers}
     own_axis = {} if config.magnitude_axis == "out" else {"magnitude_axis": config.magnitude_axis}
-    reason = _why_not_for_peft(config, layers, saved, taken)
+    reason = _why_not_for_peft(config, layers, saved, experts, taken)
+    if projections is None:
+        reason = f"{experts[0]}: PEFT takes other parameters whose names end so, too"
     return {
         "peft_type": OWN_TYPE if reason else "LORA",
         **({"not_for_peft": reason} if reason else {}),
@@ -94,7 +116,7 @@ def to_peft_config(model: nn.Module, base_model: str | None) -> dict[str, Any]:
         "base_model_name_or_path": base_model or getattr(getattr(model, "config", None), "_name_or_path", None),
         "r": config.rank,
         "lora_alpha": config.alpha,
-        "lora_dropout": 0.0 if taken and not reason else config.dropout,  # PEFT has none for parameters
+        "lora_dropout": 0.0 if parameters and not reason else config.dropout,  # PEFT has none for parameters
         "use_dora": config.method == "dora",
         "use_rslora": config.rslora,
         "fan_in_fan_out": any(
@@ -103,7 +125,7 @@ def to_peft_config(model: nn.Module, base_model: str | None) -> dict[str, Any]:
         "bias": "none",
         "inference_mode": True,
         "target_modules": _target_modules(modules, others),
-        **({"target_parameters": [peft_names[name] for name in taken]} if taken else {}),
+        **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": sorted(injection.saved) or None,
         "rank_pattern": {_exactly(peft_names[n]): r for n, r in ranks.items() if r != config.rank},
         "alpha_pattern": {_exactly(peft_names[n]): a for n, a in alphas.items() if a != config.alpha},
@@ -112,10 +134,16 @@ def to_peft_config(model: nn.Module, base_model: str | None) -> dict[str, Any]:
 
 
 def _why_not_for_peft(
-    config: DoraConfig, layers: Mapping[str, DoraLayer], saved: Iterable[str], taken: Sequence[str]
+    config: DoraConfig,
+    layers: Mapping[str, DoraLayer],
+    saved: Iterable[str],
+    experts: Sequence[str],
+    taken: Sequence[str],
 ) -> str | None:
     if config.magnitude_axis != "out":
         return f"magnitude_axis {config.magnitude_axis}: PEFT has one magnitude per output feature"
+    if experts and config.method == "dora":
+        return f"{experts[0]}: PEFT has no DoRA for fused experts; dora_dist's load_adapter reads this file"
     if taken and config.method == "dora":
         return f"{taken[0]}: PEFT takes layers of this name for fused experts, and has no DoRA for those"
     bent = [name for name in layers if _is_saved_by_peft(name, saved) or _stands_in_one_of(name, saved)]
@@ -137,8 +165,8 @@ def from_peft_config(
     to_save = config.get("modules_to_save") or []
     names = _module_names(model)
     adapted = [n for n in _selected(config, names, path) if not _is_saved_by_peft(n, to_save)]
-    magnitude_only = [n for n in adapted if config.get("use_dora") and _has_zero_factors(n, tensors)]
     adapted += _selected_weights(model, config, path)
+    magnitude_only = [n for n in _with_zero_factors(adapted, model, tensors) if config.get("use_dora")]
     ranks, alphas = ({n: value_for(n, kind, config) for n in adapted} for kind in ("rank", "alpha"))
     settings: dict[str, Any] = {
         "method": "dora" if config.get("use_dora") else "lora",
@@ -167,9 +195,18 @@ def value_for(name: str, kind: str, config: Mapping[str, Any]) -> Any:
     return config["r" if kind == "rank" else "lora_alpha"]
 
 
-def _factor_keys(name: str, layer: DoraLayer) -> tuple[str, str]:
-    infix = "lora_embedding_{}" if isinstance(layer, DoraEmbedding) else "lora_{}.weight"
-    return f"{PREFIX}{name}.{infix.format('A')}", f"{PREFIX}{name}.{infix.format('B')}"
+def _places(model: nn.Module) -> Iterator[tuple[DoraLayer, tuple[Place, Place], str]]:
+    """Each layer, where A and B are in a file, and the path before the magnitude's key."""
+    layers = adapted_layers(model)
+    paths = wrapped_in([name for name, layer in layers.items() if isinstance(layer, DoraExperts)])
+    mixtures = {_WRAPPERS.sub("", n): m for n, m in model.named_modules() if isinstance(m, ExpertsForward)}
+    for name, layer in layers.items():
+        if isinstance(layer, DoraExperts):
+            experts = mixtures[name.rpartition(".")[0]]
+            yield layer, expert_places(paths[name], experts, experts.layout), paths[name]
+        else:
+            infix = "lora_embedding_{}" if isinstance(layer, DoraEmbedding) else "lora_{}.weight"
+            yield layer, (Place(f"{name}.{infix.format('A')}"), Place(f"{name}.{infix.format('B')}")), name
 
 
 def _own_tensors(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -178,7 +215,16 @@ def _own_tensors(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Paramete
 
 
 def _module_names(model: nn.Module) -> list[str]:
-    return [_WRAPPERS.sub("", name) for name, _ in model.named_modules() if name]
+    """As PEFT sees them: the projections of experts are parameters."""
+    modules = ((_WRAPPERS.sub("", name), module) for name, module in model.named_modules())
+    return [name for name, module in modules if name and not isinstance(module, DoraExperts | FrozenExperts)]
+
+
+def _parameter_names(model: nn.Module) -> list[str]:
+    """Of those that are not adapted, as PEFT sees them."""
+    names = [name for name, _ in model.named_parameters()]
+    names += [name for name, module in model.named_modules() if isinstance(module, FrozenExperts)]
+    return [_WRAPPERS.sub("", name) for name in names]
 
 
 def _task_type(model: nn.Module, saved: Iterable[str]) -> str | None:
@@ -190,12 +236,17 @@ def _task_type(model: nn.Module, saved: Iterable[str]) -> str | None:
 
 
 def _target_modules(adapted: Iterable[str], others: list[str]) -> list[str] | str:
-    """Last parts of names where they mean the adapted modules alone, else whole names, else an expression."""
+    """A list where one means the adapted modules alone, else an expression."""
+    names = _list_of(adapted, others)
+    return "|".join(re.escape(name) for name in sorted(adapted)) if names is None else names
+
+
+def _list_of(adapted: Iterable[str], others: Iterable[str]) -> list[str] | None:
+    """Last parts of names where they mean the adapted alone, else whole names, if these do."""
     for names in (sorted({name.rpartition(".")[2] for name in adapted}), sorted(adapted)):
-        endings = tuple("." + name for name in names)
-        if not any(other in names or other.endswith(endings) for other in others):
+        if not any(is_listed(other, names) for other in others):
             return names
-    return "|".join(re.escape(name) for name in sorted(adapted))
+    return None
 
 
 def _selected(config: dict[str, Any], names: list[str], path: Path) -> list[str]:
@@ -211,9 +262,13 @@ def _selected(config: dict[str, Any], names: list[str], path: Path) -> list[str]
 
 
 def _selected_weights(model: nn.Module, config: dict[str, Any], path: Path) -> list[str]:
-    """The linear layers whose weights `target_parameters` mean to PEFT."""
+    """The linear layers and projections of experts whose weights `target_parameters` mean to PEFT."""
     targets = config.get("target_parameters") or []
-    weights = {_WRAPPERS.sub("", f"{n}.weight"): n for n, m in model.named_modules() if is_linear(m)}
+    weights = {
+        _WRAPPERS.sub("", name if isinstance(place, Projection) else f"{name}.weight"): name
+        for name, place in with_projections(model).items()
+        if is_linear(place)
+    }
     named = (_WRAPPERS.sub("", name) for name, _ in model.named_parameters(remove_duplicate=False))
     found = [name for name in named if is_listed(name, targets)]
     unknown = next((name for name in found if name not in weights), None)
@@ -221,7 +276,7 @@ def _selected_weights(model: nn.Module, config: dict[str, Any], path: Path) -> l
         told = (
             "match no parameter of this model"
             if unknown is None
-            else f"mean {unknown!r}, no linear layer's weight"
+            else f"mean {unknown!r}, which no layer here is for"
         )
         raise UserError(f"{path}: target_parameters {targets!r} {told}")
     return [_WRAPPERS.sub("", weights[name]) for name in found]
@@ -237,10 +292,20 @@ def _stands_in_one_of(name: str, to_save: Iterable[str]) -> bool:
     return any(part.endswith(tuple(to_save)) for part in accumulate(name.split("."), "{}.{}".format))
 
 
-def _has_zero_factors(name: str, tensors: dict[str, Tensor]) -> bool:
+def _with_zero_factors(adapted: Sequence[str], model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Those of rank 1, all zeros: what has its magnitude alone trained."""
+    places = with_projections(model)
+    counts = {n: p.layout.num_experts for n in adapted if isinstance(p := places[n], Projection) and p.layout}
+    paths = wrapped_in(list(counts))
     infixes = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
-    factors = [t for infix in infixes if (t := tensors.get(f"{PREFIX}{name}.{infix}")) is not None]
-    return len(factors) == 2 and factors[0].shape[0] == 1 and not any(t.any() for t in factors)
+
+    def is_zero(name: str) -> bool:
+        keys = (f"{PREFIX}{paths.get(name, name)}.{infix}" for infix in infixes)
+        factors = [tensors[key] for key in keys if key in tensors]
+        of_rank_1 = len(factors) == 2 and factors[0].shape[0] == counts.get(name, 1)
+        return of_rank_1 and not any(t.any() for t in factors)
+
+    return [name for name in adapted if is_zero(name)]
 
 
 def _exactly(name: str) -> str:

@@ -21,18 +21,42 @@ _BATCH_BYTES = 64 << 20  # of whole tensors at a time
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """`count` matrices of one size, here one below the other. In a file they are one matrix, too, with their axes
+    (number, row, column) in another `order`: the first two are its rows if the number is first, else the last two
+    its columns."""
+
+    count: int
+    order: tuple[int, int, int]
+
+    def to_file(self, here: Tensor) -> Tensor:
+        axes = here.view(self.count, -1, here.shape[1]).permute(self.order)
+        return axes.flatten(0, 1) if self.order[0] == 0 else axes.flatten(1, 2)
+
+    def from_file(self, stored: Tensor) -> Tensor:
+        first = self.order[0] == 0
+        axes = stored.unflatten(0, (self.count, -1)) if first else stored.unflatten(1, (-1, self.count))
+        return axes.permute([self.order.index(axis) for axis in range(3)]).flatten(0, 1)
+
+    def file_shape(self, here: Sequence[int]) -> torch.Size:
+        return self.to_file(torch.empty(*here, device="meta")).shape
+
+
+@dataclass(frozen=True)
 class ShardedTensor:
     """One tensor of a file, and this rank's part of it: rectangles to read from or to write to."""
 
     name: str
     dtype: torch.dtype
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # here
     own: list[Rectangle]
     owned: bool  # in a sum over the ranks: a whole copy does on one of them only
+    stacked: Stacked | None = None  # in the file as it says; None: as here
 
     @property
     def head(self) -> TensorHead:
-        return self.name, self.dtype, self.shape
+        shape = self.shape if self.stacked is None else tuple(self.stacked.file_shape(self.shape))
+        return self.name, self.dtype, shape
 
     @property
     def bytes(self) -> int:
@@ -50,7 +74,8 @@ def gathered(
             for own in piece.own if piece.owned else ():
                 as_matrix(whole)[own.rows, own.cols].copy_(own.values)
         sum_(flat)
-        yield from (whole.cpu() for whole in wholes)
+        for piece, whole in zip(batch, wholes, strict=True):
+            yield piece.stacked.to_file(whole.cpu()) if piece.stacked else whole.cpu()
 
 
 def finish(values: Iterator[Tensor]) -> None:
@@ -68,7 +93,8 @@ def spread(path: Path, pieces: Sequence[ShardedTensor], processes: Processes) ->
         flat, wholes = _buffer(batch, processes.device)
         if file is not None:
             for piece, whole in zip(batch, wholes, strict=True):
-                whole.copy_(file.get_tensor(piece.name))
+                stored = file.get_tensor(piece.name)
+                whole.copy_(piece.stacked.from_file(stored) if piece.stacked else stored)
         processes.broadcast_(flat)
         for piece, whole in zip(batch, wholes, strict=True):
             for own in piece.own:
@@ -81,7 +107,8 @@ def _check_fits(path: Path, pieces: Sequence[ShardedTensor]) -> None:
         stored = tensors.get(piece.name)
         if stored is None:
             raise UserError(f"{path}: holds no {piece.name!r}, which this run trains")
-        found, needed = (stored.dtype, list(stored.shape)), (SAFETENSORS[piece.dtype], list(piece.shape))
+        _, dtype, shape = piece.head
+        found, needed = (stored.dtype, list(stored.shape)), (SAFETENSORS[dtype], list(shape))
         if found != needed:
             raise UserError(
                 f"{path}: {piece.name!r} is {found[0]} {found[1]}, this run's is {needed[0]} {needed[1]}"

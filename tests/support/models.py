@@ -67,6 +67,19 @@ def deepseek_v3() -> nn.Module:
     return model
 
 
+def mixture(model_type: str, experts: int = 3) -> nn.Module:
+    """Any of transformers' mixtures, computed expert by expert: on CPUs, what it chooses takes no odd sizes."""
+    from tests.support.small import small_model
+
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), experts)
+    model = small_model(model_type, sizes=sizes, experts_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    return model
+
+
 def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,8 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dora_dist import DoraConfig, inject_dora
-from dora_dist.adapters.peft_format import trained_tensors
-from tests.support.models import bert, deepseek_v3, distilbert, gpt2, llama
+from dora_dist.adapters.peft_format import stacked_tensors, trained_tensors
+from tests.support.models import bert, deepseek_v3, distilbert, gpt2, llama, mixture
 
 IDS = torch.tensor([[5, 17, 3, 90, 41, 41, 8], [1, 2, 60, 11, 77, 30, 95]])
 
@@ -31,6 +32,7 @@ LLAMA_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(
 DISTIL_TARGETS = "q_lin k_lin v_lin out_lin lin1 lin2".split()
 DEEPSEEK_MLPS = ["layers.0.mlp.up_proj", "shared_experts.gate_proj", "layers.2.mlp.shared_experts.down_proj"]
 DISTIL_HEADS = ["pre_classifier", "classifier"]
+EXPERT_PATTERNS = {"rank_pattern": {"experts.gate_up_proj": 2}, "alpha_pattern": {"experts.down_proj": 5.0}}
 PATTERNS = {"rank_pattern": {"k_proj": 2, "layers.1.mlp.down_proj": 5}, "alpha_pattern": {"q_proj": 3.5}}
 FIRST_Q = "model.layers.0.self_attn.q_proj"
 CASES = {
@@ -60,6 +62,33 @@ CASES = {
             "alpha_pattern": {"gate_proj.weight": 5.0},
         },
         ["q_a_proj"],
+    ),
+    **{
+        f"{kind} experts": Case(
+            partial(mixture, kind),
+            ["experts", "q_proj"],
+            {"method": "lora", **EXPERT_PATTERNS},
+            {"use_dora": False, "target_parameters": ["gate_up_proj", "experts.down_proj"], **EXPERT_PATTERNS},
+            ["q_proj"],
+        )
+        for kind in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4_text")
+    },
+    "one projection": Case(
+        partial(mixture, "qwen3_moe"),
+        ["experts.down_proj"],
+        {"method": "lora"},
+        {"use_dora": False, "target_parameters": ["down_proj"]},
+        [],
+    ),
+    "one layer's experts": Case(
+        partial(mixture, "gpt_oss"),
+        ["layers.1.mlp.experts"],
+        {"method": "lora"},
+        {
+            "use_dora": False,
+            "target_parameters": [f"model.layers.1.mlp.experts.{key}" for key in ("down_proj", "gate_up_proj")],
+        },
+        [],
     ),
     "gpt2": Case(gpt2, ["c_attn", "c_proj", "c_fc"]),
     "gpt2 one block": Case(gpt2, ["h.1.mlp.c_proj"]),
@@ -91,6 +120,12 @@ def randomized(model: nn.Module) -> nn.Module:
     return model
 
 
+def as_in_files(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The trained tensors of an injected model."""
+    stacked = stacked_tensors(model)
+    return {k: stacked[k].to_file(p.detach()) if k in stacked else p for k, p in trained_tensors(model)}
+
+
 def theirs(case: Case) -> nn.Module:
     """The adapter as PEFT itself makes it, before values are set."""
     from peft import LoraConfig, get_peft_model
@@ -98,7 +133,7 @@ def theirs(case: Case) -> nn.Module:
     model = case.make()
     settings = {"use_dora": True, **copy.deepcopy(case.ours if case.theirs is None else case.theirs)}
     task = "SEQ_CLS" if case.ours.get("modules_to_save") in (["classifier"], DISTIL_HEADS) else None
-    targets = case.their_targets or case.targets
+    targets = case.targets if case.their_targets is None else case.their_targets
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = LoraConfig(r=3, lora_alpha=7, target_modules=targets, task_type=task, **settings)

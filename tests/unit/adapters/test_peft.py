@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch import nn
 
 from dora_dist import DoraConfig, UserError, inject_dora, load_adapter, save_adapter
 from dora_dist.adapters.peft_format import trained_tensors
-from tests.support.models import bert, deepseek_v3, distilbert, llama
+from tests.support.models import bert, deepseek_v3, distilbert, llama, mixture
 from tests.support.peft import (
     CASES,
+    DEEPSEEK_MLPS,
     IDS,
     Case,
+    as_in_files,
     file_tensors,
     logits,
     ours,
@@ -45,7 +48,7 @@ def test_our_adapter_in_peft(name, tmp_path):
     loaded = peft_load(case.make(), tmp_path)
     assert_same_tensors(peft_tensors(loaded), file_tensors(tmp_path))
     written = file_tensors(tmp_path)
-    for key, parameter in trained_tensors(model):
+    for key, parameter in as_in_files(model).items():
         assert torch.equal(written[key], parameter), key
     got, want = logits(model), logits(loaded)
     assert not torch.allclose(want, logits(case.make()), atol=1e-2), "the adapter does nothing"
@@ -71,7 +74,7 @@ def test_peft_adapter_here(name, bare, tmp_path):
         warnings.simplefilter("ignore")
         peft_model.save_pretrained(tmp_path)
     model = load_adapter(case.make() if bare else ours(case), tmp_path).eval()
-    assert_same_tensors(dict(trained_tensors(model)), peft_tensors(peft_model))
+    assert_same_tensors(as_in_files(model), peft_tensors(peft_model))
     assert_near(logits(model), logits(peft_model), MODEL)
 
 
@@ -198,15 +201,52 @@ def test_an_adapter_that_peft_would_bend_is_kept_from_it(tmp_path):
     assert torch.equal(logits(load_adapter(ours(case), tmp_path).eval()), logits(model))
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"rank_pattern": {"gate_up_proj": 2}, "dropout": 0.1},
+        {"magnitude_axis": "in"},
+        {"targets": ["q_proj"], "magnitude_only": ["experts.gate_up_proj", "layers.0.mlp.experts.down_proj"]},
+    ],
+    ids=["out", "in", "magnitude only"],
+)
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_dora_on_experts_is_ours_alone_and_says_so(kind, more, tmp_path):
+    case = Case(partial(mixture, kind), more.get("targets", ["experts", "q_proj"]), more)
+    case.ours.pop("targets", None)
+    model = randomized(ours(case))
+    save_adapter(model, tmp_path)
+    with pytest.raises(KeyError, match="DORA_DIST"):
+        peft_load(case.make(), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "PEFT has " in config["not_for_peft"] and config["lora_dropout"] == case.ours.get("dropout", 0.0)
+    assert not torch.allclose(logits(model), logits(case.make()), atol=1e-2), "the adapter does nothing"
+    for base in (case.make(), ours(case)):
+        again = load_adapter(base, tmp_path).eval()
+        assert again.dora.layers == model.dora.layers
+        assert_same_tensors(dict(trained_tensors(again)), dict(trained_tensors(model)))
+        assert torch.equal(logits(again), logits(model))
+
+
+def test_experts_of_another_shape_are_named(tmp_path):
+    case = Case(partial(mixture, "qwen3_moe"), ["experts"])
+    save_adapter(randomized(ours(case)), tmp_path)
+    five = mixture("qwen3_moe", experts=5)
+    with pytest.raises(
+        UserError, match=r"experts.base_layer.lora_A.weight' is \[9, 32\], the model needs \[15, 32\]"
+    ):
+        load_adapter(five, tmp_path)
+
+
 def test_names_that_peft_takes_for_experts_are_kept_from_it(tmp_path):
     """PEFT has no DoRA for them; as LoRA (among CASES) they go by the parameter."""
-    case = Case(deepseek_v3, "all-linear", {"dropout": 0.1})
+    case = Case(deepseek_v3, ["*_a_proj", *DEEPSEEK_MLPS], {"dropout": 0.1})
     model = randomized(ours(case))
     save_adapter(model, tmp_path)
     with pytest.raises(KeyError, match="DORA_DIST"):
         peft_load(deepseek_v3(), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["not_for_peft"].startswith("model.layers.0.mlp.gate_proj: PEFT takes layers of this name for")
+    assert config["not_for_peft"].startswith("model.layers.0.mlp.up_proj: PEFT takes layers of this name for")
     assert config["lora_dropout"] == 0.1
     again = load_adapter(deepseek_v3(), tmp_path).eval()
     assert again.dora.layers == model.dora.layers
@@ -216,7 +256,7 @@ def test_names_that_peft_takes_for_experts_are_kept_from_it(tmp_path):
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["mlp.gate.weight"], "mean 'model.layers.1.mlp.gate.weight', no linear layer's weight"),
+        (["mlp.gate.weight"], "mean 'model.layers.1.mlp.gate.weight', which no layer here is for"),
         (["nonsense"], "match no parameter of this model"),
     ],
 )
