@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +28,10 @@ class Ended:
 class Case:
     """Runs in one scratch directory."""
 
-    def __init__(self, scratch: Path, **settings: object):
+    def __init__(self, scratch: Path, make_model: Callable[[Path], object] = make_tiny_llama, **settings: object):
         self.scratch = scratch
         if not (scratch / "model").is_dir():
-            make_tiny_llama(scratch / "model")
+            make_model(scratch / "model")
             make_rows(scratch / "rows.jsonl", 96)
         self.config = scratch / "c.yaml"
         tree = {

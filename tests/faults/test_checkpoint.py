@@ -12,8 +12,12 @@ from dora_dist.training.resume import FORMAT
 from tests.faults import whole_runs
 from tests.faults.case import STEPS, Case
 from tests.faults.saves import damaged_checkpoints, full_disks, killed_saves, make_loop, train_and_save
+from tests.support.models import make_tiny_llama, make_tiny_mixture
 
 pytestmark = pytest.mark.ranks
+# Weights from config.json alone: what is in files is tested elsewhere.
+EXPERTS = {"model.init": "random", "dora.targets": ["experts.gate_up_proj", "q_proj"]}
+WITH_MAGNITUDE_ONLY = {"dora.magnitude_only": ["experts.down_proj"]}
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +92,13 @@ def test_resumed_from_each_step_it_is_the_same_to_the_bit(more, tmp_path):
         {"quant.scheme": "nf4", "model.dtype": "bfloat16"},
         {"dora.magnitude_only": ["k_proj"], "dora.modules_to_save": ["lm_head"], "model.dtype": "bfloat16"},
         {"model.dtype": "float16"},
+        {**EXPERTS, **WITH_MAGNITUDE_ONLY},
     ],
     ids=str,
 )
 def test_whatever_is_trained_resumes(more, tmp_path):
-    assert all_hold(whole_runs.every_step(Case(tmp_path, **more), 3))
+    make = make_tiny_mixture if more.items() >= EXPERTS.items() else make_tiny_llama
+    assert all_hold(whole_runs.every_step(Case(tmp_path, make, **more), 3))
 
 
 def test_the_loss_scale_is_restored(case):
@@ -117,6 +123,13 @@ def test_a_process_that_is_asked_to_stop_exits_with_75(case):
 
 
 def test_from_one_strategy_and_number_of_ranks_to_another(case):
+    assert all_hold(whole_runs.moved(case, ("fsdp zero3 single",)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [WITH_MAGNITUDE_ONLY, {"dora.method": "lora"}], ids=str)
+def test_so_do_experts(more, tmp_path):
+    case = Case(tmp_path, make_tiny_mixture, **EXPERTS, **more)
     assert all_hold(whole_runs.moved(case, ("fsdp zero3 single",)))
 
 

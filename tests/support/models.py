@@ -123,6 +123,11 @@ def make_tiny_llama(directory: Path) -> Path:
     return save_model(model, directory)
 
 
+def make_tiny_mixture(directory: Path) -> Path:
+    """Three experts, of which each token goes to two."""
+    return save_model(mixture("qwen3_moe"), directory)
+
+
 def make_tiny_gpt2(directory: Path) -> Path:
     """Conv1D layers and tied embeddings."""
     from transformers import GPT2Config, GPT2LMHeadModel
