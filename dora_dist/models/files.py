@@ -3,7 +3,6 @@
 A tensor goes by its name in the files or, once the files were given a model, by the model's (origins.py).
 """
 
-import functools
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,13 +81,15 @@ class Weights:
 
     def _part(self, traced: Traced, start: Sequence[int], stop: Sequence[int]) -> Tensor:
         """The elements between these indices of a tensor. Of the files nothing else is read."""
-        boxes = traced.within(start, stop)
-        found = [self._elements(box) for box in boxes]
-        if len(found) == 1:
-            return found[0]
-        size = [b - a for a, b in zip(start, stop, strict=True)]
-        whole = torch.empty(size, dtype=functools.reduce(torch.promote_types, (part.dtype for part in found)))
-        for box, part in zip(boxes, found, strict=True):
+        size = tuple(b - a for a, b in zip(start, stop, strict=True))
+        whole = torch.empty(0)
+        for box in traced.within(start, stop):
+            part = self._elements(box)
+            if part.shape == size:
+                return part
+            if not whole.numel():
+                whole = part.new_empty(size)
+            whole = whole.to(torch.promote_types(whole.dtype, part.dtype))
             whole[box.places(start)] = part
         return whole
 

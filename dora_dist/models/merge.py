@@ -106,8 +106,9 @@ class Check:
     def run(self, merged: Path) -> None:
         """Print the largest difference of the logits. RuntimeError: rounding does not explain it."""
         kind: Any = type(self.blueprint.model)
-        wanted = self._logits(build(self.blueprint, Single(self.processes)).model)
-        del self.blueprint
+        built = build(self.blueprint, Single(self.processes)).model
+        wanted = self._logits(built)
+        built.to("meta")  # frees it, whoever still knows it
         dtype = self.config.model.dtype
         model, info = kind.from_pretrained(
             merged,

@@ -25,9 +25,8 @@ from dora_dist.models.files import Weights
 from dora_dist.models.origins import Box, Traced
 from dora_dist.models.weights import aliases, base_tensors, packed_layers, stands_for
 from dora_dist.parallel.shards import Rectangle, Whole, named_generator
-from dora_dist.quant.nf4 import Nf4, dequantize, pieces, quantize
+from dora_dist.quant.nf4 import TILE_ELEMENTS, Nf4, dequantize, pieces, quantize
 
-_TILE_ELEMENTS = 1 << 20  # quantized or compared at a time
 # A weight changes by at most this part of itself when it is rounded; fp32 sums are rounded, too.
 _ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-10, torch.float32: 1e-5}
 
@@ -105,15 +104,11 @@ def outputs(entries: list[Entry], weights: Weights) -> list[Output]:
     for entry in entries:
         made_of, published = Traced.of_file(entry.name, entry.shape), (entry.name, entry.shape, False)
         is_published = entry.name == entry.source in weights.origins and entry.source not in weights.four_bit
-        for box in sorted(weights.origins[entry.name].boxes if is_published else made_of.boxes, key=_first):
+        for box in (weights.origins[entry.name] if is_published else made_of).boxes:
             if is_published:
                 published = weights.published(box.source)
             found.setdefault(box.source, Output(*published, entry.dtype, [])).parts.append((entry, box))
     return list(found.values())
-
-
-def _first(box: Box) -> tuple[int, ...]:
-    return box.start
 
 
 @torch.no_grad()
@@ -209,7 +204,7 @@ def _adapted(entry: Entry, weight: Tensor) -> "tuple[Tensor, Probe | None]":
 def _by_tiles(layout: Nf4, parts: Callable[[slice], list[Tensor]]) -> Tensor:
     """The dense matrix of what the run holds in 4 bits."""
     out = torch.empty(layout.shape, dtype=layout.dtype)
-    for rows in pieces(slice(0, layout.rows), max(1, _TILE_ELEMENTS // layout.columns)):
+    for rows in pieces(slice(0, layout.rows), max(1, TILE_ELEMENTS // layout.columns)):
         out[rows] = dequantize(parts(rows), layout)
     return out
 
@@ -244,7 +239,7 @@ class Probe:
 
 def _product(weight: Tensor, vectors: Tensor, squared: bool = False) -> Tensor:
     """weight @ vectors in fp32, by tiles of rows; `squared`: of all their elements' squares."""
-    step = max(1, _TILE_ELEMENTS // weight.shape[1])
+    step = max(1, TILE_ELEMENTS // weight.shape[1])
     tiles = (rows.float() for rows in weight.split(step))
     return torch.cat([rows.square() @ vectors.square() if squared else rows @ vectors for rows in tiles])
 
@@ -258,7 +253,7 @@ class Drift:
 
     def add(self, values: Tensor, reference: Tensor) -> None:
         self.weights += 1
-        step = max(1, _TILE_ELEMENTS // values.shape[1])
+        step = max(1, TILE_ELEMENTS // values.shape[1])
         for a, b in zip(values.split(step), reference.split(step), strict=True):
             a, b = a.double(), b.double()
             self._squares += torch.stack([(a - b).square().sum(), b.square().sum()])

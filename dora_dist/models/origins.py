@@ -8,6 +8,7 @@ write a model's tensors as the checkpoint had them.
 
 import logging
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -52,14 +53,18 @@ class Box:
 
 
 class Traced(Tensor):
-    """A tensor without numbers that knows its boxes. Operations that only move elements run on it."""
+    """A tensor without numbers that knows its boxes, sorted. Operations that only move elements run on it."""
 
     boxes: list[Box]
+    _rows: list[int]  # where each begins
+    _most_rows: int  # of any of them
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], boxes: list[Box]) -> "Traced":
         made = Tensor._make_wrapper_subclass(cls, tuple(shape))
-        made.boxes = boxes
+        made.boxes = sorted(boxes, key=lambda box: box.start)
+        made._rows = [box.start[0] for box in made.boxes if box.start]
+        made._most_rows = max((box.size[0] for box in boxes if box.size), default=0)
         return made
 
     @classmethod
@@ -81,7 +86,10 @@ class Traced(Tensor):
 
     def within(self, start: Sequence[int], stop: Sequence[int]) -> list[Box]:
         """The boxes of a part of it, in the whole's indices."""
-        return [part for box in self.boxes if (part := box.cut(start, stop)) is not None]
+        near = slice(None)
+        if start:
+            near = slice(bisect_right(self._rows, start[0] - self._most_rows), bisect_left(self._rows, stop[0]))
+        return [part for box in self.boxes[near] if (part := box.cut(start, stop)) is not None]
 
 
 def _narrow(x: Traced, dim: int, start: int, stop: int) -> Traced:

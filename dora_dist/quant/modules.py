@@ -13,9 +13,7 @@ from torch.autograd.function import once_differentiable
 from dora_dist.device import wide_dtype
 from dora_dist.parallel.shards import Shards
 from dora_dist.quant.kernels import dequantize
-from dora_dist.quant.nf4 import Nf4, PackedMatrix, pieces, quantize
-
-_READ_ELEMENTS = 1 << 20  # quantized at a time while loading
+from dora_dist.quant.nf4 import TILE_ELEMENTS, Nf4, PackedMatrix, pieces, quantize
 
 
 class BaseWeight(nn.Module):
@@ -72,7 +70,7 @@ class BaseWeight(nn.Module):
         """Quantize this rank's rows, which `read` gives, into its part of the weight, a few at a time. `device` is
         where to compute when the weight lies elsewhere."""
         assert self.layout is not None
-        step = max(1, _READ_ELEMENTS // self.layout.columns)
+        step = max(1, TILE_ELEMENTS // self.layout.columns)
         for matrix, rows, _ in self.own_rows(shards):
             assert isinstance(matrix, PackedMatrix)
             for piece in pieces(rows, step):

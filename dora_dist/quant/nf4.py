@@ -27,6 +27,7 @@ CODES = (
 )  # fmt: skip
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # which bitsandbytes' kernels and ours compute
 _CELLS = 128
+TILE_ELEMENTS = 1 << 20  # quantized at a time
 _TABLE_ELEMENTS = 1 << 22  # looked up at a time
 
 

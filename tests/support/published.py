@@ -14,19 +14,19 @@ def _save(path: Path, about: dict, tensors: dict) -> None:
 
 
 def in_fp8(path: Path, block: tuple[int, int] | None, by_row: bool = False) -> dict[str, torch.Tensor]:
-    """Puts the linear layers' tensors of a checkpoint into FP8. Gives what they stand for."""
+    """Puts the matrices of a checkpoint's linear layers and experts into FP8. Gives what they stand for."""
     tensors, meant = load_file(path / "model.safetensors"), {}
     for name, weight in list(tensors.items()):
-        if not name.endswith("_proj.weight"):
+        if not name.endswith(("_proj.weight", "experts.gate_up_proj", "experts.down_proj")):
             continue
-        rows, columns = weight.shape
+        *experts, rows, columns = weight.shape
         high, wide = block or ((1, columns) if by_row else (rows, columns))
-        cut = weight.reshape(rows // high, high, columns // wide, wide)
-        scales = cut.abs().amax((1, 3)) / 448
-        tensors[name] = (cut / scales[:, None, :, None]).reshape(rows, columns).to(torch.float8_e4m3fn)
+        cut = weight.reshape(*experts, rows // high, high, columns // wide, wide)
+        scales = cut.abs().amax((-3, -1)) / 448
+        tensors[name] = (cut / scales[..., :, None, :, None]).reshape(weight.shape).to(torch.float8_e4m3fn)
         tensors[f"{name}_scale_inv"] = scales if block or by_row else scales[0, 0]
-        wide_codes = tensors[name].double().reshape(cut.shape) * scales[:, None, :, None].double()
-        meant[name] = wide_codes.reshape(rows, columns)
+        wide_codes = tensors[name].double().reshape(cut.shape) * scales[..., :, None, :, None].double()
+        meant[name] = wide_codes.reshape(weight.shape)
     _save(path, {"quant_method": "fp8", "weight_block_size": block and list(block)}, tensors)
     return meant
 

@@ -120,6 +120,27 @@ def test_several_files_and_their_index(run, tiny_llama, tmp_path):
     assert {p.name for p in tiny_llama.iterdir()} - {p.name for p in out.iterdir()} == {"model.safetensors"}
 
 
+def test_one_model_is_held_at_a_time(run, tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    path, _ = run()
+    built, read, held = [], LlamaForCausalLM.from_pretrained, []
+
+    def build(blueprint, strategy):
+        built.append(merge_build(blueprint, strategy))
+        return built[0]
+
+    def from_pretrained(*args, **kwargs):
+        held.extend(t.nbytes for t in built[0].model.state_dict().values() if not t.is_meta)
+        return read(*args, **kwargs)
+
+    merge_build = merge.build
+    monkeypatch.setattr(merge, "build", build)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", from_pretrained)
+    merge.run_merge(load_config(path), tmp_path / "out")
+    assert built and held == []
+
+
 def without_magnitude(weight, L, U, scaling, ratio, dim):
     norm_math.merge_(weight, L, U, scaling, None, dim)
 

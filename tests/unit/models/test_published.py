@@ -212,6 +212,10 @@ def test_fp8_is_widened(published, tmp_path, case):
         assert torch.equal(fused[expert], want.float())
     if block is None:
         return
+    fused = tmp_path / "fused"
+    load(published(name)).save_pretrained(fused, save_original_format=False)
+    meant_fused = in_fp8(fused, block)["model.layers.1.mlp.experts.down_proj"].float()
+    assert torch.equal(built(fused).get_parameter("model.layers.1.mlp.experts.down_proj"), meant_fused)
     dense = save_model(load(published(name)), tmp_path / "dense")
     tensors = load_file(dense / "model.safetensors")
     save_file(
@@ -243,3 +247,24 @@ def test_mxfp4_is_widened(tmp_path, monkeypatch, kind):
     for shards in all_ranks(kind):
         load_slices(model, found, shards, torch.device("cpu"))
     assert_same(model, wanted)
+
+
+WRONG = {
+    "no scales": (lambda t, name: t.pop(f"{name}_scale_inv"), "is in FP8, but the files hold no '.*_scale_inv'"),
+    "scales of another shape": (
+        lambda t, name: t.update({f"{name}_scale_inv": torch.ones(3, 5)}),
+        r"o_proj.weight_scale_inv' is \[3, 5\], which are no scales of '.*o_proj.weight', \[32, 32\]; valid",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_codes_without_their_scales_are_refused(published, tmp_path, case):
+    path = save_model(load(published("qwen3_moe")), tmp_path / "model")
+    in_fp8(path, (8, 4))
+    spoil, told = WRONG[case]
+    tensors = load_file(path / "model.safetensors")
+    spoil(tensors, "model.layers.0.self_attn.o_proj.weight")
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=told):
+        make_blueprint(config_of(path), path)

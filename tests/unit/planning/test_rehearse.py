@@ -1,5 +1,6 @@
 """A rehearsal holds and sends what a real run does, and short models tell of deep ones."""
 
+import gc
 import json
 import os
 import signal
@@ -67,6 +68,7 @@ def allocated(config, steps):
     strategy = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes)
     rows, length = config.train.micro_batch_size, config.data.seq_len
     ids = torch.zeros(rows, length, dtype=torch.long)
+    gc.collect()  # what earlier tests left would be freed in the middle
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         built = build_to_train(blueprint, strategy)
         trainer = Trainer(built, config.model, config.train, config.data.packing, steps)
