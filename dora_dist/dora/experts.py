@@ -153,6 +153,12 @@ class ExpertsForward(nn.Module):
         return _empty, (self.own_class,), self.__dict__
 
 
+def exclude_from_compilation() -> None:
+    """Have torch.compile run experts as they are: how many tokens each has is a value, known when it is there."""
+    if not getattr(ExpertsForward.forward, "_torchdynamo_disable", False):
+        ExpertsForward.forward = torch.compiler.disable(ExpertsForward.forward)  # type: ignore[method-assign]
+
+
 def tokens_each(experts: Tensor, num_experts: int) -> list[int]:
     """How many of `experts` are each. The host waits for it, once a block."""
     return torch.bincount(experts, minlength=num_experts)[:num_experts].tolist()

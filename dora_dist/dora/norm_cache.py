@@ -136,11 +136,16 @@ def _add_own_part(layer: DoraLayer, part: Tensor, whole: dict[Tensor, Tensor], s
     """Add the squared norms of this rank's rectangles of one layer to `part`."""
     scaling, dim = layer.spec.scaling, layer.magnitude_dim
     for matrix, rows, cols in layer.own_rows(shards) if shards.owns(layer.weight) else ():
-        for block in layer.blocks(rows):
+        for block in blocks(layer, rows):
             L_NR, U_RK = _own_factors(layer, block, whole, shards)
             own = rows_of(matrix, slice(block.rows.start - rows.start, block.rows.stop - rows.start))
             U_RK = None if U_RK is None else U_RK[:, cols]
             part[block.norms(dim, cols)] += squared_norms(own, L_NR, U_RK, scaling, dim, part.device)
+
+
+def blocks(layer: DoraLayer, rows: slice) -> list[Block]:
+    """What is gone through one after the other, of these rows of a weight."""
+    return layer.blocks(rows)
 
 
 def _own_factors(

@@ -88,8 +88,9 @@ def with_projections(model: nn.Module) -> dict[str, nn.Module | Projection]:
             layout = experts_layout(module)
             shapes = unknown_experts(name, module) if layout is None else layout.shapes
             made[module] = {
-                key: Projection(module, key, torch.empty(shape, device="meta"), layout)
+                key: Projection(module, key, torch.empty(shape, dtype=own.dtype, device="meta"), layout)
                 for key, shape in shapes.items()
+                if (own := module._parameters.get(key)) is not None
             }
         found[name] = module
         found |= {f"{name}.{key}": projection for key, projection in made[module].items()}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dora_dist.adapters.adapter import check_adapter_files, load_adapter
 from dora_dist.config import RunConfig
 from dora_dist.device import free_host_memory
+from dora_dist.dora.experts import exclude_from_compilation
 from dora_dist.dora.inject import inject_dora
 from dora_dist.dora.layers import DoraLayer
 from dora_dist.dora.norm_cache import cache_norms, initialize_adapters
@@ -134,6 +135,7 @@ def build(blueprint: Blueprint, strategy: Strategy) -> ShardedModel:
         load_adapter(model, config.dora.init_from, shards, config.dora.accept_other_base)
     cache_norms(model, shards)  # the training loop renews them, and times it
     if config.train.compile:
+        exclude_from_compilation()
         for block in blocks(model):
             block.compile()
     return ShardedModel(model, shards, blueprint.head_loss, blueprint.all_take_part)

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from dora_dist.dora.inject import injection_of
-from dora_dist.dora.targets import inside, is_target_kind, matches
+from dora_dist.dora.targets import Projection, inside, is_target_kind, matches, with_projections
 from dora_dist.errors import UserError
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import outermost_lists
@@ -53,7 +53,7 @@ def _idle(model: nn.Module, saved: list[str]) -> set[str] | None:
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     roots = [name for name in modules if matches(name, saved)]
     in_full = [name for name in modules if inside(name, roots)]
-    adaptable = [m for m in modules.values() if is_target_kind(m)]
+    adaptable = {name: m for name, m in with_projections(model).items() if is_target_kind(m)}
     with FakeTensorMode(allow_non_fake_inputs=True), _experts_at_once(model):
         named = dict(model.named_parameters(remove_duplicate=False))
         fake = {p: torch.empty_like(p, device="cpu") for p in named.values()}  # tied ones stay tied
@@ -61,11 +61,14 @@ def _idle(model: nn.Module, saved: list[str]) -> set[str] | None:
         trained = {name: [t for key, t in tensors.items() if key.startswith(f"{name}.")] for name in in_full}
         for tensor in (t for own in trained.values() for t in own):
             tensor.requires_grad_()
-        factors = {m: torch.ones((), requires_grad=True) for m in adaptable}
-        hooks = [module.register_forward_hook(_times(factor)) for module, factor in factors.items()]
+        factors = {m: torch.ones((), requires_grad=True) for m in adaptable.values()}
+        hooks = [m.register_forward_hook(_times(f)) for m, f in factors.items() if isinstance(m, nn.Module)]
         try:
             ids = torch.zeros(1, _TOKENS, dtype=torch.long)
             with torch.enable_grad():
+                for name, place in adaptable.items():
+                    if isinstance(place, Projection):
+                        tensors[name] = tensors[name] * factors[place].to(tensors[name].dtype)
                 logits = functional_call(model, tensors, kwargs={"input_ids": ids}).logits
         except Exception:  # whatever a model's code makes of tensors without values
             return None
@@ -73,7 +76,7 @@ def _idle(model: nn.Module, saved: list[str]) -> set[str] | None:
             for hook in hooks:
                 hook.remove()
     reached = _leaves(logits)
-    idle = {name for name, module in modules.items() if module in factors and id(factors[module]) not in reached}
+    idle = {name for name, place in adaptable.items() if id(factors[place]) not in reached}
     # What is trained in full needs no call: to read its weight is enough.
     in_vain = {n for n, own in trained.items() if (own or n in roots) and reached.isdisjoint(map(id, own))}
     return idle.difference(in_full) | in_vain

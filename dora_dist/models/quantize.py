@@ -1,4 +1,4 @@
-"""Put the linear layers of a model into 4 bits, adapted or not."""
+"""Put the linear layers and the experts of a model into 4 bits, adapted or not."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from dora_dist.config import QuantConfig
+from dora_dist.dora.experts import DoraExperts, complete
 from dora_dist.dora.inject import injection_of, set_module
 from dora_dist.dora.layers import DoraLinear
-from dora_dist.dora.targets import inside, is_linear, matches
+from dora_dist.dora.targets import Projection, inside, is_linear, matches, with_projections
 from dora_dist.errors import UserError, nearest
-from dora_dist.quant.modules import PackedLinear
+from dora_dist.quant.modules import BaseWeight, FrozenExperts, PackedLinear
 from dora_dist.quant.nf4 import Nf4
 
 _WEIGHT_READERS = ("dt_proj",)  # Mamba multiplies by its weight
@@ -21,8 +22,9 @@ _LEAST_BLOCK = 32
 def pack_linears(
     model: nn.Module, config: QuantConfig, split: int = 1, stored: Mapping[str, int] | None = None
 ) -> None:
-    """Hold the weights of all linear layers of an injected model in 4 bits, but for `config.skip` and the modules
-    trained in full. `split`: ranks among which flat memory will be divided (ZeRO-3); rows are filled up to it.
+    """Hold the weights of all linear layers and experts of an injected model in 4 bits, but for `config.skip` and
+    the modules trained in full. `split`: ranks among which flat memory will be divided (ZeRO-3); rows are filled
+    up to it.
 
     `stored`: weights that the checkpoint holds in 4 bits already -> their block size. These keep it, and their
     scales in fp32 whatever `config.double_quant` says: coding them anew would change the weights. What such a
@@ -32,21 +34,25 @@ def pack_linears(
         UserError: a name of `skip` matches nothing, a layer's weight is tied to another module's, or one of
             `stored` is not to be held in 4 bits.
     """
-    linears = {
+    linears: dict[str, nn.Module | Projection] = {
         name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, DoraLinear) or is_linear(module)
+        for name, module in with_projections(model).items()
+        if isinstance(module, DoraLinear | DoraExperts | FrozenExperts) or is_linear(module)
     }
     _check_skip(config.skip, linears)
     owners, stored = _owners(model), dict(stored or {})
     made: dict[nn.Module, nn.Module] = {}
     for name in _to_pack(model, linears, config, {key.removesuffix(".weight") for key in stored}):
-        module = linears[name]
+        found = linears[name]
+        if isinstance(found, Projection):
+            assert found.layout is not None
+            complete(found.experts, found.layout)
+        module = model.get_submodule(name)
         if module in made:  # used under another name, too
             set_module(model, name, made[module])
             continue
         weight: Any = module.weight
-        if len(owners[weight]) > 1:
+        if len(owners.get(weight, ())) > 1:
             raise UserError(f"quant.skip: {name!r} is tied to another module; name it here to keep it in 16 bits")
         block_size = stored.pop(f"{name}.weight", None)
         if block_size and _transposed(module):
@@ -62,7 +68,7 @@ def pack_linears(
         )
 
 
-def _check_skip(skip: Sequence[str], linears: Mapping[str, nn.Module]) -> None:
+def _check_skip(skip: Sequence[str], linears: Mapping[str, object]) -> None:
     """Raises UserError: a name matches nothing."""
     for pattern in skip:
         if pattern != "lm_head" and not any(matches(name, [pattern]) for name in linears):
@@ -79,7 +85,7 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, set[nn.Module]]:
 
 
 def _to_pack(
-    model: nn.Module, linears: Mapping[str, nn.Module], config: QuantConfig, stored: Collection[str]
+    model: nn.Module, linears: Mapping[str, nn.Module | Projection], config: QuantConfig, stored: Collection[str]
 ) -> list[str]:
     """The names of the layers to hold in 4 bits. `stored`: those that the checkpoint holds so, if any."""
     saved = injection_of(model).saved
@@ -114,7 +120,7 @@ def _packed(module: nn.Module, weight: nn.Parameter, config: QuantConfig, split:
     rows, columns = weight.shape
     block_size = min(config.block_size, max(_LEAST_BLOCK, 1 << (columns - 1).bit_length()))
     layout = Nf4(rows, columns, weight.dtype, block_size, config.double_quant, -(-rows // split) * split)
-    if isinstance(module, DoraLinear):
+    if isinstance(module, BaseWeight):
         module.pack(layout)
         return module
     bias: Any = module.bias
@@ -123,4 +129,4 @@ def _packed(module: nn.Module, weight: nn.Parameter, config: QuantConfig, split:
 
 def _transposed(module: nn.Module) -> bool:
     """Whether it is a Conv1D, adapted or not."""
-    return module.transposed if isinstance(module, DoraLinear) else not isinstance(module, nn.Linear)
+    return module.transposed if isinstance(module, BaseWeight) else not isinstance(module, nn.Linear)

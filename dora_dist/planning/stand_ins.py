@@ -1,6 +1,7 @@
 """All that stands in a rehearsal for something else: for weight files, the watchdog and rows, and in the place of
 what it replaces in torch, in DeepSpeed and in this package; and the names of what it holds and does."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from dora_dist.config import RunConfig
 from dora_dist.data.batches import GlobalBatch
-from dora_dist.dora import norm_math, products
+from dora_dist.dora import experts, norm_cache, norm_math, products
 from dora_dist.models import weights
 from dora_dist.models.weights import base_tensors, packed_layers
 from dora_dist.parallel.phases import Phase
@@ -28,12 +29,13 @@ BASE, SCALES, TRAINED, NORMS = "base weights", "scales of 4-bit weights", "A, B 
 STATES, GRADIENTS, ACTIVATIONS = "optimizer states", "gradients", "activations"
 LOGITS, BACKWARD, OTHER, ROWS = "logits and loss", "backward's own tensors", "other", HOST + "rows of files"
 
+_FEW_EXPERTS = 8  # that stand for all: what goes through them one by one takes time in a rehearsal
 _ALLOCATION = 512  # what torch's CUDA allocator rounds up to
 _PINNED = {HOST + tag for tag in (BASE, SCALES, TRAINED, GRADIENTS)}
 # What goes through a weight or an activation piece by piece holds the same for each.
 _PIECES = (
     (modules, "pieces"), (weights, "_pieces"), (norm_math, "row_tiles"), (products, "row_tiles"),
-    (products, "token_tiles"),
+    (products, "token_tiles"), (norm_cache, "blocks"),
 )  # fmt: skip
 
 
@@ -161,6 +163,7 @@ def replacements(
             replace(F, "scaled_dot_product_attention", _without_dropout)
         for module, name in () if every_piece else _PIECES:
             replace(module, name, _first_of)
+        replace(experts, "tokens_each", _balanced(sys.maxsize if every_piece else _FEW_EXPERTS))
         for module, name, answer in every_rank_alike(zero=strategy.startswith("zero")):
             replace(module, name, lambda _, answer=answer: answer)
         replace(model, "to", lambda _: lambda *_, **__: model)  # torch cannot swap fake parameters
@@ -198,6 +201,17 @@ def _uncompiled(_: Callable) -> Callable:
     """Of a library that decorates functions with torch.compile: nothing here computes, and inductor's import takes
     longer than a step."""
     return lambda model=None, **_: model or (lambda function: function)
+
+
+def _balanced(most: int) -> Callable:
+    """In place of counting a router's choices: as its losses have it, each expert gets as many tokens. `most`: of
+    the experts that get any; the products are as large, but only these experts' weights are read."""
+
+    def counts(routed: Tensor, experts: int) -> list[int]:
+        few = min(experts, most)
+        return [len(range(e, len(routed), few)) for e in range(few)] + [0] * (experts - few)
+
+    return lambda _: counts
 
 
 def _without_dropout(attend: Callable) -> Callable:

@@ -47,6 +47,20 @@ def test_in_a_plain_decoder_all_layers_take_part(model_type, tmp_path):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_experts_that_no_token_can_reach_take_no_part(tmp_path):
+    """Found by the factor on their parameter: nothing calls them."""
+    model = drawn("qwen3_moe", tmp_path)
+    model.model.layers[1].mlp.forward = lambda x: x
+    model.model.layers[1].passes_on = True  # so it is another kind of block than the first
+    assert {name for name in idle_modules(model) if name.endswith("_proj")} == {
+        f"model.layers.1.mlp.experts.{key}" for key in ("gate_up_proj", "down_proj")
+    }
+    inject_dora(model, DoraConfig(rank=2, targets=["experts"]), idle=idle_modules(model))
+    assert set(model.dora.left_out) == {
+        f"model.layers.1.mlp.experts.{key}" for key in ("gate_up_proj", "down_proj")
+    }
+
+
 def test_the_tower_for_images_takes_no_part(tmp_path):
     model = drawn("gemma3", tmp_path, layers=6)
     idle = idle_modules(model)

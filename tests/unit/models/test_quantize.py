@@ -7,13 +7,15 @@ import torch
 from torch import nn
 
 from dora_dist.config import DoraConfig, QuantConfig
+from dora_dist.dora.experts import DoraExperts
 from dora_dist.dora.inject import inject_dora
 from dora_dist.errors import UserError
 from dora_dist.models.quantize import pack_linears
-from dora_dist.quant.modules import PackedLinear
+from dora_dist.quant.modules import FrozenExperts, PackedLinear
 from tests.support import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.rounding import roundings
+from tests.support.small import small_model
 
 
 def test_linear_layers_are_packed_but_for_those_skipped():
@@ -78,3 +80,42 @@ def test_a_rank_holds_its_share_of_half_a_byte_per_weight(ranks, tmp_path):
     for strategy, held in measured["held"].items():
         for bytes_of_rank in held:
             assert bytes_of_rank == pytest.approx(measured["whole"] / ranks, rel=0.02), strategy
+
+
+def test_experts_are_packed_by_rows_whether_adapted_or_not():
+    """Qwen3-MoE: one projection adapted, one beside it not, a layer without any adapter, and what is skipped."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        made = small_model("qwen3_moe", sizes={"num_hidden_layers": 3}).bfloat16()
+        for parameter in made.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        return inject_dora(made, DoraConfig(rank=2, targets=["layers.0.mlp.experts.down_proj", "q_proj"]))
+
+    dense, packed = model(), model()
+    pack_linears(packed, QuantConfig(scheme="nf4", skip=["lm_head", "layers.2.mlp.experts"]))
+    held = [layer.mlp.experts for layer in packed.model.layers]
+    assert isinstance(held[0].down_proj, DoraExperts) and isinstance(held[0].gate_up_proj, FrozenExperts)
+    for projection in (held[0].down_proj, held[0].gate_up_proj, held[1].down_proj, held[1].gate_up_proj):
+        out, columns = projection.out_features, projection.in_features
+        assert projection.layout.shape == (4 * out, columns)
+        stored = sum(part.nbytes for part in projection.weight_parts)
+        blocks = -(-columns // projection.layout.block_size)
+        assert stored == 4 * out * (blocks * projection.layout.block_size // 2 + blocks + 8)
+    assert type(held[2]) is type(dense.model.layers[2].mlp.experts) and held[2].down_proj.dim() == 3
+    x, index, weights = torch.randn(9, 32).bfloat16(), torch.randint(4, (9, 2)), torch.rand(9, 2).bfloat16()
+    for number in (0, 1):
+        experts, own = held[number], dense.model.layers[number].mlp.experts
+        for key in ("gate_up_proj", "down_proj"):  # the same weights, dense
+            matrix = getattr(experts, key).matrix[:]
+            if number == 0:
+                getattr(own, key).weight.data.copy_(matrix)
+            else:
+                getattr(own, key).data.copy_(matrix.view_as(getattr(own, key)))
+        x.requires_grad_()
+        y, wanted = experts(x, index, weights), own(x, index, weights)
+        assert (y - wanted).norm() <= roundings(8, torch.bfloat16) * wanted.norm()
+        grads = [torch.autograd.grad(each.float().square().sum(), x)[0] for each in (y, wanted)]
+        assert (grads[0] - grads[1]).norm() <= roundings(16, torch.bfloat16) * grads[1].norm()
+    with pytest.raises(UserError, match=r"quant\.skip: 'expert' matches no linear layer.*experts"):
+        pack_linears(model(), QuantConfig(scheme="nf4", skip=["expert"]))

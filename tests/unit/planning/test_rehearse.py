@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig
 
 from dora_dist.config import (
     DataConfig,
@@ -105,6 +106,19 @@ def test_a_rehearsal_holds_what_a_real_run_does(settings, tmp_path, rehearse):
     config = config_of(model, length=128, **settings)
     planned = rehearse(Job(config, model, 1, 1, gpu=False)).peak(loading=False)
     assert planned == pytest.approx(allocated(config, 2), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"four_bit": True, "dtype": "bfloat16"}], ids=str)
+def test_a_rehearsal_of_experts_holds_what_a_real_run_does(settings, tmp_path, rehearse):
+    """Balanced routing is assumed; what a real router makes of random weights strays from it."""
+    Qwen3MoeConfig(
+        **SIZES, vocab_size=512, num_hidden_layers=3, head_dim=32, num_experts=16, num_experts_per_tok=2,
+        moe_intermediate_size=96, pad_token_id=0,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    config = config_of(tmp_path, length=128, **settings)
+    planned = rehearse(Job(config, tmp_path, 1, 1, gpu=False)).peak(loading=False)
+    assert planned == pytest.approx(allocated(config, 2), rel=0.06)
 
 
 @pytest.mark.parametrize(
