@@ -80,9 +80,11 @@ def attach_norm_refresh(
             step, where the engine comes later), or the engine rounds magnitudes.
     """
 
+    layers = list(dora_layers(model).values())
+
     def refresh(*_: object) -> None:
         _require_engine(model, optimizer)
-        refresh_norms(model, shards)
+        refresh_norms(model, shards, layers)
 
     _require_engine(model, optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):

@@ -7,6 +7,7 @@ norms are taken from that range alone. ZeRO-1 and 2 keep parameters whole and sh
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -87,16 +88,16 @@ class _WholeWithMasters(Whole):
 
 def find_shards(model: nn.Module) -> Shards | None:
     """The shards of a model that DeepSpeed partitioned, by whoever's engine; None if it did not."""
+    if not is_managed(model):
+        return None
     partitioned = next((p for p in model.parameters() if _is_partitioned(p)), None)
-    if partitioned is not None:
-        return ZeroShards(partitioned)
-    if is_managed(model):
-        return _WholeWithMasters(is_writer=dist.get_rank() == 0)
-    return None
+    return ZeroShards(partitioned) if partitioned is not None else _WholeWithMasters(dist.get_rank() == 0)
 
 
 def is_managed(model: nn.Module) -> bool:
     """Whether a DeepSpeed engine owns the optimizer states of `model`."""
+    if "deepspeed" not in sys.modules:  # this is asked after every step
+        return False
     return any(_is_partitioned(p) or hasattr(p, "_hp_mapping") for p in model.parameters())
 
 
