@@ -44,7 +44,8 @@ def _frozen_kinds(model: nn.Module, idle: Collection[str]) -> dict[str, list[nn.
             continue
         if module not in heads and not isinstance(module, DoraLayer | nn.Embedding):
             words = [word for word in name.split(".") if not word.isdigit()]
-            kinds.setdefault(words[-1] if words else name, []).append(module)
+            kind = words[-2:] if isinstance(module, FrozenExperts) else words[-1:]
+            kinds.setdefault(".".join(kind) or name, []).append(module)
     return kinds
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,10 +20,12 @@ from dora_dist import (
     save_adapter,
 )
 from dora_dist.adapters.peft_format import trained_tensors
+from dora_dist.config import QuantConfig
 from dora_dist.dora.layers import DoraLayer
 from dora_dist.dora.norm_cache import cache_norms
 from dora_dist.io import durable
-from tests.support.models import distilbert, gpt2, llama
+from dora_dist.models.quantize import pack_linears
+from tests.support.models import distilbert, gpt2, llama, mixture
 from tests.support.peft import CASES, IDS, Case, logits, ours, randomized
 from tests.support.rounding import MODEL, assert_near, roundings
 
@@ -56,6 +59,25 @@ def test_merged_model_computes_what_the_adapter_did(name, tmp_path):
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert_near(logits(again), logits(model), MODEL, about="transformers tied again what the merge untied")
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_adapters_of_experts_over_4_bits_load_and_merge(kind, tmp_path):
+    def packed():
+        model = ours(Case(partial(mixture, kind), ["experts.down_proj", "q_proj"]))
+        pack_linears(model, QuantConfig(scheme="nf4"))
+        return model
+
+    model = randomized(packed())
+    assert model.model.layers[0].mlp.experts.down_proj.layout is not None
+    save_adapter(model, tmp_path)
+    adapted = logits(model)
+    assert not torch.allclose(adapted, logits(packed()), atol=1e-2), "the adapter does nothing"
+    assert torch.equal(logits(load_adapter(packed(), tmp_path)), adapted)
+    merge_adapter(model)
+    assert not any(isinstance(m, DoraLayer) for m in model.modules())
+    assert model.model.layers[0].mlp.experts.down_proj.dim() == 3
+    assert_near(logits(model), adapted, MODEL)
 
 
 def test_merging_one_half_of_a_tie_keeps_the_others_weight():

@@ -5,7 +5,7 @@ from torch import nn
 
 from dora_dist import DoraConfig, inject_dora
 from dora_dist.models.coverage import coverage
-from tests.support.models import llama, qwen2_moe
+from tests.support.models import llama, mixture, qwen2_moe
 
 LAYER = 2 * 12 * 12 + 2 * 4 * 12 + 3 * 12 * 17  # q and o, k and v, the MLP of `llama`
 TOTAL = 2 * (LAYER + 2 * 12) + 12 + 2 * 96 * 12
@@ -40,6 +40,19 @@ def test_what_is_large_and_not_adapted_is_named():
     # What takes no part in the loss is not to be named.
     idle = {n for n, _ in llama().named_modules() if n.endswith(("gate_proj", "up_proj", "down_proj"))}
     assert len(lines(llama(intermediate_size=64), idle, targets=["q_proj"])) == 1
+
+
+def test_experts_are_named_as_targets_know_them():
+    total = sum(p.numel() for p in mixture("qwen3_moe").parameters())
+    up, down = 2 * 3 * 96 * 32, 2 * 3 * 32 * 48  # of two layers' three experts
+    told = "to adapt them too, add"
+    whole = lines(mixture("qwen3_moe"), targets=["q_proj"])[-1]
+    assert f"experts ({percent(up + down, total)})" in whole and f"{told} experts to dora.targets" in whole
+    (share, half) = lines(mixture("qwen3_moe"), targets=["experts.down_proj"])
+    assert share == f"adapted: {percent(down, total)} of the base's weights"
+    assert f"experts.gate_up_proj ({percent(up, total)}); {told} experts.gate_up_proj to dora.targets" in half
+    assert len(lines(mixture("qwen3_moe"), targets="all-linear")) == 1
+    lines(mixture("qwen3_moe"), targets=["experts.gate_up_proj"])  # the name is a target
 
 
 def test_what_is_left_out_is_listed():
