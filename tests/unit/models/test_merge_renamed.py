@@ -64,8 +64,9 @@ def test_a_base_that_transformers_renames_keeps_its_names(run, renamed, tmp_path
         written, base = load_file(tmp_path / "out" / FILE), load_file(renamed[name] / "model.safetensors")
         assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in base.items()}
         experts = [n for n in base if ".experts." in n]
-        adapted_too = settings.get("magnitude_only", [".experts."] if "experts" in settings["targets"] else [])
-        kept = [n for n in experts if not any(key in n for key in adapted_too) or n.endswith("bias")]
+        changed = "experts" in settings["targets"] or "quant" in settings
+        parts = settings.get("magnitude_only", [".experts."] if changed else [])
+        kept = [n for n in experts if not any(key in n for key in parts) or n.endswith("bias")]
         assert experts and [n for n in experts if torch.equal(written[n], base[n])] == kept
 
 

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, QuantConfig, RunConfig
+from dora_dist.dora.experts import ExpertsForward
 from dora_dist.errors import UserError
 from dora_dist.models import files as files_module
 from dora_dist.models import weights
-from dora_dist.models.build import build, make_blueprint
+from dora_dist.models.build import build, make_blueprint, materialize
 from dora_dist.models.files import SafetensorsFiles, flat_boxes
 from dora_dist.models.origins import Traced
 from dora_dist.models.weights import base_tensors, check_shapes, load_slices, missing_from
@@ -20,7 +22,7 @@ from tests.support.published import in_fp8, in_mxfp4
 from tests.support.small import causal_types, small_config, small_model
 
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text")
-RANKS = 3
+RANKS, CPU = 3, torch.device("cpu")
 
 
 class FlatRanges(Whole):
@@ -54,7 +56,7 @@ def load_into(model, directory, kind: str = "whole"):
         for tensor in base_tensors(model).values():
             tensor.fill_(7)
     for shards in all_ranks(kind):
-        load_slices(model, found, shards, torch.device("cpu"))
+        load_slices(model, found, shards, CPU)
     return model
 
 
@@ -90,6 +92,24 @@ def load(directory, **options):
 def test_experts_are_read_by_slices(published, monkeypatch, name, kind):
     monkeypatch.setattr(weights, "_READ_ELEMENTS", 500)
     assert_same(load_into(small_model(name), published(name), kind), load(published(name)))
+
+
+@pytest.mark.parametrize("kind", ["rows", "flat"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_adapted_experts_are_read_by_slices(published, monkeypatch, name, kind):
+    """Into one tall matrix, whichever way the model's own parameters lie."""
+    monkeypatch.setattr(weights, "_READ_ELEMENTS", 500)
+    blueprint = make_blueprint(config_of(published(name), targets=["experts"]), published(name))
+    materialize(blueprint.model, lambda p: nn.Parameter(torch.full_like(p, 7, device="cpu"), False), CPU)
+    for shards in all_ranks(kind):
+        load_slices(blueprint.model, blueprint.files, shards, CPU)
+    wanted, compared = load(published(name), dtype=torch.float32), 0
+    for path, module in blueprint.model.named_modules():
+        for key in module.layout.shapes if isinstance(module, ExpertsForward) else ():
+            own = wanted.get_parameter(f"{path}.{key}")
+            assert torch.equal(getattr(module, key).weight, module.layout.stacked(own))
+            compared += 1
+    assert compared >= 2
 
 
 @pytest.mark.slow
@@ -146,7 +166,7 @@ def test_no_more_is_read_than_asked_for(published, monkeypatch):
         "_elements",
         lambda self, box: touched.add(box.source) or elements(self, box),
     )
-    load_slices(model, found, RowsOfCopies(1, 4, lambda _: None), torch.device("cpu"))
+    load_slices(model, found, RowsOfCopies(1, 4, lambda _: None), CPU)
     experts = {name.split(".experts.")[1].split(".")[0] for name in touched if ".experts." in name}
     assert experts == {"1"}
 
@@ -174,10 +194,10 @@ def test_a_file_tensor_that_does_not_fit_is_named(published, tmp_path):
         make_blueprint(config_of(path), path)
 
 
-def config_of(path, dtype: str = "float32", **quant) -> RunConfig:
+def config_of(path, dtype: str = "float32", targets=("o_proj",), **quant) -> RunConfig:
     return RunConfig(
         model=ModelConfig(path=str(path), dtype=dtype, attention="eager"),
-        dora=DoraConfig(rank=2, targets=["o_proj"]),
+        dora=DoraConfig(rank=2, targets=list(targets)),
         quant=QuantConfig(**quant),
         data=DataConfig(train="unused"),
     )
@@ -245,7 +265,7 @@ def test_mxfp4_is_widened(tmp_path, monkeypatch, kind):
     model, found = AutoModelForCausalLM.from_config(config), SafetensorsFiles(path)
     found.take_scaled({"quant_method": "mxfp4"})
     for shards in all_ranks(kind):
-        load_slices(model, found, shards, torch.device("cpu"))
+        load_slices(model, found, shards, CPU)
     assert_same(model, wanted)
 
 
