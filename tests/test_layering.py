@@ -1,6 +1,7 @@
 """The rooms of the package: imports go down their list, no circle is inside one, and each says what it is for."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,10 @@ def test_imports_go_down(room):
     assert circle(inside) == []
     if (PACKAGE / room).is_dir():
         about = ast.parse((PACKAGE / room / "__init__.py").read_text())
-        assert ast.get_docstring(about) and len(about.body) == 1, "it says what the room is for, no more"
+        told = ast.get_docstring(about) or ""
+        assert told and len(about.body) == 1, "it says what the room is for, no more"
+        untold = [name for name in inside if name.split(".")[1] not in re.findall(r"\w+", told)]
+        assert not untold, f"{room}/__init__.py does not say what these do: {untold}"
 
 
 def test_only_parallel_uses_torch_distributed():

@@ -7,6 +7,7 @@ kernels, triton_kernels     the same, fused, on a GPU
 layers                      DoraLayer, and DoraLinear and DoraEmbedding made from it
 grouped, experts            the same for every expert of a mixture; how a module of experts computes by them
 experts_layout              how models hold their experts, and the proof of it
-targets, inject             which modules of a model become them; how they do
+targets, linear_subclasses  which modules of a model become them
+inject                      how they do
 norm_cache                  norms, computed once per optimizer step from each rank's own rows
 """

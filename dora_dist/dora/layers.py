@@ -1,9 +1,9 @@
 """DoraLinear and DoraEmbedding: thin modules over the functions of functional.py. They know no distribution.
 
 A layer owns the frozen `weight`, the trained `lora_A`, `lora_B` and `magnitude`, and a norm buffer that is
-not saved. By itself it computes its norm in every forward: slow, never stale. `attach_norm_refresh`
-(norm_cache.py) sets `norm_is_cached` and renews the buffer after each optimizer step, which is exact with the
-detached norm because the norm depends on weight, A and B alone.
+not saved. By itself it computes its norm in every forward: slow, never stale. `cache_norms` (norm_cache.py) sets
+`norm_is_cached`; then the trainer, or `attach_norm_refresh` in a loop of your own, renews the buffer after each
+optimizer step. This is exact because the norm depends on weight, A and B alone.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Norms of all layers, each rank from its own shard: one gather of the small factors, one sum, once per step.
 
 Cost per rank: 1/N of one pass over the adapted weights, one gather of the factors that a rank does not have in
-full (A; for transposed weights B too) and one all-reduce of one fp32 vector with every layer's norms. Ranks that
-hold whole copies share the rows likewise, and gather nothing.
+full (A; for transposed weights B too) and one all-reduce of one fp32 vector with every layer's norms. In a run,
+ranks that hold whole copies share the rows likewise, and gather nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -146,7 +146,7 @@ def _add_own_part(layer: DoraLayer, part: Tensor, whole: dict[Tensor, Tensor], s
 
 
 def blocks(layer: DoraLayer, rows: slice) -> list[Block]:
-    """What is gone through one after the other, of these rows of a weight."""
+    """What is gone through one after the other, of these rows of a weight; a rehearsal takes some for all."""
     return layer.blocks(rows)
 
 

@@ -6,6 +6,7 @@ weights                     files to this rank's parts
 build                       the one order in which a run's model is made
 head_loss, attention        the loss without all logits; packed documents without a mask
 participation               which layers the loss of text depends on
+coverage                    which share of the weights is adapted
 quantize                    linear layers to 4 bits
 merge                       the verb: adapter and base as one model
 merge_weights               tensor by tensor
