@@ -17,7 +17,7 @@ from dora_dist.models.weights import base_tensors
 from dora_dist.parallel.phases import Phase
 from dora_dist.parallel.process import Processes
 from dora_dist.planning.cost import StepTime, step_time
-from dora_dist.planning.hardware import ASSUMPTIONS, GB, GPUS, Cluster
+from dora_dist.planning.hardware import ASSUMPTIONS, BALANCED, GB, GPUS, Cluster
 from dora_dist.planning.rehearse import Job, Rehearsals, Rehearsed
 from dora_dist.planning.trace import HOST
 
@@ -62,6 +62,15 @@ class Plan:
     def host_memory(self) -> dict[str, float]:
         held = self.rehearsed.fullest(on_host=True)[1]
         return {tag.removeprefix(HOST): size for tag, size in held.items()}
+
+    @property
+    def loading_on_host(self) -> float:
+        """What a process holds there while it loads, of files that can be read by rows."""
+        return sum(self.rehearsed.peaks().get((Phase.LOADING, True), {}).values())
+
+    @property
+    def assumptions(self) -> list[str]:
+        return [*ASSUMPTIONS, BALANCED] if self.rehearsed.experts else list(ASSUMPTIONS)
 
     @property
     def peak(self) -> float:
@@ -203,6 +212,8 @@ def as_text(plan: Plan) -> str:
     if plan.host_memory:
         total = sum(plan.host_memory.values())
         lines += ["", "host memory of a process at its fullest", *_rows(plan.host_memory, total)]
+    here, all_here = (_size(plan.loading_on_host * count) for count in (1, plan.cluster.per_node))
+    lines += ["", f"loading takes {here} of host memory for a process, {all_here} for a machine"]
     sent = sum(time.sent.values())
     norms = sum(size for (phase, _), size in time.sent.items() if phase is Phase.NORMS)
     lines += [
@@ -221,7 +232,7 @@ def as_text(plan: Plan) -> str:
         told = f"{found.step_seconds:.3f} s a step, {_size(found.peak_bytes)}"
         lines.append(f"faster: {_as_overrides(found.settings)}: {told}")
     lines += ["", "counted by a rehearsal on fake tensors; times from published rates, not measured:"]
-    return "\n".join([*lines, *(f"  - {assumption}" for assumption in ASSUMPTIONS)])
+    return "\n".join([*lines, *(f"  - {assumption}" for assumption in plan.assumptions)])
 
 
 def _rows(held: Mapping[str, float], total: float) -> list[str]:
@@ -274,6 +285,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "memory_bytes": plan.memory,
         "host_memory_bytes": plan.host_memory,
         "loading_peak_bytes": plan.rehearsed.peak(loading=True),
+        "loading_host_bytes": plan.loading_on_host,
         "step_seconds": time.total,
         "exposed_seconds": time.exposed,
         "seconds_by_phase": {phase.value: seconds for phase, seconds in time.phases.items()},
@@ -283,5 +295,5 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "collectives": {f"{phase.value}: {kind}": round(n) for (phase, kind), n in time.messages.items()},
         "changes": [asdict(change) for change in plan.changes],
         "faster": None if plan.faster is None else asdict(plan.faster),
-        "assumptions": list(ASSUMPTIONS),
+        "assumptions": plan.assumptions,
     }  # fmt: skip

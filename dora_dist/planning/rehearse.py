@@ -3,8 +3,9 @@
 It needs config.json alone: no weights, no GPU, no other process, seconds rather than hours. What it finds is
 counted, not estimated: every tensor that the code holds, every kernel it starts, every collective it sends.
 
-Of a model with many equal blocks two short versions are rehearsed. Each further block adds the same, so what a
-step holds, computes and sends is a straight line in the number of blocks, which is drawn through the two.
+Of a model with many equal blocks, perhaps after a few others, two short versions are rehearsed. Each further block
+adds the same, so what a step holds, computes and sends is a straight line in the number of blocks, which is drawn
+through the two.
 """
 
 import gc
@@ -28,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dora_dist.config import RunConfig
 from dora_dist.data.batches import GlobalBatch
 from dora_dist.device import rehearsed_gpu
+from dora_dist.dora.experts import ExpertsForward
 from dora_dist.errors import RunFailed, UserError
 from dora_dist.models.build import Blueprint, make_blueprint, sizes_of
 from dora_dist.parallel.orphans import end_with_parent
@@ -54,7 +56,7 @@ from dora_dist.training.trainer import Trainer
 T = TypeVar("T")
 
 _last_drawn: tuple[tuple, Blueprint] | None = None  # what about it matters, and the model
-# Blocks of the two short versions, else 3 and 4. In one process the second adds what every further one adds;
+# Equal blocks of the two short versions, else 3 and 4. In one process the second adds what every further one adds;
 # ZeRO-3 is at two blocks at a time.
 _SHORT = {"single": (2, 3), "zero3": (3, 5)}
 _UNKNOWN = "this run cannot be rehearsed, so whether it fits is not known: "
@@ -94,6 +96,7 @@ class Rehearsed:
     blocks: int
     runs: tuple[Short, ...]
     coverage: tuple[str, ...] = ()  # lines on which share of the base is adapted
+    experts: bool = False  # tokens choose among experts, each as often as another
 
     def at_full_depth(self, measure: Callable[[Short], Mapping[Any, float]]) -> dict[Any, float]:
         """What `measure` finds in each run, drawn on to all blocks. What it leaves out is zero."""
@@ -181,8 +184,9 @@ def _rehearsed(job: Job, in_child: Callable[[Job], Any]) -> Rehearsed | UserErro
         for block in blocks(drawn.model)
     ]
     depths: Sequence[int | None] = [job.blocks]
-    first, second = _SHORT.get(name, (3, 4))
-    if job.blocks is None and len(set(found)) == 1 and len(found) > second:
+    others = next((i for i in range(len(found)) if len(set(found[i:])) == 1), 0)
+    first, second = (others + count for count in _SHORT.get(name, (3, 4)))
+    if job.blocks is None and len(found) > second:
         depths = (first, second)
     # Of a short model `auto` might make another.
     parallel = replace(job.config.parallel, strategy=name)  # type: ignore[arg-type]
@@ -194,7 +198,8 @@ def _rehearsed(job: Job, in_child: Callable[[Job], Any]) -> Rehearsed | UserErro
     runs = tuple(result for result in results if isinstance(result, Short))
     if len(runs) < len(results):
         return next(result for result in results if not isinstance(result, Short))
-    return Rehearsed(job, name, reason, len(found), runs, drawn.coverage)
+    experts = any(isinstance(module, ExpertsForward) for module in drawn.model.modules())
+    return Rehearsed(job, name, reason, len(found), runs, drawn.coverage, experts)
 
 
 def _fork(make: Callable[[Job], Any], job: Job) -> Callable[[], Any]:

@@ -160,7 +160,7 @@ def replacements(
             names.append(around.enter_context(replaced(owner, name, make, needed)))
 
         if gpu:
-            replace(F, "scaled_dot_product_attention", _without_dropout)
+            replace(F, "scaled_dot_product_attention", _as_on_gpus)
         for module, name in () if every_piece else _PIECES:
             replace(module, name, _first_of)
         replace(experts, "tokens_each", _balanced(sys.maxsize if every_piece else _FEW_EXPERTS))
@@ -214,9 +214,19 @@ def _balanced(most: int) -> Callable:
     return lambda _: counts
 
 
-def _without_dropout(attend: Callable) -> Callable:
-    """GPUs' kernels drop without holding what they drop; a CPU's attention would fall back to its definition."""
-    return lambda *arguments, dropout_p=0.0, **options: attend(*arguments, **options)
+def _as_on_gpus(attend: Callable) -> Callable:
+    """GPUs' kernels drop without holding what they drop, and take values of other sizes than queries; a CPU's
+    attention would fall back to its definition, which holds all scores."""
+
+    def attended(
+        query: Tensor, key: Tensor, value: Tensor, *more: Any, dropout_p: float = 0, **options: Any
+    ) -> Tensor:
+        missing = query.shape[-1] - value.shape[-1]
+        if missing > 0:
+            value = F.pad(value, (0, missing))
+        return attend(query, key, value, *more, **options)[..., : value.shape[-1] - max(0, missing)]
+
+    return attended
 
 
 def _first_of(pieces: Callable) -> Callable:

@@ -6,7 +6,9 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.support import ROOT
+from tests.support.models import save_model
 from tests.support.ranks import run_ranks
+from tests.support.small import small_model
 
 pytestmark = pytest.mark.ranks
 
@@ -17,8 +19,10 @@ SIZES = [
 RANKS = {
     "one-4090": 1, "one-4090-qdora": 1, "gpt2-classification": 1, "distilbert-classification": 2,
     "two-gpus": 2, "two-4090-70b": 2, "eight-gpus": 2, "eight-gpus-70b": 2, "slurm": 2, "multi-node-405b": 2,
-    "multi-node-405b-zero3": 2, "multi-node-hybrid": 4, "multi-node-zero3": 4,
+    "multi-node-405b-zero3": 2, "multi-node-hybrid": 4, "multi-node-zero3": 4, "one-4090-30b-moe": 1,
+    "one-h100-120b-moe": 1, "eight-gpus-235b-moe": 2, "multi-node-671b-moe": 2,
 }  # fmt: skip
+SLOW = {"one-h100-120b-moe", "eight-gpus-235b-moe", "multi-node-671b-moe"}
 MORE_SIZES = {
     "multi-node-zero3": ["parallel.deepspeed.zero_optimization.zero_hpz_partition_size=2"],
     "multi-node-hybrid": ["train.micro_batch_size=1"],
@@ -34,6 +38,9 @@ def test_every_example_is_run_somewhere():
 @pytest.fixture
 def model_and_rows(name, tiny_llama, tiny_rows, tiny_gpt2, tiny_distilbert, tmp_path):
     """Tiny ones of the example's kind."""
+    if name.endswith("moe"):
+        kind = {"one-h100-120b-moe": "gpt_oss", "multi-node-671b-moe": "deepseek_v3"}.get(name, "qwen3_moe")
+        return save_model(small_model(kind, {"num_key_value_heads": 4}), tmp_path / "model"), tiny_rows
     if not name.endswith("classification"):
         return tiny_llama, tiny_rows
     rows = [json.dumps({"text": f"{'good' if i % 2 else 'bad'} {i}", "label": i % 2}) for i in range(24)]
@@ -41,7 +48,7 @@ def model_and_rows(name, tiny_llama, tiny_rows, tiny_gpt2, tiny_distilbert, tmp_
     return (tiny_gpt2 if name.startswith("gpt2") else tiny_distilbert), tmp_path / "labels.jsonl"
 
 
-@pytest.mark.parametrize("name", RANKS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in RANKS])
 def test_an_example_runs(name, model_and_rows, tmp_path):
     path = CONFIGS / f"{name}.yaml"
     model, rows = model_and_rows

@@ -30,6 +30,10 @@ PARAMETERS = {
     "meta-llama/Llama-3.1-405B": 405_853_388_800,
     "mistralai/Mistral-7B-v0.3": 7_248_023_552,
     "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "openai/gpt-oss-120b": 116_829_156_672,
+    "deepseek-ai/DeepSeek-V3": 671_026_404_352,  # without the block that predicts a second token
     "openai-community/gpt2": 124_439_808,
     "distilbert/distilbert-base-uncased": 66_362_880,  # without the head of its pre-training
 }
@@ -41,16 +45,16 @@ def test_every_known_model_has_a_published_size():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_known_model_has_the_published_number_of_parameters(name):
-    """One block is drawn, and stands for all."""
+    """The last of the blocks drawn stands for all that follow."""
     config = transformers.AutoConfig.for_model(**known_models()[name])
-    blocks = config.num_hidden_layers
-    config.num_hidden_layers = 1
+    blocks, drawn = config.num_hidden_layers, 1 + getattr(config, "first_k_dense_replace", 0)
+    config.num_hidden_layers = drawn
     auto = transformers.AutoModel if "distilbert" in name else transformers.AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(config)
-    (block,) = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    *_, block = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
     counted = sum(p.numel() for p in model.parameters())
-    assert counted + (blocks - 1) * sum(p.numel() for p in block.parameters()) == PARAMETERS[name]
+    assert counted + (blocks - drawn) * sum(p.numel() for p in block.parameters()) == PARAMETERS[name]
 
 
 def test_a_known_model_needs_no_hub(monkeypatch):

@@ -75,6 +75,7 @@ def test_what_does_not_fit_comes_with_what_would(too_large):
     text = as_text(too_large)
     assert "it does not fit" in text and "train.activation_checkpointing=true" in text
     assert "16.06 GB  base weights" in text and "not measured" in text
+    assert "loading takes 34 MB of host memory for a process, 34 MB for a machine" in text  # 2^24 numbers
     share = LINEAR_8B / (LINEAR_8B + 2 * 128256 * 4096 + 65 * 4096)  # embeddings, head, norms
     adapted = f"adapted: {100 * share:.1f} % of the base's weights"
     assert adapted in text.splitlines()

@@ -37,6 +37,7 @@ from dora_dist.planning.trace import COPY_IN, Tracer
 from dora_dist.training.optim import build_to_train
 from dora_dist.training.trainer import Trainer
 from tests.support.models import llama_config
+from tests.support.small import small_config
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPE_8B = {
@@ -142,6 +143,20 @@ def test_two_short_models_tell_of_a_deep_one(strategy, world, tmp_path, rehearse
     assert drawn.messages == pytest.approx(counted.messages)
     assert drawn.sent == pytest.approx(counted.sent)
     assert drawn.total == pytest.approx(counted.total, rel=0.03 if buckets else 0.01)
+
+
+@pytest.mark.slow
+def test_a_few_other_blocks_may_come_first(tmp_path, rehearse):
+    """DeepSeek's first blocks have no experts."""
+    config = small_config("deepseek_v3", layers=9)
+    config.first_k_dense_replace, config.num_key_value_heads = 2, config.num_attention_heads
+    config.save_pretrained(tmp_path)
+    job = Job(config_of(tmp_path, "fsdp", activation_checkpointing=True), tmp_path, 4, 4)
+    short, whole = rehearse(job), rehearse(replace(job, blocks=9))
+    assert [run.blocks for run in short.runs] == [5, 6] and [run.blocks for run in whole.runs] == [9]
+    assert short.experts and short.peak() == pytest.approx(whole.peak(), rel=0.002)
+    cluster = find_cluster("h100", 4)
+    assert step_time(short, cluster).sent == pytest.approx(step_time(whole, cluster).sent)
 
 
 def test_auto_is_decided_by_the_whole_model(tmp_path, rehearse):
