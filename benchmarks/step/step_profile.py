@@ -1,19 +1,21 @@
 """Where a training step's time goes: torch's profiler over one step of our DoRA, beside the floor of its products.
 
 The floor is the operations of all matrix products but attention's over the rate of one large product on the same
-device. The profiler gives each operator's own time (CUDA kernels' on a GPU). The norms are also timed by
-themselves.
+device. The profiler gives each operator's own time (CUDA kernels' on a GPU), by kind and for the longest. The
+norms are timed by themselves, too. So is the host, which has started a step's last kernel after `host_seconds`:
+where that is not below the step's own time, the GPU waits for the host.
 
     python -m benchmarks.step.step_profile [--rank 64] [--four-bit] [--checkpointing] [--hidden 768 --layers 4 ...]
 """
 
 import statistics
+import time
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common.contenders import adapted, case_name, make_ours, parse, prepare, settings_of
+from benchmarks.common.contenders import Contender, adapted, case_name, make_ours, parse, prepare, settings_of
 from benchmarks.common.results import default_path, save
 from benchmarks.common.timing import time_once
 from dora_dist import refresh_norms
@@ -40,10 +42,11 @@ def main(arguments: list[str] | None = None) -> None:
         "settings": settings_of(args),
         "step_seconds": statistics.median(seconds),
         "norm_seconds": statistics.median(norms),
+        "host_seconds": statistics.median(host_seconds(contender, ids) for _ in range(args.rounds)),
         "flops": flops,
         "product_flops_per_second": rate,
         "floor_seconds": sum(flops.values()) / rate,
-        "profile_seconds": profiled(contender, ids),
+        **profiled(contender, ids),
     }
     save(args.out or default_path(device), "step_profile", case_name(args), device, record)
 
@@ -71,20 +74,30 @@ def product_rate(device: torch.device, dtype: torch.dtype, rounds: int) -> float
     return 2 * size**3 / min(time_once(lambda: a @ b, device) for _ in range(rounds + 1))
 
 
-def profiled(contender, ids: torch.Tensor) -> dict[str, float]:
-    """Seconds of one step by kind of operator."""
+def host_seconds(contender: Contender, ids: torch.Tensor) -> float:
+    """Until a step's last kernel has been started."""
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
+    start = time.perf_counter()
+    contender.step(ids)
+    return time.perf_counter() - start
+
+
+def profiled(contender: Contender, ids: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Seconds of one step by kind of operator, and of the ten longest."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ids.is_cuda else [])]
     with profile(activities=activities) as found:
         contender.step(ids)
         if ids.is_cuda:
             torch.cuda.synchronize(ids.device)
-    seconds = dict.fromkeys([*KINDS, "the rest"], 0.0)
+    seconds, each = dict.fromkeys([*KINDS, "the rest"], 0.0), {}
     for event in found.key_averages():
-        own = event.self_device_time_total if ids.is_cuda else event.self_cpu_time_total
-        name = event.key.lower()
-        kind = next((k for k, parts in KINDS.items() if any(part in name for part in parts)), "the rest")
-        seconds[kind] += own / 1e6
-    return seconds
+        own = (event.self_device_time_total if ids.is_cuda else event.self_cpu_time_total) / 1e6
+        kind = next((k for k, parts in KINDS.items() if any(p in event.key.lower() for p in parts)), "the rest")
+        seconds[kind] += own
+        each[f"{event.key[:60]} x{event.count}"] = own
+    longest = dict(sorted(each.items(), key=lambda item: -item[1])[:10])
+    return {"profile_seconds": seconds, "longest_seconds": longest}
 
 
 if __name__ == "__main__":
