@@ -40,8 +40,9 @@ class DoraConfig(Section):
     """What is adapted and how (arXiv 2402.09353).
 
     `targets`, `magnitude_only` and `modules_to_save` hold module names, dotted suffixes of them, globs, or `^` and
-    a whole name; `targets="all-linear"` takes every linear layer but the output head. `alpha / rank` (rslora:
-    `alpha / sqrt(rank)`) scales the low-rank product. The patterns map such names to an own rank or alpha.
+    a whole name; `targets="all-linear"` takes every linear layer but the output head, and experts. `alpha /
+    rank` (rslora: `alpha / sqrt(rank)`) scales the low-rank product. The patterns map such names to an own rank or
+    alpha.
     """
 
     method: Literal["dora", "lora"] = "dora"

@@ -48,6 +48,7 @@ def choose(model: nn.Module, config: DoraConfig, idle: Collection[str]) -> Choic
     _require_all_match("dora.modules_to_save", config.modules_to_save, modules)
     meant_in_full = [name for name in modules if matches(name, config.modules_to_save)]
     saved = _without_idle("dora.modules_to_save", config.modules_to_save, meant_in_full, idle)
+    saved = [name for name in saved if not inside(name.rpartition(".")[0], saved)]  # what stands in another
     _refuse_idle_parts(saved, idle)
     _check_ties(model, saved)
 
@@ -101,7 +102,8 @@ def matches(name: str, patterns: Iterable[str]) -> str | None:
     """The first pattern that is `name`, a dotted suffix of it, "^" and all of it, or a glob that fits it. What
     means the experts of a mixture means their projections, too."""
     parent, _, last = name.rpartition(".")
-    names = (name, parent) if parent.endswith("experts") and last in (*FIRST, LAST) else (name,)
+    of_mixture = parent.rpartition(".")[2] == "experts" and last in (*FIRST, LAST)
+    names = (name, parent) if of_mixture else (name,)
     for pattern in patterns:
         if _is_glob(pattern):
             if fnmatch.fnmatchcase(name, pattern):
@@ -210,7 +212,8 @@ def _check_targets(targets: Mapping[str, nn.Module | Projection], candidates: li
             other = ", which does not compute as nn.Linear does" if isinstance(module, nn.Linear) else ""
             raise UserError(
                 f"dora.targets: {name!r} is a {type(module).__name__}{other}; targets are Linear, Conv1D and "
-                f"Embedding modules{_such_as(n for n in candidates if n.startswith(name + '.'))}"
+                f"Embedding modules, and experts as one parameter"
+                f"{_such_as(n for n in candidates if n.startswith(name + '.'))}"
             )
         if inside(name, saved):
             raise UserError(f"dora.targets: {name!r} is trained in full by dora.modules_to_save already")

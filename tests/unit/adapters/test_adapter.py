@@ -25,7 +25,7 @@ from dora_dist.dora.layers import DoraLayer
 from dora_dist.dora.norm_cache import cache_norms
 from dora_dist.io import durable
 from dora_dist.models.quantize import pack_linears
-from tests.support.models import distilbert, gpt2, llama, mixture
+from tests.support.models import deepseek_v3, distilbert, gpt2, llama, mixture
 from tests.support.peft import CASES, IDS, Case, logits, ours, randomized
 from tests.support.rounding import MODEL, assert_near, roundings
 
@@ -109,6 +109,19 @@ def test_merging_into_bf16_rounds_once_and_returns_the_trained_modules():
     assert torch.equal(model.classifier.weight, head.bfloat16())
     assert not model.classifier._forward_hooks and not model.classifier._forward_pre_hooks
     assert (logits(model) - adapted).norm() < roundings(5, torch.bfloat16) * adapted.norm()
+
+
+@pytest.mark.parametrize(("made", "saved"), [(llama, ["mlp", "down_proj"]), (deepseek_v3, ["shared_experts"])])
+def test_what_is_named_twice_to_be_trained_in_full_is_saved_once(made, saved, tmp_path):
+    """By itself, and as part of another module."""
+    model = inject_dora(made(), DoraConfig(rank=2, targets=["o_proj"], modules_to_save=saved))
+    names = model.dora.saved
+    assert names and all(name.endswith(saved[0]) for name in names)
+    with torch.no_grad():
+        for name in names:
+            model.get_submodule(name).down_proj.weight.mul_(2)
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(made(), tmp_path)), logits(model))
 
 
 def test_a_merged_model_can_be_injected_again():

@@ -300,6 +300,16 @@ def test_names_of_experts(targets, expected):
     }
 
 
+def test_shared_experts_are_no_mixture():
+    """Their name means the module, never two of its three layers."""
+    own = made("deepseek_v3", 2)
+    with pytest.raises(UserError, match=r"rank_pattern: 'shared_experts' matches no module"):
+        adapted(own, targets="all-linear", rank_pattern={"shared_experts": 1})
+    model = adapted(own, targets="all-linear", rank_pattern={"experts": 1})
+    ranks = {name: layer.spec.rank for name, layer in dora_layers(model).items() if "expert" in name}
+    assert ranks and all((rank == 1) == (".experts." in name) for name, rank in ranks.items())
+
+
 @pytest.mark.parametrize(
     ("model_type", "settings", "message"),
     [
