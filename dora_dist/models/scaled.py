@@ -9,7 +9,7 @@ https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-fina
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,12 +114,23 @@ def _fp8(name: str, stored: Mapping[str, Stored], declared: Any) -> Fp8:
     ):
         grids.insert(0, (declared[0], declared[1]))
     for high, wide in grids:
-        if math.prod(found) == math.prod((*outer, -(-rows // high), -(-columns // wide))):
+        if _lie_in(found, (*outer, -(-rows // high), -(-columns // wide))):
             return Fp8(name, scales, (*outer, rows, columns), (high, wide))
+    if math.prod(found) == 1:
+        whole = math.prod(outer) * rows, columns
+        return Fp8(name, scales, whole, whole)
     raise UserError(
         f"model.path: {scales!r} is {list(found)}, which are no scales of {name!r}, {list(shape)}; valid would be "
         f"one for all, for each row, or for each block of weight_block_size ({declared} in config.json)"
     )
+
+
+def _lie_in(found: Sequence[int], grid: Sequence[int]) -> bool:
+    """Whether scales of the shape `found` lie in this grid. They may have fewer dimensions: then those of size 1
+    do not count."""
+    if len(found) == len(grid):
+        return tuple(found) == tuple(grid)
+    return [n for n in found if n > 1] == [n for n in grid if n > 1]
 
 
 def _mxfp4(name: str, stored: Mapping[str, Stored]) -> Mxfp4:

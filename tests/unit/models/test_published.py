@@ -275,6 +275,10 @@ WRONG = {
         lambda t, name: t.update({f"{name}_scale_inv": torch.ones(3, 5)}),
         r"o_proj.weight_scale_inv' is \[3, 5\], which are no scales of '.*o_proj.weight', \[32, 32\]; valid",
     ),
+    "transposed scales": (
+        lambda t, name: t.update({f"{name}_scale_inv": torch.ones(8, 4)}),
+        r"o_proj.weight_scale_inv' is \[8, 4\], which are no scales of '.*o_proj.weight', \[32, 32\]; valid",
+    ),
 }
 
 
