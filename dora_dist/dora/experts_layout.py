@@ -24,13 +24,22 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
     layout = _layout(module)
     if layout is None:
         return None
-    key = type(module), layout.transposed
+    key = type(module), layout.transposed, _settings(module)
     if key not in _proved:
         _proved[key] = _agree(module, layout)
     return layout if _proved[key] else None
 
 
-_proved: dict[tuple[type, bool], bool] = {}
+_proved: dict[tuple[type, bool, frozenset], bool] = {}
+
+
+def _settings(module: nn.Module) -> frozenset:
+    """What a class's forward may ask besides sizes: flags, bounds, which parameters and parts there are."""
+    values = {
+        (key, v) for key, v in vars(module).items() if isinstance(v, bool | float | str) and key != "training"
+    }
+    parts = {(key, type(part)) for held in (module._parameters, module._modules) for key, part in held.items()}
+    return frozenset(values | parts)
 
 
 def unknown_experts(name: str, module: nn.Module) -> dict[str, tuple[int, ...]]:
