@@ -36,7 +36,7 @@ from dora_dist.adapters.peft_format import (
     value_for,
     zero_factors,
 )
-from dora_dist.dora.experts import ExpertsForward, restore
+from dora_dist.dora.experts import DoraExperts, ExpertsForward, restore
 from dora_dist.dora.inject import forget_injection, inject_dora, injection_of, is_sharded
 from dora_dist.dora.layers import DoraEmbedding, DoraLayer
 from dora_dist.dora.norm_cache import dora_layers, find_shards, refresh_norms
@@ -194,7 +194,7 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         )
     unties = _adapts_a_tied_weight(model)
     for module in model.modules():
-        if isinstance(module, ExpertsForward):
+        if isinstance(module, ExpertsForward) and any(isinstance(m, DoraExperts) for m in module.children()):
             restore(module)
     plain = {layer: _plain_layer(layer) for layer in dora_layers(model).values()}
     for name, module in list(model.named_modules(remove_duplicate=False)):

@@ -25,6 +25,7 @@ from dora_dist.dora.layers import DoraLayer
 from dora_dist.dora.norm_cache import cache_norms
 from dora_dist.io import durable
 from dora_dist.models.quantize import pack_linears
+from dora_dist.quant.modules import FrozenExperts
 from tests.support.models import deepseek_v3, distilbert, gpt2, llama, mixture
 from tests.support.peft import CASES, IDS, Case, logits, ours, randomized
 from tests.support.rounding import MODEL, assert_near, roundings
@@ -127,6 +128,21 @@ def test_what_is_named_twice_to_be_trained_in_full_is_saved_once(made, saved, tm
 def test_a_merged_model_can_be_injected_again():
     model = inject_dora(merge_adapter(randomized(ours(CASES["llama"]))), DoraConfig(rank=2, targets="all-linear"))
     assert len(model.dora.layers) == 14
+
+
+def test_merging_leaves_4_bit_experts_that_were_not_adapted():
+    """As it leaves linear layers; dense, most of a model would need four times the memory."""
+    model = inject_dora(
+        mixture("qwen3_moe"), DoraConfig(rank=2, targets=["q_proj", "^model.layers.1.mlp.experts"])
+    )
+    pack_linears(model, QuantConfig(scheme="nf4"))
+    randomized(model)
+    cache_norms(model)
+    want = logits(model)
+    packed, adapted = (layer.mlp.experts for layer in merge_adapter(model).model.layers)
+    assert isinstance(packed.down_proj, FrozenExperts) and packed.down_proj.weight.dtype == torch.uint8
+    assert isinstance(adapted.down_proj, nn.Parameter) and adapted.down_proj.dtype == torch.float32
+    assert_near(logits(model), want, MODEL)
 
 
 def test_merging_needs_an_injected_unsharded_model():
