@@ -196,7 +196,8 @@ def _require_all_match(
         valid = {part for part in last_parts if not part.isdigit()}
         if "." in pattern:
             valid.update(shown)
-        raise UserError(f"{key}: {pattern!r} matches no module; {nearest(pattern, valid)}")
+        either = "; all-linear fits every model" if key == "dora.targets" else ""
+        raise UserError(f"{key}: {pattern!r} matches no module; {nearest(pattern, valid)}{either}")
 
 
 def _check_targets(targets: Mapping[str, nn.Module | Projection], candidates: list[str], saved: list[str]) -> None:

@@ -31,6 +31,8 @@ def coverage(model: nn.Module, idle: Collection[str]) -> list[str]:
     ):
         if names:
             lines.append(f"left out, as {reason}: {summary(names)}")
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        lines.append("warning: config.json asks for the router's own loss (output_router_logits); it is left out")
     return [*lines, *_warnings(_frozen_kinds(model, idle), total)]
 
 

@@ -1,4 +1,4 @@
-"""Run under torchrun: the bytes of 4-bit base that each rank holds, per strategy.
+"""Run under torchrun: the bytes of 4-bit base that each rank holds, per strategy, of a mixture of three experts.
 
 usage: measure_packed.py OUT.json STRATEGY...     writes {strategy: [bytes of rank 0, ...]} and what they stand for
 """
@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from transformers import Qwen3MoeConfig
 
 from dora_dist.cli import leave
 from dora_dist.config import DataConfig, DoraConfig, ModelConfig, ParallelConfig, QuantConfig, RunConfig
@@ -17,9 +18,11 @@ from dora_dist.models.weights import packed_layers
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import choose_strategy
 from dora_dist.training.optim import build_to_train
-from tests.support.models import llama_config
 
-SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 4, "num_key_value_heads": 4}
+CONFIG = Qwen3MoeConfig(
+    vocab_size=96, hidden_size=512, moe_intermediate_size=448, num_experts=3, num_experts_per_tok=2, head_dim=128,
+    num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2,
+)  # fmt: skip
 
 
 def main(out: str, *strategies: str) -> None:
@@ -27,7 +30,7 @@ def main(out: str, *strategies: str) -> None:
     processes.start(60)
     held: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        llama_config(**SIZES, head_dim=128).save_pretrained(directory)
+        CONFIG.save_pretrained(directory)
         for name in strategies:
             config = RunConfig(
                 ModelConfig(path=directory, init="random"),

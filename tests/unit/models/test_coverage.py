@@ -73,3 +73,10 @@ def test_what_no_layer_is_for_is_told():
         f"warning: tables (Table) holds {percent(180, 222)} of the base's weights and is not adapted: DoRA has no "
         "layer for it"
     )
+
+
+def test_a_router_loss_that_is_asked_for_is_told():
+    model = mixture("qwen3_moe")
+    assert len(lines(model, targets="all-linear")) == 1
+    model.config.output_router_logits = True
+    assert "output_router_logits" in coverage(model, ())[-1]
