@@ -26,16 +26,22 @@ HYBRID = {**FSDP, "parallel.replicas": 2}
 AXIS_IN = {"dora.magnitude_axis": "in", "dora.norm_gradient": "exact"}
 FEW = {(3, 2): {"fsdp": FSDP, **nf4(zero3=ZERO3)}}  # of (experts, ranks)
 ALL = {
-    (3, 2): {"zero3": ZERO3, "in-zero3": {**ZERO3, **AXIS_IN}, **nf4(fsdp=FSDP)},
     (5, 2): {
         "ddp": DDP,
         "zero2": ZERO2,
         "zero3": ZERO3,
+        "offloaded": {**FSDP, "parallel.cpu_offload": True},
         "in-fsdp": {**FSDP, **AXIS_IN},
-        **nf4(ddp=DDP, fsdp=FSDP),
+        **nf4(ddp=DDP, fsdp=FSDP, zero2=ZERO2),
     },
-    (3, 4): {"fsdp": FSDP, "zero2": ZERO2, "zero3": ZERO3, **nf4(fsdp=FSDP, hybrid=HYBRID, zero3=ZERO3)},
-    (5, 4): {"hybrid": HYBRID, "fsdp": FSDP, "in-fsdp": {**FSDP, **AXIS_IN}, "zero3": ZERO3, **nf4(zero3=ZERO3)},
+    (3, 4): {
+        "ddp": DDP,
+        "fsdp": FSDP,
+        "zero2": ZERO2,
+        "zero3": ZERO3,
+        **nf4(fsdp=FSDP, hybrid=HYBRID, zero3=ZERO3),
+    },
+    (5, 4): {"hybrid": HYBRID, "fsdp": FSDP, "in-zero3": {**ZERO3, **AXIS_IN}, "zero3": ZERO3, **nf4(zero3=ZERO3)},
 }
 ALONE = {"plain": {}, "nf4": {"quant.scheme": "nf4"}, "in": AXIS_IN}
 
