@@ -44,13 +44,10 @@ class DoraExperts(DoraLayer):
             x,
             groups,
             parts,
-            self.lora_A,
-            self.lora_B,
-            self.magnitude,
-            self._norm_for_forward(),
+            *self._trained(),
             scaling=self.spec.scaling,
             axis=self.spec.axis,
-            dropout=self.spec.dropout if self.training else 0.0,
+            dropout=self._dropout,
             layout=layout,
         )
 

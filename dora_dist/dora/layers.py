@@ -213,6 +213,14 @@ class DoraLayer(BaseWeight):
     def _adapted(self, x: Tensor, parts: list[Tensor], layout: Nf4 | None, *more: Any) -> Tensor:
         raise NotImplementedError
 
+    def _trained(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """A, B, the magnitude and the norm of a forward."""
+        return self.lora_A, self.lora_B, self.magnitude, self._norm_for_forward()
+
+    @property
+    def _dropout(self) -> float:
+        return self.spec.dropout if self.training else 0.0
+
     def _kept_wide(self) -> list[Tensor]:
         trained = [t for t in (self.lora_A, self.lora_B, self.magnitude, self.norm) if t is not None]
         return trained + super()._kept_wide()
@@ -259,15 +267,12 @@ class DoraLinear(DoraLayer):
         return adapted_linear(
             x,
             parts,
-            self.lora_A,
-            self.lora_B,
-            self.magnitude,
-            self._norm_for_forward(),
+            *self._trained(),
             self.bias if self.bias is None else self.bias.to(x.dtype),
             scaling=self.spec.scaling,
             axis=self.spec.axis,
             transposed=self.transposed,
-            dropout=self.spec.dropout if self.training else 0.0,
+            dropout=self._dropout,
             layout=layout,
         )
 
@@ -291,10 +296,7 @@ class DoraEmbedding(DoraLayer):
         return adapted_embedding(
             ids,
             self.weight,
-            self.lora_A,
-            self.lora_B,
-            self.magnitude,
-            self._norm_for_forward(),
+            *self._trained(),
             scaling=self.spec.scaling,
             axis=self.spec.axis,
         )

@@ -81,10 +81,7 @@ class FsdpShards(GroupShards):
 
 def find_shards(model: nn.Module) -> Shards | None:
     """The shards of a model to which `fully_shard` was applied (by anyone); None if it was not."""
-    managed = list(_managed(model))
-    if not managed:
-        return None
-    for module in managed:
+    for module in _managed(model):
         module.reshard()  # after a forward without backward the root stays gathered
     meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
     if len(meshes) > 1:
