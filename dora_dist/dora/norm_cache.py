@@ -67,35 +67,55 @@ def cache_norms(model: nn.Module, shards: Shards | None = None) -> None:
         layer.norm_is_cached = True
 
 
-def attach_norm_refresh(
-    model: nn.Module, optimizer: torch.optim.Optimizer | nn.Module | None, shards: Shards | None = None
-) -> None:
-    """`cache_norms`, and renew them after each `optimizer.step()` (None: nothing trains the model).
+def attach_norm_refresh(model: nn.Module, optimizer: object | None, shards: Shards | None = None) -> None:
+    """`cache_norms`, and renew them after each step that changes parameters (None: nothing trains the model).
 
-    Under DeepSpeed pass the engine in the optimizer's place. Exact, because a norm changes only when A or B does.
-    After writing to parameters by hand call `refresh_norms(model)`.
+    Exact, because a norm changes only when A or B does. After writing to parameters by hand call
+    `refresh_norms(model)`.
+
+    Args:
+        optimizer: torch's, DeepSpeed's engine or optimizer, or what accelerate or Lightning made of one of these.
 
     Raises:
-        UserError: the model belongs to a DeepSpeed engine, but `optimizer` is not that engine (told at its first
-            step, where the engine comes later), or the engine rounds magnitudes.
+        UserError: `optimizer` is none of these; the model belongs to a DeepSpeed engine, but `optimizer` is not of
+            that engine (told at its first step, where the engine comes later); or the engine rounds magnitudes.
     """
 
-    layers = list(dora_layers(model).values())
+    layers, stepping = list(dora_layers(model).values()), _what_steps(optimizer)
 
     def refresh(*_: object) -> None:
-        _require_engine(model, optimizer)
+        _require_engine(model, stepping)
         refresh_norms(model, shards, layers)
 
-    _require_engine(model, optimizer)
-    if isinstance(optimizer, torch.optim.Optimizer):
-        optimizer.register_step_post_hook(refresh)
-    elif optimizer is not None:
-        zero.after_each_step(optimizer, refresh)
+    _require_engine(model, stepping)
+    if isinstance(stepping, torch.optim.Optimizer):
+        stepping.register_step_post_hook(refresh)
+    elif stepping is not None:
+        zero.after_each_step(stepping, refresh)
     cache_norms(model, shards)  # last: of what is refused above no norm may stay
 
 
-def _require_engine(model: nn.Module, optimizer: object) -> None:
-    if isinstance(optimizer, torch.optim.Optimizer) and zero.is_managed(model):
+def _what_steps(given: object | None) -> object | None:
+    """What changes the parameters, behind its wrappers. accelerate's passes for a torch optimizer, but calls no
+    hooks; nor is it called where a scaler skips the step."""
+    found = given
+    for _ in range(4):  # wrappers around each other
+        hooked = isinstance(found, torch.optim.Optimizer) and hasattr(found, "_optimizer_step_post_hooks")
+        if found is None or hooked or zero.takes_steps(found):
+            break
+        found = getattr(found, "engine", None) or getattr(found, "optimizer", None)
+    else:
+        found = None
+    if found is None and given is not None:
+        raise UserError(
+            f"attach_norm_refresh: a {type(given).__name__} takes no steps that can be followed; pass the torch "
+            "optimizer, what accelerate or Lightning made of it, or DeepSpeed's engine"
+        )
+    return found
+
+
+def _require_engine(model: nn.Module, stepping: object) -> None:
+    if isinstance(stepping, torch.optim.Optimizer) and zero.is_managed(model):
         raise UserError(
             "attach_norm_refresh: DeepSpeed trains this model; call it after deepspeed.initialize, with the "
             "engine in the optimizer's place"

@@ -101,28 +101,39 @@ def is_managed(model: nn.Module) -> bool:
     return any(_is_partitioned(p) or hasattr(p, "_hp_mapping") for p in model.parameters())
 
 
+def takes_steps(given: object) -> bool:
+    """Whether this is a DeepSpeed engine, or an engine's optimizer."""
+    if "deepspeed" not in sys.modules:
+        return False
+    from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+
+    return hasattr(given, "was_step_applied") or isinstance(given, DeepSpeedOptimizer)
+
+
 def after_each_step(engine: Any, call: Callable[[], None]) -> None:
     """Have `call` run once after every step that changes parameters: not between micro-batches, not for a step
     skipped for overflow. (The torch optimizer inside has a hook too, but it runs once per sub-group.)
 
+    Args:
+        engine: or its optimizer, which is what accelerate and Lightning hand out.
+
     Raises:
-        UserError: this is no engine, or its parameters cannot be trusted: magnitudes rounded to 16 bits, or linked
-            to the wrong masters.
+        UserError: its parameters cannot be trusted: magnitudes rounded to 16 bits, or linked to the wrong masters.
     """
-    if not hasattr(engine, "was_step_applied"):
-        raise UserError("DeepSpeed trains this model: pass what deepspeed.initialize returns first, the engine")
-    if engine.bfloat16_enabled() or engine.fp16_enabled():
+    is_engine = hasattr(engine, "was_step_applied")
+    optimizer = engine.optimizer if is_engine else engine
+    if engine.bfloat16_enabled() or engine.fp16_enabled() if is_engine else optimizer.dtype.itemsize < 4:
         raise UserError(
             "DeepSpeed's sections bf16 and fp16 round magnitudes, A and B: leave them out, and load the base in "
             "the dtype that it shall have"
         )
-    if getattr(engine.optimizer, "round_robin_gradients", False):
+    if getattr(optimizer, "round_robin_gradients", False):
         raise UserError("DeepSpeed's round_robin_gradients confuses the parameters' masters: leave it out")
     step = engine.step
 
     def step_and_call(*args: Any, **options: Any) -> Any:
         result = step(*args, **options)
-        if engine.was_step_applied():
+        if engine.was_step_applied() if is_engine else not optimizer.overflow:
             call()
         return result
 

@@ -5,6 +5,7 @@ usage: library_zero.py STAGE MODEL_DIR OUT_DIR
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,13 +176,14 @@ def main(stage_text: str, directory: str, out: str) -> None:
     losses = train_plain(plain, 2)  # from what was saved; a new optimizer there as here
     for zero in kinds:
         fresh, optimizer = start(deepspeed, model_from(directory), stage, zero)
-        attach_norm_refresh(fresh.module, fresh)
+        attach_norm_refresh(fresh.module, SimpleNamespace(optimizer=fresh.optimizer))  # as accelerate wraps it
         if zero is not None:
             step(fresh)  # leaves whole copies of what DeepSpeed keeps, which the load must renew
         load_adapter(fresh.module, Path(out) / "plain")
         got = [step(fresh), step(fresh)] if zero is None else [step(fresh)]
         assert got == pytest.approx(losses[: len(got)], rel=TRAINED), zero
 
+    check_steps(fresh)
     check_refusals(deepspeed, stage, fresh, optimizer, directory)
     processes.stop()
 
@@ -189,8 +191,8 @@ def main(stage_text: str, directory: str, out: str) -> None:
 def check_refusals(deepspeed, stage: int, fresh, optimizer, directory: str) -> None:
     with pytest.raises(UserError, match="with the engine"):
         attach_norm_refresh(fresh.module, optimizer)
-    with pytest.raises(UserError, match="the engine"):
-        attach_norm_refresh(fresh.module, fresh.optimizer)
+    with pytest.raises(UserError, match="pass the torch optimizer"):
+        attach_norm_refresh(fresh.module, fresh.module)
     early = model_from(directory)
     attached = torch.optim.AdamW((p for p in early.parameters() if p.requires_grad), lr=0.02)
     attach_norm_refresh(early, attached)  # before DeepSpeed takes the model: told at the first step

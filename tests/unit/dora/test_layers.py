@@ -79,11 +79,47 @@ def test_cached_norms_are_renewed_once_per_optimizer_step(kind, count_norms, mon
     assert torch.equal(model(X), fresh_output(model))
 
 
-def test_what_is_refused_caches_no_norm():
+@pytest.mark.parametrize("given", [nn.Linear(1, 1), "adamw", [torch.optim.Optimizer], lambda: None])
+def test_what_is_refused_caches_no_norm(given):
     model = small()
-    with pytest.raises(UserError, match="the engine"):
-        attach_norm_refresh(model, nn.Linear(1, 1))
+    with pytest.raises(UserError, match="pass the torch optimizer, what accelerate"):
+        attach_norm_refresh(model, given)
     assert not any(layer.norm_is_cached for layer in dora_layers(model).values())
+
+
+class LightningsOptimizer:
+    """As Lightning wraps one: no torch optimizer itself, but the inner one answers whatever else is asked."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+
+    @property
+    def optimizer(self):
+        return self._optimizer
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
+@pytest.mark.parametrize("wrapper", ["accelerate", "a loss scale that skips", "Lightning", "two"])
+def test_norms_are_renewed_through_what_wraps_an_optimizer(wrapper):
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    model, scaler = small(), torch.amp.GradScaler("cpu") if wrapper.startswith("a loss") else None
+    inner = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    if wrapper != "Lightning":
+        accelerate.Accelerator(cpu=True)  # its optimizers ask for the state of one
+    prepared = LightningsOptimizer(inner) if wrapper == "Lightning" else AcceleratedOptimizer(inner, scaler=scaler)
+    attach_norm_refresh(model, LightningsOptimizer(prepared) if wrapper == "two" else prepared)
+    for factor in (1, 1) if scaler is None else (1, float("inf"), 1):
+        norm = model[0].norm.clone()
+        loss = model(X).square().sum() * factor
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        prepared.step()
+        prepared.zero_grad()
+        assert torch.equal(model(X), fresh_output(model))
+        assert torch.equal(model[0].norm, norm) == (factor != 1)
 
 
 def test_dropout_ends_with_training():
