@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dora_dist.adapters.adapter import load_adapter, merge_adapter, save_adapter
     from dora_dist.config import DoraConfig
+    from dora_dist.dora.base_alone import adapters_off
     from dora_dist.dora.inject import inject_dora
     from dora_dist.dora.layers import DoraEmbedding, DoraLinear
     from dora_dist.dora.norm_cache import attach_norm_refresh, refresh_norms
@@ -18,6 +19,7 @@ _HOMES = {
     "adapters.adapter": ("load_adapter", "merge_adapter", "save_adapter"),
     "config": ("DoraConfig",),
     "errors": ("UserError",),
+    "dora.base_alone": ("adapters_off",),
     "dora.inject": ("inject_dora",),
     "dora.layers": ("DoraEmbedding", "DoraLinear"),
     "dora.norm_cache": ("attach_norm_refresh", "refresh_norms"),
@@ -28,6 +30,7 @@ __all__ = [
     "DoraEmbedding",
     "DoraLinear",
     "UserError",
+    "adapters_off",
     "attach_norm_refresh",
     "inject_dora",
     "load_adapter",

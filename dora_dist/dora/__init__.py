@@ -9,5 +9,6 @@ grouped, experts            the same for every expert of a mixture; how a module
 experts_layout              how models hold their experts, and the proof of it
 targets, linear_subclasses  which modules of a model become them
 inject                      how they do
+base_alone                  the base out of an adapted model, for a while
 norm_cache                  norms, computed once per optimizer step from each rank's own rows
 """

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from dora_dist.dora.grouped import adapted_experts
 from dora_dist.dora.layers import AdapterSpec, Block, DoraLayer
-from dora_dist.quant.modules import FrozenExperts, Groups
+from dora_dist.quant.modules import FrozenExperts, Groups, frozen_experts
 from dora_dist.quant.nf4 import Nf4
 
 
@@ -36,6 +36,8 @@ class DoraExperts(DoraLayer):
 
     def forward(self, x_SI: Tensor, groups: Groups) -> Tensor:
         """x sorted by expert -> [S, out], in the weight's dtype (under autocast, in autocast's)."""
+        if self._computes_base():
+            return frozen_experts(self, x_SI, groups)
         return self._in_compute_dtype(x_SI, groups)
 
     def _adapted(self, x: Tensor, parts: list[Tensor], layout: Nf4 | None, *more: Any) -> Tensor:

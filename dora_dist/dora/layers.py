@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_dist.device import wide_dtype
 from dora_dist.dora.functional import adapted_embedding, adapted_linear
 from dora_dist.dora.norm_math import merge_, norm_ratio, norm_with_gradient, squared_norms
-from dora_dist.quant.modules import BaseWeight
+from dora_dist.quant.modules import BaseWeight, frozen_linear
 from dora_dist.quant.nf4 import Nf4, PackedMatrix, rows_of
 
 
@@ -61,6 +62,7 @@ class DoraLayer(BaseWeight):
     bias: nn.Parameter | None
     norm: Tensor | None
     num_experts = 1  # matrices that the weight holds, one below the other
+    base_alone = False  # set by adapters_off
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, spec: AdapterSpec):
         super().__init__()
@@ -199,6 +201,12 @@ class DoraLayer(BaseWeight):
             own = None if ratio is None else ratio[block.norms(dim, slice(0, weight.shape[1]))]
             merge_(weight[block.rows], L, U, self.spec.scaling, own, dim)
 
+    def _computes_base(self) -> bool:
+        """Whether the base alone. Never for a backward: checkpointing would recompute it with the adapters on."""
+        if self.base_alone and torch.is_grad_enabled():
+            raise RuntimeError("inside of adapters_off nothing is differentiated: call backward() outside of it")
+        return self.base_alone
+
     def _in_compute_dtype(self, x: Tensor, *more: Any) -> Tensor:
         """`_adapted` of x, and of the weight, in the weight's dtype or, under autocast, in autocast's."""
         self._require_whole()
@@ -235,6 +243,7 @@ class DoraLayer(BaseWeight):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self.norm_is_cached = False  # the original's optimizer does not refresh a copy
+        self.base_alone = False  # nor does the original's adapters_off end for it
 
     def extra_repr(self) -> str:
         s = self.spec
@@ -261,7 +270,14 @@ class DoraLinear(DoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the weight's dtype (under autocast, in autocast's)."""
-        return self._in_compute_dtype(x)
+        return self._base(x) if self._computes_base() else self._in_compute_dtype(x)
+
+    def _base(self, x: Tensor) -> Tensor:
+        """To the bit what the layer was before: nn.Linear's product, Conv1D's or PackedLinear's."""
+        self._require_whole()
+        if self.layout is None and not self.transposed:
+            return F.linear(x, self.weight, self.bias)
+        return frozen_linear(x, self.weight_parts, self.bias, self.layout, self.transposed)
 
     def _adapted(self, x: Tensor, parts: list[Tensor], layout: Nf4 | None) -> Tensor:
         return adapted_linear(
@@ -293,6 +309,8 @@ class DoraEmbedding(DoraLayer):
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., dim], in the weight's dtype."""
         self._require_whole()
+        if self._computes_base():
+            return F.embedding(ids, self.weight)
         return adapted_embedding(
             ids,
             self.weight,

@@ -220,6 +220,12 @@ class _FrozenExperts(Function):
         return dx_SI, *[None] * (2 + len(parts))
 
 
+def frozen_experts(held: BaseWeight, x_SI: Tensor, groups: Groups) -> Tensor:
+    """x sorted by expert -> [S, out], each row by its own expert's weight, to which no gradient goes."""
+    held._require_whole()
+    return _FrozenExperts.apply(x_SI.to(held.base_dtype), held.layout, groups, *held.weight_parts)
+
+
 class FrozenExperts(BaseWeight):
     """One projection of a mixture's experts, not adapted. `weight` is [E out, in], dense or in 4 bits: row
     e out + o is output feature o of expert e."""
@@ -231,8 +237,7 @@ class FrozenExperts(BaseWeight):
 
     def forward(self, x_SI: Tensor, groups: Groups) -> Tensor:
         """x sorted by expert -> [S, out], each row by its own expert's weight."""
-        self._require_whole()
-        return _FrozenExperts.apply(x_SI.to(self.base_dtype), self.layout, groups, *self.weight_parts)
+        return frozen_experts(self, x_SI, groups)
 
     def extra_repr(self) -> str:
         bits = "" if self.layout is None else ", 4 bits"

@@ -3,7 +3,9 @@
 usage: library_fsdp.py MODEL_DIR OUT_DIR
 """
 
+import copy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from dora_dist import (
     DoraConfig,
     UserError,
+    adapters_off,
     attach_norm_refresh,
     inject_dora,
     load_adapter,
@@ -21,9 +24,12 @@ from dora_dist import (
     save_adapter,
 )
 from dora_dist.cli import leave
+from dora_dist.config import QuantConfig
 from dora_dist.dora.norm_cache import find_shards
+from dora_dist.models.quantize import pack_linears
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import write_whole
+from tests.support.peft import randomized
 from tests.support.rounding import MODEL, TRAINED, assert_near
 
 IDS = torch.tensor([[5, 9, 11, 20, 3, 44]])
@@ -60,6 +66,25 @@ def train(model: torch.nn.Module, attach: bool) -> list[float]:
     return losses
 
 
+def check_base_alone(directory: str, shard: Callable[[torch.nn.Module], torch.nn.Module], split: int = 1) -> None:
+    """With its adapters off a sharded model is the base to the bit, in 16 bits and in 4; then it trains on."""
+    base = AutoModelForCausalLM.from_pretrained(directory, use_cache=False)
+    for packed in (False, True):
+        plain, twin = (
+            randomized(inject_dora(copy.deepcopy(base), DoraConfig(rank=3, targets=["*_proj", "embed_tokens"])))
+            for _ in range(2)
+        )
+        if packed:
+            pack_linears(plain, QuantConfig(scheme="nf4"))
+            pack_linears(twin, QuantConfig(scheme="nf4"), split)
+        with adapters_off(plain):
+            want = plain(input_ids=IDS).logits if packed else base(input_ids=IDS).logits
+        sharded = shard(twin)
+        with adapters_off(twin):
+            assert torch.equal(sharded(input_ids=IDS).logits, want), packed
+        assert_near(sharded(input_ids=IDS).logits, plain(input_ids=IDS).logits, MODEL)
+
+
 def main(directory: str, out: str) -> None:
     processes = Processes()
     processes.start(60)
@@ -88,6 +113,8 @@ def main(directory: str, out: str) -> None:
     assert_near(partly(input_ids=IDS).logits, plain(input_ids=IDS).logits, MODEL)
     write_whole(partly.table, torch.arange(3.0), find_shards(partly))
     assert partly.table.tolist() == [0, 1, 2]
+
+    check_base_alone(directory, shard)
 
     rounding = model_from(directory)
     for block in rounding.model.layers:
