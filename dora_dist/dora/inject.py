@@ -32,6 +32,7 @@ class Injection:
     base: Base | None = None  # what the model was before, where that is known
     left_out: tuple[str, ...] = ()  # modules that the configuration means, but which take no part in the loss
     too_small: tuple[str, ...] = ()  # modules that all-linear or a glob means, but whose rank exceeds a side
+    halved: tuple[str, ...] = ()  # gate_up_proj of experts where only gate_proj or up_proj is named
 
 
 def inject_dora(
@@ -43,6 +44,7 @@ def inject_dora(
     modules, and a mixture's experts whose matrices are one parameter (experts.py). The layers share the model's
     weights; afterwards only A, B, the magnitudes and `modules_to_save` (held in fp32) require gradients. At first
     the model computes what it computed before. On the meta device values are left to `initialize_adapters`.
+    transformers' `save_pretrained` is refused until the adapters are merged: what it writes would lose them.
 
     Args:
         base: what the model is; `save_adapter` writes it down, and `load_adapter` refuses adapters of another.
@@ -78,9 +80,11 @@ def inject_dora(
     }
     narrow = {name: _narrowest_dtype(model.get_submodule(name)) for name in saved}
     casts = [h for name, dtype in narrow.items() for h in _train_in_full(model.get_submodule(name), dtype)]
-    left_out, too_small = tuple(chosen.left_out), tuple(chosen.too_small)
-    injection = Injection(config, tuple(targets), tuple(saved), dtypes, tuple(casts), base, left_out, too_small)
+    apart = (tuple(names) for names in (chosen.left_out, chosen.too_small, chosen.halved))
+    injection = Injection(config, tuple(targets), tuple(saved), dtypes, tuple(casts), base, *apart)
     model.dora = injection  # type: ignore[assignment]
+    for module in _transformers_models(model):
+        module.save_pretrained = _refuse_to_save
     return model
 
 
@@ -92,7 +96,23 @@ def forget_injection(model: nn.Module) -> None:
     for name, dtype in injection.saved_dtypes.items():
         parameter = model.get_parameter(name)
         parameter.data = parameter.data.to(dtype)
+    for module in _transformers_models(model):
+        module.__dict__.pop("save_pretrained", None)
     del model.dora
+
+
+def _transformers_models(model: nn.Module) -> list[Any]:
+    """The model and its parts that transformers could save by themselves."""
+    return [module for module in model.modules() if hasattr(module, "save_pretrained")]
+
+
+def _refuse_to_save(*_: object, **__: object) -> None:
+    """transformers would write our layers' tensors beside the base's config.json, and reading that gives the base
+    without its adapter, or nothing: it cannot undo its fusing of experts."""
+    raise UserError(
+        "save_pretrained: from_pretrained would not read the adapter; save_adapter(model, directory) writes it, "
+        "merge_adapter(model) leaves a plain model to save, and `dora-dist merge` writes a run's merged model"
+    )
 
 
 def is_sharded(model: nn.Module) -> bool:

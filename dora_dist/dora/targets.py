@@ -6,7 +6,7 @@ Only looks at the model, so that all mistakes are told before anything is change
 import fnmatch
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from dora_dist.dora.linear_subclasses import computes_linear
 from dora_dist.errors import UserError, nearest
 
 _GLOB = set("*?[")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,7 @@ class Choice:
     saved: list[str]  # trained in full
     left_out: list[str]  # meant too, but idle: they take no part in the loss
     too_small: list[str]  # meant by all-linear or a glob, but a side is smaller than the rank
+    halved: list[str]  # gate_up_proj of experts where only gate_proj or up_proj is named
 
 
 def choose(model: nn.Module, config: DoraConfig, idle: Collection[str]) -> Choice:
@@ -75,7 +77,8 @@ def choose(model: nn.Module, config: DoraConfig, idle: Collection[str]) -> Choic
     _require_all_match("dora.rank_pattern", config.rank_pattern, targets)
     _require_all_match("dora.alpha_pattern", config.alpha_pattern, targets)
     left_out = [name for name in places if name in idle and (name in meant or name in meant_in_full)]
-    return Choice(targets, magnitude_only, saved, left_out, [name for name in places if name in too_small])
+    halved = [n for n in free if n not in meant and _half_of(n, [*names, *config.magnitude_only])]
+    return Choice(targets, magnitude_only, saved, left_out, [n for n in places if n in too_small], halved)
 
 
 def with_projections(model: nn.Module) -> dict[str, nn.Module | Projection]:
@@ -98,9 +101,34 @@ def with_projections(model: nn.Module) -> dict[str, nn.Module | Projection]:
     return found
 
 
-def matches(name: str, patterns: Iterable[str]) -> str | None:
+def matches(name: str, patterns: Collection[str]) -> str | None:
     """The first pattern that is `name`, a dotted suffix of it, "^" and all of it, or a glob that fits it. What
-    means the experts of a mixture means their projections, too."""
+    means the experts of a mixture means their projections, too; what means gate_proj and up_proj of experts means
+    gate_up_proj, which holds both."""
+    return next(iter(_meant_by(name, patterns)), None)
+
+
+def _meant_by(name: str, patterns: Collection[str]) -> list[str]:
+    """The first pattern that means `name`, or the first two that mean its halves."""
+    whole = _first_match(name, patterns)
+    if whole is not None:
+        return [whole]
+    halves = [match for half in _halves(name) if (match := _first_match(half, patterns)) is not None]
+    return halves if len(halves) == 2 else []
+
+
+def _half_of(name: str, patterns: Collection[str]) -> bool:
+    return any(_first_match(half, patterns) for half in _halves(name))
+
+
+def _halves(name: str) -> list[str]:
+    """What others call the two that are one in gate_up_proj of a mixture's experts; of another module none."""
+    experts, _, last = name.rpartition(".")
+    fused = last == FIRST[0] and experts.rpartition(".")[2] == "experts"
+    return [f"{experts}.gate_proj", f"{experts}.up_proj"] if fused else []
+
+
+def _first_match(name: str, patterns: Iterable[str]) -> str | None:
     parent, _, last = name.rpartition(".")
     of_mixture = parent.rpartition(".")[2] == "experts" and last in (*FIRST, LAST)
     names = (name, parent) if of_mixture else (name,)
@@ -115,9 +143,15 @@ def matches(name: str, patterns: Iterable[str]) -> str | None:
 
 def rank_and_alpha(name: str, config: DoraConfig) -> tuple[int, float]:
     """Of a layer that is not trained by its magnitude alone."""
-    rank_key, alpha_key = matches(name, config.rank_pattern), matches(name, config.alpha_pattern)
-    rank = config.rank_pattern[rank_key] if rank_key else config.rank
-    return rank, config.alpha_pattern[alpha_key] if alpha_key else config.alpha
+    rank = _value_for(name, "dora.rank_pattern", config.rank_pattern, config.rank)
+    return rank, _value_for(name, "dora.alpha_pattern", config.alpha_pattern, config.alpha)
+
+
+def _value_for(name: str, key: str, patterns: Mapping[str, T], default: T) -> T:
+    values = {patterns[pattern] for pattern in _meant_by(name, patterns)}
+    if len(values) > 1:
+        raise UserError(f"{key}: gate_proj and up_proj are one matrix, {name!r}; give them one value")
+    return next(iter(values), default)
 
 
 def inside(name: str, parents: Iterable[str]) -> bool:
@@ -185,12 +219,19 @@ def _refuse_idle_parts(saved: Iterable[str], idle: Iterable[str]) -> None:
 
 
 def _require_all_match(
-    key: str, patterns: Iterable[str], names: Collection[str], candidates: Collection[str] | None = None
+    key: str, patterns: Collection[str], names: Collection[str], candidates: Collection[str] | None = None
 ) -> None:
     """UserError: a pattern matches none of `names`; it proposes `candidates`, where they are others."""
     for pattern in patterns:
         if any(matches(name, [pattern]) for name in names):
             continue
+        fused = next((name for name in names if _half_of(name, [pattern])), None)
+        if fused is not None and matches(fused, patterns):
+            continue
+        if fused is not None:
+            raise UserError(
+                f"{key}: {pattern!r} is half of {fused!r}; name both gate_proj and up_proj, or gate_up_proj"
+            )
         shown = names if candidates is None else candidates
         last_parts = {name.rpartition(".")[2] for name in shown}
         valid = {part for part in last_parts if not part.isdigit()}
@@ -211,10 +252,11 @@ def _check_targets(targets: Mapping[str, nn.Module | Projection], candidates: li
             )
         if not is_target_kind(module):
             other = ", which does not compute as nn.Linear does" if isinstance(module, nn.Linear) else ""
+            held = [n for n in candidates if n.startswith(name + ".")]
+            glob = f"; '*.{name.rpartition('.')[2]}.*' means those in it" if held else ""
             raise UserError(
                 f"dora.targets: {name!r} is a {type(module).__name__}{other}; targets are Linear, Conv1D and "
-                f"Embedding modules, and experts as one parameter"
-                f"{_such_as(n for n in candidates if n.startswith(name + '.'))}"
+                f"Embedding modules, and experts as one parameter{_such_as(held)}{glob}"
             )
         if inside(name, saved):
             raise UserError(f"dora.targets: {name!r} is trained in full by dora.modules_to_save already")

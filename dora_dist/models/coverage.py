@@ -28,6 +28,7 @@ def coverage(model: nn.Module, idle: Collection[str]) -> list[str]:
     for names, reason in (
         (injection.left_out, "they take no part in the loss of text"),
         (injection.too_small, "a side is smaller than the rank"),
+        (injection.halved, "gate_proj and up_proj are one matrix there, and only one of them is named"),
     ):
         if names:
             lines.append(f"left out, as {reason}: {summary(names)}")

@@ -1,5 +1,6 @@
 """Merging, atomic saves, and adapters that do not fit."""
 
+import copy
 import json
 import re
 from functools import partial
@@ -79,6 +80,18 @@ def test_adapters_of_experts_over_4_bits_load_and_merge(kind, tmp_path):
     assert not any(isinstance(m, DoraLayer) for m in model.modules())
     assert model.model.layers[0].mlp.experts.down_proj.dim() == 3
     assert_near(logits(model), adapted, MODEL)
+
+
+@pytest.mark.parametrize("made", [partial(mixture, "qwen3_moe"), llama], ids=["experts", "linear"])
+def test_transformers_saves_an_adapted_model_only_once_it_is_merged(made, tmp_path):
+    model = randomized(ours(Case(made, ["q_proj", "down_proj"])))
+    adapted = logits(model)
+    for saved in (model, model.model, copy.deepcopy(model)):
+        with pytest.raises(UserError, match="save_adapter") as told:
+            saved.save_pretrained(tmp_path / "model")
+    assert "\n" not in str(told.value) and not (tmp_path / "model").exists()
+    merge_adapter(model).save_pretrained(tmp_path / "model")
+    assert_near(logits(type(model).from_pretrained(tmp_path / "model").eval()), adapted, MODEL)
 
 
 def test_merging_one_half_of_a_tie_keeps_the_others_weight():

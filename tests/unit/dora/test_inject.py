@@ -1,6 +1,7 @@
 """Choosing modules by name, what injection changes in a model and what it leaves as it was."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,8 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Group
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from dora_dist import DoraConfig, DoraEmbedding, DoraLinear, UserError, inject_dora
-from dora_dist.dora.norm_cache import attach_norm_refresh, initialize_adapters
-from tests.support.models import bert, distilbert, gpt2, llama, qwen2_moe
+from dora_dist.dora.norm_cache import attach_norm_refresh, dora_layers, initialize_adapters
+from tests.support.models import bert, deepseek_v3, distilbert, gpt2, llama, mixture, qwen2_moe
 from tests.support.peft import FIRST_Q, IDS, LLAMA_TARGETS
 
 LINEARS = [f"model.layers.{i}.{part}" for i in (0, 1) for part in (
@@ -69,7 +70,7 @@ class Doubled(nn.Linear):
         ({"targets": ["layers.0.self_atn.q_proj"]}, r"did you mean 'model.layers.0.self_attn.q_proj'"),
         ({"targets": ["layers.9.*"]}, r"dora.targets: 'layers.9.\*' matches no module"),
         ({"targets": ["*norm*"]}, r"dora.targets: '\*norm\*' matches no module"),
-        ({"targets": ["mlp"]}, r"is a LlamaMLP; .*such as 'model.layers.0.mlp.gate_proj'"),
+        ({"targets": ["mlp"]}, r"is a LlamaMLP; .*such as 'model.layers.0.mlp.gate_proj'; '\*.mlp.\*' means"),
         ({"targets": ["norm"]}, r"is a LlamaRMSNorm; targets are Linear"),
         ({"targets": []}, r"dora.targets: nothing to adapt"),
         ({"rank": 13}, r"dora.rank: 13 is larger than the smaller side of 'model.*' \(.*\); at most"),
@@ -188,6 +189,32 @@ def test_a_layer_smaller_than_the_rank_is_refused_where_it_was_named(pattern):
         UserError, match=r"dora.rank: 2 is larger than the smaller side of '.*gate' \(1, 12\); at most 1"
     ):
         inject(qwen2_moe(), ["all-linear", pattern])
+
+
+@pytest.mark.parametrize("made", [deepseek_v3, partial(mixture, "qwen3_moe")], ids=["deepseek", "qwen"])
+def test_gate_and_up_mean_what_holds_both_in_experts(made):
+    """A Llama's targets, the default, are whole in a mixture."""
+    found = inject(made(), ["*_a_proj", "o_proj", "gate_proj", "up_proj", "down_proj"][made != deepseek_v3 :])
+    wanted = inject(made(), ["*_a_proj", "o_proj", "*.mlp.*"][made != deepseek_v3 :])
+    assert found.dora.layers == wanted.dora.layers
+    assert any(name.endswith("experts.gate_up_proj") for name in found.dora.layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"targets": ["gate_proj", "q_proj"]},
+            r"targets: 'gate_proj' is half of '.*gate_up_proj'; name both",
+        ),
+        ({"rank_pattern": {"gate_proj": 1, "up_proj": 2}}, "rank_pattern: gate_proj and up_proj are one matrix"),
+    ],
+)
+def test_half_of_what_is_one_in_experts_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        inject(mixture("qwen3_moe"), **{"targets": "all-linear", **settings})
+    model = inject(mixture("qwen3_moe"), "all-linear", rank_pattern={"gate_proj": 1, "experts.up_proj": 1})
+    assert {layer.spec.rank for name, layer in dora_layers(model).items() if "gate_up" in name} == {1}
 
 
 def test_injecting_twice_is_refused():

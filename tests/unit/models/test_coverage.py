@@ -5,7 +5,7 @@ from torch import nn
 
 from dora_dist import DoraConfig, inject_dora
 from dora_dist.models.coverage import coverage
-from tests.support.models import llama, mixture, qwen2_moe
+from tests.support.models import deepseek_v3, llama, mixture, qwen2_moe
 
 LAYER = 2 * 12 * 12 + 2 * 4 * 12 + 3 * 12 * 17  # q and o, k and v, the MLP of `llama`
 TOTAL = 2 * (LAYER + 2 * 12) + 12 + 2 * 96 * 12
@@ -59,6 +59,14 @@ def test_what_is_left_out_is_listed():
     _, idle, small, *_ = lines(qwen2_moe(), {"model.layers.1.self_attn.q_proj"}, targets="all-linear")
     assert idle == "left out, as they take no part in the loss of text: model.layers.*.self_attn.q_proj"
     assert small == "left out, as a side is smaller than the rank: model.layers.*.mlp.shared_expert_gate (2)"
+
+
+def test_half_of_what_is_one_matrix_is_told():
+    _, half, *_ = lines(deepseek_v3(), targets=["up_proj"])
+    assert half == (
+        "left out, as gate_proj and up_proj are one matrix there, and only one of them is named: "
+        "model.layers.*.mlp.experts.gate_up_proj (2)"
+    )
 
 
 def test_what_no_layer_is_for_is_told():
