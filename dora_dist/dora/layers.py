@@ -107,7 +107,7 @@ class DoraLayer(BaseWeight):
     def blocks(self, rows: slice | None = None) -> list[Block]:
         """What `rows` of the stored weight (None: all) consist of."""
         all_rows = slice(0, self.in_features if self.transposed else self.out_features)
-        return [Block(rows or all_rows, slice(None), 0)]
+        return [Block(rows or all_rows, slice(0, self.spec.rank), 0)]
 
     def block_factors(self) -> list[tuple[Tensor | None, Tensor | None]]:
         """This layer's own (L, U) of each of its `blocks()`."""

@@ -1,8 +1,9 @@
 """Norms of all layers, each rank from its own shard: one gather of the small factors, one sum, once per step.
 
 Cost per rank: 1/N of one pass over the adapted weights, one gather of the factors that a rank does not have in
-full (A; for transposed weights B too) and one all-reduce of one fp32 vector with every layer's norms. In a run,
-ranks that hold whole copies share the rows likewise, and gather nothing.
+full (A, but not of experts whose number the ranks divide; for transposed weights B too) and one all-reduce of one
+fp32 vector with every layer's norms. In a run, ranks that hold whole copies share the rows likewise, and gather
+nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -148,10 +149,14 @@ def _gather_factors(layers: list[DoraLayer], shards: Shards) -> dict[Tensor, Ten
 
 
 def _factors_needed_whole(layer: DoraLayer, shards: Shards) -> Iterator[nn.Parameter]:
-    if layer.lora_A is not None and layer.lora_B is not None:
-        yield layer.lora_A
-        if layer.transposed or not shards.rows_aligned(layer.weight, layer.lora_B):
-            yield layer.lora_B
+    """B where a rank's rows of it are not those of its weight; A unless these are whole experts."""
+    here = not layer.transposed
+    parts = ((layer.lora_B, layer.num_experts * layer.out_features), (layer.lora_A, layer.num_experts))
+    for factor, groups in parts:
+        if factor is not None:
+            here = here and shards.rows_aligned(layer.weight, factor, groups)
+            if not here:
+                yield factor
 
 
 def _add_own_part(layer: DoraLayer, part: Tensor, whole: dict[Tensor, Tensor], shards: Shards) -> None:
@@ -176,12 +181,18 @@ def _own_factors(
     """(L, U) of a block of this rank's rows."""
     if layer.lora_A is None or layer.lora_B is None:
         return None, None
-    A_RK, rows = whole[layer.lora_A], block.rows
-    if layer.lora_B in whole:
-        L_NR, U_RK = layer.stored_factors(A_RK, whole[layer.lora_B])
-        return L_NR[rows], U_RK[block.ranks]
-    (own_B,) = shards.rectangles(layer.lora_B)
-    return own_B.values[rows.start - own_B.row : rows.stop - own_B.row], A_RK[block.ranks]
+    if layer.transposed:
+        L_NR, U_RK = layer.stored_factors(whole[layer.lora_A], whole[layer.lora_B])
+        return L_NR[block.rows], U_RK
+    B_NR = _rows_of_factor(layer.lora_B, block.rows, whole, shards)
+    return B_NR, _rows_of_factor(layer.lora_A, block.ranks, whole, shards)
+
+
+def _rows_of_factor(factor: nn.Parameter, rows: slice, whole: dict[Tensor, Tensor], shards: Shards) -> Tensor:
+    if factor in whole:
+        return whole[factor][rows]
+    (own,) = shards.rectangles(factor)
+    return own.values[rows.start - own.row : rows.stop - own.row]
 
 
 def _widest(tensors: list[Tensor]) -> torch.dtype:

@@ -20,7 +20,15 @@ from dora_dist.config import TrainConfig
 from dora_dist.errors import UserError
 from dora_dist.parallel.engine import Engine, LossScale, TorchEngine
 from dora_dist.parallel.process import Processes
-from dora_dist.parallel.shards import GroupShards, Rectangle, Shards, as_matrix, blocks, common_dtype
+from dora_dist.parallel.shards import (
+    GroupShards,
+    Rectangle,
+    Shards,
+    as_matrix,
+    blocks,
+    common_dtype,
+    groups_stay_whole,
+)
 
 
 class FsdpShards(GroupShards):
@@ -51,9 +59,11 @@ class FsdpShards(GroupShards):
     def is_split(self, parameter: Tensor) -> bool:
         return isinstance(parameter, DTensor)
 
-    def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
+    def rows_aligned(self, weight: Tensor, factor: Tensor, groups: int) -> bool:
         if isinstance(weight, DTensor) and isinstance(factor, DTensor):
-            return weight.placements == factor.placements and weight.shape[0] == factor.shape[0]
+            rows = weight.shape[0]
+            alike = groups == rows or groups_stay_whole(rows, groups, self.size)
+            return alike and weight.placements == factor.placements
         return not isinstance(weight, DTensor) and not isinstance(factor, DTensor)
 
     def _gather_split(self, parameters: list[DTensor]) -> list[Tensor]:

@@ -65,8 +65,9 @@ class Shards(Protocol):
     def owns(self, parameter: Tensor) -> bool:
         """Whether what this rank holds counts in a sum over the ranks: a whole copy does on one of them only."""
 
-    def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
-        """Whether each rank's rows of `factor` are its rows of `weight`; the same answer on every rank."""
+    def rows_aligned(self, weight: Tensor, factor: Tensor, groups: int) -> bool:
+        """Whether each rank's rows of `factor` go with its rows of `weight`: both consist of `groups` equal parts,
+        one below the other, and have them on the same ranks. The same answer on every rank."""
 
     def gather(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The whole tensors, by one collective for all of them."""
@@ -101,7 +102,7 @@ class Whole(Shards):
     def owns(self, parameter: Tensor) -> bool:
         return True
 
-    def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
+    def rows_aligned(self, weight: Tensor, factor: Tensor, groups: int) -> bool:
         return True
 
     def gather(self, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -127,8 +128,8 @@ class RowsOfCopies(Whole):
         own = whole[self.index * step : (self.index + 1) * step]
         return [Rectangle(own, row=self.index * step)] if own.numel() else []
 
-    def rows_aligned(self, weight: Tensor, factor: Tensor) -> bool:
-        return weight.shape[0] == factor.shape[0]
+    def rows_aligned(self, weight: Tensor, factor: Tensor, groups: int) -> bool:
+        return groups == weight.shape[0] or groups_stay_whole(weight.shape[0], groups, self.size)
 
     def sum_(self, flat: Tensor) -> None:
         self._sum(flat)
@@ -179,6 +180,11 @@ class GroupShards(Shards):
             column.reshape(-1)[: shape.numel()].view(shape).to(part.dtype)
             for column, shape, part in zip(columns, shapes, parts, strict=True)
         ]
+
+
+def groups_stay_whole(rows: int, groups: int, ranks: int) -> bool:
+    """Whether the rows of `groups` equal parts, split evenly among ranks, are split between parts alone."""
+    return rows % groups == 0 and groups % ranks == 0
 
 
 def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

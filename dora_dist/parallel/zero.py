@@ -31,6 +31,7 @@ from dora_dist.parallel.shards import (
     Whole,
     as_matrix,
     flat_rectangles,
+    groups_stay_whole,
 )
 
 
@@ -67,11 +68,10 @@ class ZeroShards(GroupShards):
     def must_gather(self, parameter: Tensor) -> bool:
         return _is_partitioned(parameter) and not _is_whole_now(parameter)
 
-    def rows_aligned(self, weight: Any, factor: Any) -> bool:
-        """Where the ranks divide the rows, ranges are whole rows."""
+    def rows_aligned(self, weight: Any, factor: Any, groups: int) -> bool:
+        """Where the ranks divide the parts, ranges are whole parts."""
         partitioned = _is_partitioned(weight) and _is_partitioned(factor)
-        rows = self.shape(weight)[0]
-        return partitioned and rows == self.shape(factor)[0] and rows % self.size == 0
+        return partitioned and groups_stay_whole(self.shape(weight)[0], groups, self.size)
 
     def _gather_split(self, parameters: list[Any]) -> list[Tensor]:
         parts = [p.ds_tensor.detach() for p in parameters]

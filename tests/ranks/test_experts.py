@@ -2,17 +2,22 @@
 begin and end inside experts; and the norms' collectives, counted."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.common.collectives import Counter
-from dora_dist import DoraConfig, inject_dora, refresh_norms
-from dora_dist.dora.norm_cache import cache_norms, dora_layers
+from dora_dist import refresh_norms
+from dora_dist.config import load_config
+from dora_dist.dora.norm_cache import dora_layers
+from dora_dist.models.build import make_blueprint, sizes_of
 from dora_dist.parallel.process import Processes
+from dora_dist.parallel.shards import write_whole
+from dora_dist.parallel.strategy import choose_strategy
+from dora_dist.training.optim import build_to_train
 from tests.ranks.test_strategies import ZERO2, ZERO3, close, nf4, split
 from tests.support import ROOT
 from tests.support.models import save_model
@@ -57,17 +62,23 @@ def config(experts: int) -> Qwen3MoeConfig:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[int, Path]:
     torch.manual_seed(0)
-    return {n: save_model(Qwen3MoeForCausalLM(config(n)), tmp_path_factory.mktemp(f"experts{n}")) for n in (3, 5)}
+    return {
+        n: save_model(Qwen3MoeForCausalLM(config(n)), tmp_path_factory.mktemp(f"experts{n}")) for n in (3, 4, 5)
+    }
 
 
-def run(world: int, cases: dict, model: Path, rows: Path, scratch: Path, steps: int) -> dict:
-    base = {
+def base_config(model: Path, rows: Path, scratch: Path, steps: int) -> dict:
+    return {
         "model": {"path": str(model), "dtype": "float32"},
         "dora": {"rank": 3, "alpha": 6, "targets": "all-linear"},
         "data": {"train": str(rows), "seq_len": 48},
         "train": {"steps": steps, "lr": 0.01, "warmup_steps": 2, "max_grad_norm": 0.5},
         "output_dir": str(scratch),
     }
+
+
+def run(world: int, cases: dict, model: Path, rows: Path, scratch: Path, steps: int) -> dict:
+    base = base_config(model, rows, scratch, steps)
     cases = {name: {**overrides, **split(world)} for name, overrides in cases.items()}
     (scratch / "cases.json").write_text(json.dumps({"base": base, **cases}))
     arguments = [str(scratch / "cases.json"), str(scratch / "out.pt")]
@@ -104,29 +115,44 @@ def test_all_strategies_are_alike(experts, world, models, tiny_rows, tmp_path):
     alike(experts, world, ALL[experts, world], models, tiny_rows, tmp_path, 20)
 
 
-def count_refresh(experts: int) -> None:
-    """In a rank: what a refresh sends, and whether the norms are those of the whole weights."""
+def count_refresh(config_file: str, models: dict[int, str], strategies: dict[str, dict]) -> None:
+    """In a rank: what a refresh sends, and whether the norms are those in fp64."""
     processes = Processes()
-    processes.start(60, needed=True)
-    torch.manual_seed(0)
-    model = inject_dora(Qwen3MoeForCausalLM(config(experts)), DoraConfig(rank=2, targets="all-linear"))
-    with torch.no_grad():
-        for layer in dora_layers(model).values():
-            layer.lora_B.normal_()
-    wanted = {name: layer.current_norm() for name, layer in dora_layers(model).items()}
-    for block in model.model.layers:
-        fully_shard(block)
-    cache_norms(fully_shard(model))
-    with Counter() as sent:
-        refresh_norms(model)
-    for name, layer in dora_layers(model).items():
-        torch.testing.assert_close(layer.norm, wanted[name])
+    sent = {}
+    for strategy, experts in product(strategies, models):
+        overrides = {"model.path": models[experts], **strategies[strategy]}
+        config = load_config(Path(config_file), [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+        blueprint = make_blueprint(config, Path(config.model.path), processes.world_size)
+        chosen = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes)
+        processes.start(60, needed=True)
+        built = build_to_train(blueprint, chosen)
+        layers = list(dora_layers(built.model).values())
+        for layer in layers:
+            shape = built.shards.shape(layer.lora_B)
+            write_whole(layer.lora_B, torch.randn(shape, generator=torch.Generator().manual_seed(0)), built.shards)
+        with Counter() as counter:
+            refresh_norms(built.model, built.shards)
+        sent[f"{strategy} {experts}"] = counter.by_collective()
+        for layer in layers:
+            W, A, B = (t.double() for t in built.shards.gather([layer.weight, layer.lora_A, layer.lora_B]))
+            each = zip(*(t.chunk(layer.num_experts) for t in (W, A, B)), strict=True)
+            norms = torch.cat([(W + layer.spec.scaling * B @ A).norm(dim=1) for W, A, B in each])
+            assert close(layer.norm, norms, rounding(MODEL, torch.float32))
     processes.stop()
-    print(json.dumps(sum(row["count"] for row in sent.by_collective().values())))
+    print(json.dumps(sent))
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_norms_of_all_experts_take_two_collectives(world):
-    done = run_ranks(world, count_refresh, 3)
+@pytest.mark.parametrize(("world", "strategies"), [(2, {"fsdp": FSDP, "zero3": ZERO3}), (4, {"fsdp": FSDP})])
+def test_norms_take_two_collectives_and_gather_no_whole_experts(world, strategies, models, tiny_rows, tmp_path):
+    base = base_config(models[3], tiny_rows, tmp_path, 1)
+    base["dora"]["rank"] = 4  # which the ranks divide: then nothing is filled up
+    (tmp_path / "config.yaml").write_text(json.dumps(base))
+    directories = {experts: str(models[experts]) for experts in (3, 4)}
+    done = run_ranks(world, count_refresh, str(tmp_path / "config.yaml"), directories, strategies)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert [int(line) for line in done.stdout.split()] == [2] * world
+    for sent in map(json.loads, done.stdout.splitlines()):
+        for case, collectives in sent.items():
+            assert sum(row["count"] for row in collectives.values()) == 2, case
+            gathered = sum(row["bytes"] for row in collectives.values()) - collectives["all_reduce"]["bytes"]
+            factors = 4 * 12 + 3 * (12 + 7) * case.endswith("3")  # A's columns in attention; in experts
+            assert gathered == 4 * 4 * 2 * factors, case  # fp32, the rank, two layers
