@@ -72,7 +72,7 @@ def _parts(calls: Sequence[Call], cluster: Cluster) -> Mapping[tuple, float]:
     gathered: set[int] = set()  # written by gathers that nothing has read
     parts: dict[tuple, Any] = defaultdict(int)
     for call in calls:
-        host += device.launch_s
+        host += device.launch_s * call.times
         before = now
         ready = max((written.get(number, 0.0) for number in call.reads), default=0.0)
         if call.collective is not None:
@@ -99,9 +99,11 @@ def _parts(calls: Sequence[Call], cluster: Cluster) -> Mapping[tuple, float]:
             takes = kernel_time(call, cluster)
             written.update(dict.fromkeys(call.writes, max(gate, ready) + takes))
         else:
-            takes = kernel_time(call, cluster)
+            once = kernel_time(call, cluster)
+            takes = call.times * once
             kernels += takes
-            now = max(now, ready, host if not device.blocking else 0.0) + takes
+            launched = host + min(once, takes) if not device.blocking else 0.0  # and the last of its runs done
+            now = max(max(now, ready) + takes, launched)
             written.update(dict.fromkeys(call.writes, now))
             if not gathered.isdisjoint(call.reads):
                 gathered.difference_update(call.reads)
@@ -112,7 +114,7 @@ def _parts(calls: Sequence[Call], cluster: Cluster) -> Mapping[tuple, float]:
 
 
 def kernel_time(call: Call, cluster: Cluster) -> float:
-    """Seconds: the slower of its arithmetic and its memory, or the least that a kernel takes."""
+    """Seconds of one run: the slower of its arithmetic and its memory, or the least that a kernel takes."""
     device = cluster.device
     if call.host_bytes and call.phase is Phase.STEP:  # the optimizer, where its tensors lie
         return call.bytes / device.host

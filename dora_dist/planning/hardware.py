@@ -116,7 +116,4 @@ ASSUMPTIONS = (
     "every GPU has its own network link at the rate of --net, and machines do not share a bottleneck behind it",
     "no GPU is slower than another, rows are full, and reading data takes no time",
 )
-BALANCED = (
-    "a mixture's experts get equally many tokens each, and eight of a block stand for all: a step takes longer by "
-    "the time to start the others' kernels and to read their weights"
-)
+BALANCED = "a mixture's experts get equally many tokens each"

@@ -1,9 +1,10 @@
 """All that stands in a rehearsal for something else: for weight files, the watchdog and rows, and in the place of
 what it replaces in torch, in DeepSpeed and in this package; and the names of what it holds and does."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from dora_dist.config import RunConfig
 from dora_dist.data.batches import GlobalBatch
-from dora_dist.dora import experts, norm_cache, norm_math, products
+from dora_dist.dora import experts, kernels, norm_cache, norm_math, products
 from dora_dist.models import weights
 from dora_dist.models.weights import base_tensors, packed_layers
 from dora_dist.parallel.phases import Phase
@@ -23,19 +24,20 @@ from dora_dist.parallel.shards import Rectangle
 from dora_dist.planning.fake_group import every_rank_alike, shapes_uncounted
 from dora_dist.planning.trace import HOST, REDUCED, Collective, Tracer
 from dora_dist.quant import modules
+from dora_dist.quant.nf4 import PackedMatrix
 from dora_dist.training.optim import TrainableModel
 
 BASE, SCALES, TRAINED, NORMS = "base weights", "scales of 4-bit weights", "A, B and m", "norms and other buffers"
 STATES, GRADIENTS, ACTIVATIONS = "optimizer states", "gradients", "activations"
 LOGITS, BACKWARD, OTHER, ROWS = "logits and loss", "backward's own tensors", "other", HOST + "rows of files"
 
-_FEW_EXPERTS = 8  # that stand for all: what goes through them one by one takes time in a rehearsal
+_FEW_EXPERTS = 8  # of a block, besides the one that stands for all: to go through many takes a rehearsal time
 _ALLOCATION = 512  # what torch's CUDA allocator rounds up to
 _PINNED = {HOST + tag for tag in (BASE, SCALES, TRAINED, GRADIENTS)}
 # What goes through a weight or an activation piece by piece holds the same for each.
 _PIECES = (
     (modules, "pieces"), (weights, "_pieces"), (norm_math, "row_tiles"), (products, "row_tiles"),
-    (products, "token_tiles"), (norm_cache, "blocks"),
+    (products, "token_tiles"),
 )  # fmt: skip
 
 
@@ -156,20 +158,25 @@ def replacements(
     names = []
     with ExitStack() as around:
 
-        def replace(owner: Any, name: str, make: Callable, needed: bool = False) -> None:
+        def put(owner: Any, name: str, make: Callable, needed: bool = False) -> None:
             names.append(around.enter_context(replaced(owner, name, make, needed)))
 
         if gpu:
-            replace(F, "scaled_dot_product_attention", _as_on_gpus)
-        for module, name in () if every_piece else _PIECES:
-            replace(module, name, _first_of)
-        replace(experts, "tokens_each", _balanced(sys.maxsize if every_piece else _FEW_EXPERTS))
+            put(F, "scaled_dot_product_attention", _as_on_gpus)
+            put(norm_math, "available", lambda _: lambda *_: True)
+            put(kernels, "squared_norms", lambda _: _in_one_pass)
+        put(experts, "tokens_each", _balanced)
+        if not every_piece:
+            for module, name in _PIECES:
+                put(module, name, _first_of)
+            put(norm_cache, "blocks", partial(_one_block_for_all, tracer=tracer))
+            put(modules.Groups, "of", partial(_one_expert_for_all, tracer=tracer))
         for module, name, answer in every_rank_alike(zero=strategy.startswith("zero")):
-            replace(module, name, lambda _, answer=answer: answer)
-        replace(model, "to", lambda _: lambda *_, **__: model)  # torch cannot swap fake parameters
-        replace(torch, "compile", _uncompiled)
-        replace(*shapes_uncounted(tracer.paused), needed=strategy == "fsdp")
-        replace(torch.UntypedStorage, "resize_", tracer.following)
+            put(module, name, lambda _, answer=answer: answer)
+        put(model, "to", lambda _: lambda *_, **__: model)  # torch cannot swap fake parameters
+        put(torch, "compile", _uncompiled)
+        put(*shapes_uncounted(tracer.paused), needed=strategy == "fsdp")
+        put(torch.UntypedStorage, "resize_", tracer.following)
         yield names
 
 
@@ -203,15 +210,53 @@ def _uncompiled(_: Callable) -> Callable:
     return lambda model=None, **_: model or (lambda function: function)
 
 
-def _balanced(most: int) -> Callable:
-    """In place of counting a router's choices: as its losses have it, each expert gets as many tokens. `most`: of
-    the experts that get any; the products are as large, but only these experts' weights are read."""
+def _balanced(_: Callable) -> Callable:
+    """In place of counting a router's choices: as its losses have it, each expert gets as many tokens."""
+    return lambda routed, experts: [len(range(e, len(routed), experts)) for e in range(experts)]
 
-    def counts(routed: Tensor, experts: int) -> list[int]:
-        few = min(experts, most)
-        return [len(range(e, len(routed), few)) for e in range(few)] + [0] * (experts - few)
 
-    return lambda _: counts
+class _OneForAll(tuple):
+    """The first stands for `number`, the rest for none."""
+
+    tracer: Tracer
+    number: int
+
+    @classmethod
+    def of(cls, items: Sequence[Any], tracer: Tracer, number: int) -> "_OneForAll":
+        made = cls(items)
+        made.tracer, made.number = tracer, number
+        return made
+
+    def __iter__(self) -> Iterator[Any]:
+        items = super().__iter__()
+        with self.tracer.standing_for(self.number):
+            yield from islice(items, 1)
+        with self.tracer.standing_for(0):
+            yield from items
+
+
+def _one_block_for_all(blocks: Callable, tracer: Tracer) -> Callable:
+    def one(*rows: Any) -> Sequence[Any]:
+        found = blocks(*rows)
+        return _OneForAll.of(found[:1], tracer, len(found))
+
+    return one
+
+
+def _one_expert_for_all(of: Callable, tracer: Tracer) -> Callable:
+    """Groups in which one expert's tokens stand for all experts', and a few other experts have the rest of the
+    tokens, whose results are held."""
+
+    def groups(counts: Sequence[int]) -> Any:
+        active = sum(map(bool, counts))
+        if active <= _FEW_EXPERTS:
+            return of(counts)
+        rest = sum(counts) - counts[0]
+        few = [len(range(e, rest, _FEW_EXPERTS)) for e in range(_FEW_EXPERTS)]
+        found = of([counts[0], *few, *[0] * (len(counts) - 1 - len(few))])
+        return replace(found, spans=_OneForAll.of(found.spans, tracer, active))
+
+    return groups
 
 
 def _as_on_gpus(attend: Callable) -> Callable:
@@ -227,6 +272,14 @@ def _as_on_gpus(attend: Callable) -> Callable:
         return attend(query, key, value, *more, **options)[..., : value.shape[-1] - max(0, missing)]
 
     return attended
+
+
+def _in_one_pass(
+    M_NK: Tensor | PackedMatrix, L_NR: Tensor | None, U_RK: Tensor | None, scaling: float, dim: int
+) -> Tensor:
+    """What the kernel reads most of, and what it writes."""
+    torch.sum(M_NK if isinstance(M_NK, Tensor) else M_NK.parts[0])
+    return torch.zeros(M_NK.shape[dim], device=M_NK.device)
 
 
 def _first_of(pieces: Callable) -> Callable:

@@ -57,6 +57,7 @@ class Call:
     dtype: torch.dtype = torch.float32  # of what is multiplied
     micro: int = 0  # the micro-batch, from 1; 0: none
     collective: Collective | None = None
+    times: int = 1  # that it is run: it stands for others alike
 
 
 class _Held:
@@ -83,7 +84,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.collective_of, self.scratch_of, self.rounded = collective_of, scratch_of, rounded
         self.phase, self.tag = Phase.START, Phase.START.value
-        self.micro = 0
+        self.micro, self.times = 0, 1
         self.live: Counter[str] = Counter()
         self.peaks: Peaks = {}
         self.calls: list[Call] = []
@@ -120,6 +121,10 @@ class Tracer(TorchDispatchMode):
     def held_for(self, tag: str) -> AbstractContextManager:
         """New memory is held for `tag` inside."""
         return mock.patch.object(self, "tag", tag)
+
+    def standing_for(self, count: int) -> AbstractContextManager:
+        """What is run inside stands for as many runs; for none if others stand for it."""
+        return mock.patch.object(self, "times", self.times * count)
 
     def paused(self) -> AbstractContextManager:
         """Nothing is counted inside."""
@@ -196,6 +201,7 @@ class Tracer(TorchDispatchMode):
             inputs[0].dtype if inputs else torch.float32,
             self.micro,
             collective,
+            self.times,
         )
         self.calls.append(call)
         if copies_in and call.host_bytes:  # offloaded rows lie on the GPU until they are sent

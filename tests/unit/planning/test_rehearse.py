@@ -122,6 +122,26 @@ def test_a_rehearsal_of_experts_holds_what_a_real_run_does(settings, tmp_path, r
     assert planned == pytest.approx(allocated(config, 2), rel=0.06)
 
 
+def test_one_expert_stands_for_all_that_have_tokens(tmp_path, rehearse):
+    """A step's time, products and bytes are those of all 24 gone through one by one, 8 tokens each."""
+    Qwen3MoeConfig(
+        **SIZES, vocab_size=64, num_hidden_layers=1, head_dim=32, num_experts=24, num_experts_per_tok=2,
+        moe_intermediate_size=96, pad_token_id=0,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    job = Job(config_of(tmp_path, length=96, dtype="bfloat16", four_bit=True), tmp_path, 1, 1)
+    short, whole = rehearse(job), rehearse(replace(job, every_piece=True))
+    cluster = find_cluster("h100", 1)
+    assert len(short.runs[0].calls) < 0.6 * len(whole.runs[0].calls)
+    for measure in ("flops", "bytes"):
+        found, counted = (
+            {phase: sum(c.times * getattr(c, measure) for c in run.calls if c.phase is phase) for phase in Phase}
+            for run in (short.runs[0], whole.runs[0])
+        )
+        assert found == counted, measure
+    assert step_time(short, cluster).phases == pytest.approx(step_time(whole, cluster).phases, rel=0.01)
+    assert short.peak() == pytest.approx(whole.peak(), rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("strategy", "world"),
     [("single", 1), ("fsdp", 4), *(pytest.param(f"zero{n}", 4, marks=pytest.mark.slow) for n in (2, 3))],
