@@ -44,8 +44,8 @@ from dora_dist.errors import UserError, nearest
 from dora_dist.io.durable import PARTIAL, NewFile, replaced, sweep, write_tensors
 from dora_dist.io.fingerprint import Base
 from dora_dist.io.headers import check_path, read_header
-from dora_dist.parallel.gather import ShardedTensor, finish, gathered
-from dora_dist.parallel.shards import Shards, as_matrix, write_whole
+from dora_dist.parallel.gather import ShardedTensor, Stacked, finish, gathered
+from dora_dist.parallel.shards import Rectangle, Shards, as_matrix
 
 
 @torch.no_grad()
@@ -130,7 +130,8 @@ def load_adapter(
 ) -> nn.Module:
     """Read a PEFT adapter into `model`, injecting DoRA as its configuration says where that was not done yet.
 
-    The model is not touched before the whole adapter has been checked. Cached norms are renewed.
+    The model is not touched before the whole adapter has been checked. Cached norms are renewed. Under sharding
+    every rank calls it, and reads its own part of each tensor.
 
     Args:
         accept_other_base: load also what names another base than the model's injection does.
@@ -158,8 +159,9 @@ def load_adapter(
     shards.reshard(model)
     stacked = stacked_tensors(model)
     for key, parameter in trained_tensors(model):
-        values = files.tensors[key]
-        write_whole(parameter, stacked[key].from_file(values) if key in stacked else values, shards)
+        for own in shards.rectangles(parameter):
+            own.values.copy_(_own_part(files.tensors[key], own, stacked.get(key)))
+        shards.after_write(parameter)
     for layer in dora_layers(model).values():
         layer.mark_norm_stale()
     refresh_norms(model, shards)
@@ -258,19 +260,32 @@ def _check(directory: Path, files: AdapterFiles, injected: nn.Module, model: nn.
             needed = stacked[key].file_shape(needed)
         if values.shape != needed:
             raise UserError(f"{path}: {key!r} is {list(values.shape)}, the model needs {list(needed)}")
-        if not values.is_floating_point() or not torch.isfinite(values).all():
-            raise UserError(f"{path}: {key!r} holds NaN, infinite or whole values")
         other = seen.setdefault(parameter, key)
-        if not torch.equal(values, tensors[other]):
+        if other != key and not torch.equal(values, tensors[other]):
             raise UserError(f"{path}: {key!r} and {other!r} differ, but in the model they are one tied weight")
-    zeros = zero_factors(injected)
-    frozen = dict(model.named_parameters(remove_duplicate=False))
-    for key in tensors.keys() - wanted.keys():
+    faults: dict[str, bool] = {}  # in this rank's part
+    for key, parameter in wanted.items():
+        parts = (_own_part(tensors[key], own, stacked.get(key)) for own in shards.rectangles(parameter))
+        faults[key] = not tensors[key].is_floating_point() or not all(part.isfinite().all() for part in parts)
+    zeros, frozen = zero_factors(injected), dict(model.named_parameters(remove_duplicate=False))
+    for key in (key for key in tensors if key not in wanted):
         stands_in = key in zeros and not tensors[key].any()
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")  # PEFT adds frozen weights to its files
-        if not stands_in and not (name in frozen and _equal(frozen[name], tensors[key], shards)):
+        faults[key] = not stands_in and not (name in frozen and _equal(frozen[name], tensors[key], shards))
+    found = torch.tensor([float(fault) for fault in faults.values()], device=shards.device)
+    shards.sum_(found)  # a fault in one rank's part is all ranks' error
+    for key, count in zip(faults, found.tolist(), strict=True):
+        if count and key in wanted:
+            raise UserError(f"{path}: {key!r} holds NaN, infinite or whole values")
+        if count:
             raise UserError(f"{path}: {key!r} belongs to no adapted module of this model, nor is it the base's")
     _check_settings(directory / CONFIG, files.config, injected)
+
+
+def _own_part(stored: Tensor, own: Rectangle, stacked: Stacked | None) -> Tensor:
+    """What a file's tensor, which is mapped, has for a rank's rectangle."""
+    rows = as_matrix(stored)[own.rows] if stacked is None else stacked.from_file(stored, own.rows)
+    return rows[:, own.cols]
 
 
 def _check_settings(path: Path, config: dict[str, Any], model: nn.Module) -> None:
@@ -291,6 +306,5 @@ def _check_settings(path: Path, config: dict[str, Any], model: nn.Module) -> Non
 def _equal(parameter: Tensor, values: Tensor, shards: Shards) -> bool:
     if shards.shape(parameter) != values.shape:
         return False
-    matrix = as_matrix(values)
-    parts = ((own.values, matrix[own.rows, own.cols]) for own in shards.rectangles(parameter))
+    parts = ((own.values, _own_part(values, own, None)) for own in shards.rectangles(parameter))
     return all(torch.equal(own, part.to(own)) for own, part in parts)

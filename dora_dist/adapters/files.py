@@ -31,7 +31,7 @@ _OPTIONAL: dict[str, Any] = {
 
 class AdapterFiles(NamedTuple):
     config: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # mapped: read where they are used
     metadata: dict[str, str]
 
 

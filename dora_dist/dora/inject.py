@@ -81,8 +81,7 @@ def inject_dora(
     narrow = {name: _narrowest_dtype(model.get_submodule(name)) for name in saved}
     casts = [h for name, dtype in narrow.items() for h in _train_in_full(model.get_submodule(name), dtype)]
     apart = (tuple(names) for names in (chosen.left_out, chosen.too_small, chosen.halved))
-    injection = Injection(config, tuple(targets), tuple(saved), dtypes, tuple(casts), base, *apart)
-    model.dora = injection  # type: ignore[assignment]
+    model.dora = Injection(config, tuple(targets), tuple(saved), dtypes, tuple(casts), base, *apart)  # type: ignore[assignment]
     for module in _transformers_models(model):
         module.save_pretrained = _refuse_to_save
     return model

@@ -33,10 +33,16 @@ class Stacked:
         axes = here.view(self.count, -1, here.shape[1]).permute(self.order)
         return axes.flatten(0, 1) if self.order[0] == 0 else axes.flatten(1, 2)
 
-    def from_file(self, stored: Tensor) -> Tensor:
+    def from_file(self, stored: Tensor, rows: slice | None = None) -> Tensor:
+        """These `rows` (None: all) as they are here. Of the file's tensor their matrices alone are read."""
         first = self.order[0] == 0
         axes = stored.unflatten(0, (self.count, -1)) if first else stored.unflatten(1, (-1, self.count))
-        return axes.permute([self.order.index(axis) for axis in range(3)]).flatten(0, 1)
+        axes = axes.permute([self.order.index(axis) for axis in range(3)])
+        each = axes.shape[1]
+        rows = rows or slice(0, self.count * each)
+        begin = rows.start // each
+        found = axes[begin : -(-rows.stop // each)].flatten(0, 1)
+        return found[rows.start - begin * each : rows.stop - begin * each]
 
     def file_shape(self, here: Sequence[int]) -> torch.Size:
         return self.to_file(torch.empty(*here, device="meta")).shape

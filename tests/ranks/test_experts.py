@@ -1,7 +1,14 @@
 """Mixtures of experts under every strategy against one process: 3 and 5 experts on 2 and 4 ranks, so that shards
-begin and end inside experts; and the norms' collectives, counted."""
+begin and end inside experts; and the norms' collectives, counted.
+
+python -m tests.ranks.test_experts runs every strategy with either number of experts on 1, 2 and 4 ranks, in fp32
+and over nf4, 20 steps each, and prints how far each is from one process (10 minutes on two cores).
+"""
 
 import json
+import sys
+import tempfile
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -18,9 +25,9 @@ from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import write_whole
 from dora_dist.parallel.strategy import choose_strategy
 from dora_dist.training.optim import build_to_train
-from tests.ranks.test_strategies import ZERO2, ZERO3, close, nf4, split
+from tests.ranks.test_strategies import ZERO1, ZERO2, ZERO3, close, nf4, split
 from tests.support import ROOT
-from tests.support.models import save_model
+from tests.support.models import make_rows, save_model
 from tests.support.ranks import run_ranks
 from tests.support.rounding import MODEL, TRAINED, rounding
 
@@ -61,10 +68,13 @@ def config(experts: int) -> Qwen3MoeConfig:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[int, Path]:
+    return saved_models(tmp_path_factory.mktemp("mixtures"))
+
+
+def saved_models(folder: Path) -> dict[int, Path]:
     torch.manual_seed(0)
-    return {
-        n: save_model(Qwen3MoeForCausalLM(config(n)), tmp_path_factory.mktemp(f"experts{n}")) for n in (3, 4, 5)
-    }
+    made = {n: Qwen3MoeForCausalLM(config(n)) for n in (3, 4, 5)}
+    return {n: save_model(model, folder / str(n)) for n, model in made.items()}
 
 
 def base_config(model: Path, rows: Path, scratch: Path, steps: int) -> dict:
@@ -87,21 +97,32 @@ def run(world: int, cases: dict, model: Path, rows: Path, scratch: Path, steps: 
     return torch.load(scratch / "out.pt")
 
 
-def alike(experts: int, world: int, cases: dict, models: dict, rows: Path, tmp_path: Path, steps: int) -> None:
-    scratch = [tmp_path / name for name in ("alone", "sharded")]
-    for directory in scratch:
-        directory.mkdir()
+def deviations(
+    experts: int, world: int, cases: dict, models: dict, rows: Path, scratch: Path, steps: int
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Of each case from one process: of the losses, the first gradients and the norms at the end, the largest."""
+    folders = [scratch / name for name in ("alone", "sharded")]
+    for directory in folders:
+        directory.mkdir(parents=True)
     kinds = {next((kind for kind in ALONE if name.startswith(kind)), "plain") for name in cases}
-    wanted = run(1, {kind: ALONE[kind] for kind in kinds}, models[experts], rows, scratch[0], steps)
-    for name, got in run(world, cases, models[experts], rows, scratch[1], steps).items():
+    wanted = run(1, {kind: ALONE[kind] for kind in kinds}, models[experts], rows, folders[0], steps)
+    for name, got in run(world, cases, models[experts], rows, folders[1], steps).items():
         want = wanted[next((kind for kind in ALONE if name.startswith(kind)), "plain")]
         assert any(".experts." in key for key in got["gradients"])
-        assert got["losses"] == pytest.approx(want["losses"], rel=TRAINED), name
         assert got["gradients"].keys() == want["gradients"].keys()
-        for key, gradient in got["gradients"].items():
-            assert close(gradient, want["gradients"][key], TRAINED), f"{name} {key}"
-        for key, norm in got["norms"].items():
-            assert close(norm, want["norms"][key], rounding(MODEL, torch.float32)), f"{name} {key}"
+        losses = max(abs(g - w) / w for g, w in zip(got["losses"], want["losses"], strict=True))
+        yield name, {"losses": losses} | {kind: furthest(got[kind], want[kind]) for kind in ("gradients", "norms")}
+
+
+def furthest(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:
+    """Of their norms; as `close` has it, what is all but zero may differ by as much."""
+    return max(((t - want[key]).norm() / (want[key].norm() + 1e-8 / TRAINED)).item() for key, t in got.items())
+
+
+def alike(experts: int, world: int, cases: dict, models: dict, rows: Path, tmp_path: Path, steps: int) -> None:
+    for name, found in deviations(experts, world, cases, models, rows, tmp_path, steps):
+        assert found["losses"] <= TRAINED and found["gradients"] <= TRAINED, f"{name}: {found}"
+        assert found["norms"] <= rounding(MODEL, torch.float32), f"{name}: {found}"
 
 
 @pytest.mark.parametrize(("experts", "world"), FEW)
@@ -156,3 +177,24 @@ def test_norms_take_two_collectives_and_gather_no_whole_experts(world, strategie
             gathered = sum(row["bytes"] for row in collectives.values()) - collectives["all_reduce"]["bytes"]
             factors = 4 * 12 + 3 * (12 + 7) * case.endswith("3")  # A's columns in attention; in experts
             assert gathered == 4 * 4 * 2 * factors, case  # fp32, the rank, two layers
+
+
+def main() -> int:
+    failed = 0
+    every = {"fsdp": FSDP, "zero1": ZERO1, "zero2": ZERO2, "zero3": ZERO3}
+    of_several = {**every, "ddp": DDP, "hybrid": HYBRID}
+    with tempfile.TemporaryDirectory() as folder:
+        models, rows = saved_models(Path(folder)), make_rows(Path(folder) / "rows.jsonl", 24)
+        for experts, world in product((3, 5), (1, 2, 4)):
+            plain = every if world == 1 else of_several
+            cases, scratch = {**plain, **nf4(**plain)}, Path(folder, f"{experts}-{world}")
+            for name, found in deviations(experts, world, cases, models, rows, scratch, 20):
+                errors = (f"{kind} {error:.1e}" for kind, error in found.items())
+                print(f"{experts} experts, {world} ranks, {name}:", *errors, flush=True)
+                failed += max(found.values()) > TRAINED
+    print(f"{failed} beyond {TRAINED}")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

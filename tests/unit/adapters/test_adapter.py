@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from dora_dist.dora.layers import DoraLayer
 from dora_dist.dora.norm_cache import cache_norms
 from dora_dist.io import durable
 from dora_dist.models.quantize import pack_linears
+from dora_dist.parallel.shards import RowsOfCopies, as_matrix
 from dora_dist.quant.modules import FrozenExperts
 from tests.support.models import deepseek_v3, distilbert, gpt2, llama, mixture
 from tests.support.peft import CASES, IDS, Case, logits, ours, randomized
@@ -286,6 +288,29 @@ def test_a_damaged_adapter_is_named_and_nothing_is_written(damage, bare, saved, 
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
     assert all(p.requires_grad for p in model.parameters()) == bare
+
+
+def test_a_rank_reads_its_own_rows_and_hears_of_faults_in_others(tmp_path):
+    """Two ranks, one after the other: what is damaged in the last expert is in the second's part alone."""
+    made = Case(partial(mixture, "qwen3_moe"), ["experts", "q_proj"])
+    whole = randomized(ours(made))
+    save_adapter(whole, tmp_path)
+    key = "base_model.model.model.layers.0.mlp.experts.lora_B.weight"  # [out, r E], experts fastest
+    edit_tensors(lambda t: t[key][-1].unflatten(0, (-1, 3))[:, 2].fill_(torch.nan))(tmp_path)
+    told: list[torch.Tensor] = []
+
+    def load(rank: int, sum_: Callable[[torch.Tensor], object]) -> nn.Module:
+        return load_adapter(ours(made), tmp_path, RowsOfCopies(rank, 2, sum_))
+
+    first = load(0, told.append)
+    for (name, want), (_, got) in zip(trained_tensors(whole), trained_tensors(first), strict=True):
+        (own,) = RowsOfCopies(0, 2, told.append).rectangles(want)
+        assert torch.equal(as_matrix(got.detach())[own.rows], own.values), name
+    assert not told[0].any()
+    with pytest.raises(UserError, match=re.escape(f"{key!r} holds NaN")):
+        load(1, told.append)
+    with pytest.raises(UserError, match=re.escape(f"{key!r} holds NaN")):
+        load(0, lambda faults: faults.add_(told[-1]))
 
 
 def test_an_adapter_for_other_modules_is_refused(tmp_path):
