@@ -27,12 +27,17 @@ from dora_dist.schema import (
 @dataclass(frozen=True)
 class ModelConfig(Section):
     path: str  # a directory in Hugging Face layout, or a hub id
-    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    task: Literal["causal_lm", "sequence_classification", "preference"] = "causal_lm"
     num_labels: int | None = setting(None, low=2)  # sequence_classification; None: what config.json says
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"  # of the frozen base and of compute
     init: Literal["pretrained", "random"] = "pretrained"  # random: weights from config.json alone
     attention: Literal["sdpa", "eager"] = "sdpa"
     allow_pickle: bool = False  # read .bin weights, by torch's weights_only, where there are no safetensors
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model predicts tokens; else it has a head for labels."""
+        return self.task != "sequence_classification"
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,9 @@ class QuantConfig(Section):
 class DataConfig(Section):
     train: str  # json, jsonl, parquet, csv, text file or directory, or a hub id
     eval: str | None = None
-    format: Literal["auto", "alpaca", "chat", "prompt_completion", "text", "labels"] = "auto"
+    format: Literal[
+        "auto", "alpaca", "chat", "prompt_completion", "text", "labels", "preference", "unpaired_preference"
+    ] = "auto"
     seq_len: int = setting(1024, low=2)
     packing: bool = False
     loss_on: Literal["completion", "all"] = "completion"
@@ -127,6 +134,14 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False
     compile: bool = False  # each block by torch.compile
     eval_every: int | None = setting(None, low=1)
+    objective: Literal["dpo", "ipo", "kto", "orpo", "simpo"] | None = None  # of model.task: preference; None: dpo
+    beta: float | None = setting(None, positive=True)  # the objective's; None: 0.1, or 2 for simpo
+    gamma: float | None = setting(None, low=0)  # simpo's margin; None: 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gamma is not None and self.objective != "simpo":
+            raise UserError("train.gamma needs train.objective: simpo")
 
 
 @dataclass(frozen=True)
@@ -190,16 +205,45 @@ class RunConfig(Section):
         super().__post_init__()
         if self.train.eval_every is not None and self.data.eval is None:
             raise UserError("train.eval_every needs data.eval")
-        if self.data.packing and self.model.task == "sequence_classification":
-            raise UserError("data.packing needs model.task: causal_lm (a classifier sees one row at a time)")
+        if self.data.packing and self.model.task != "causal_lm":
+            raise UserError(
+                f"data.packing needs model.task: causal_lm ({self.model.task} is about rows, not about tokens)"
+            )
+        self._check_preference()
         if self.train.magnitude_lr is not None and self.dora.method == "lora":
             raise UserError("train.magnitude_lr needs dora.method: dora (lora has no magnitude)")
-        if self.model.num_labels is not None and self.model.task == "causal_lm":
+        if self.model.num_labels is not None and self.model.causal:
             raise UserError("model.num_labels needs model.task: sequence_classification")
         if self.train.optimizer != "adamw" and self.parallel.strategy == "fsdp":
             raise UserError(
                 f"train.optimizer: {self.train.optimizer} does not work with parallel.strategy: fsdp "
                 "(bitsandbytes cannot update its sharded parameters); use adamw, or zero1, zero2 or zero3"
+            )
+
+    @property
+    def sequences(self) -> int:
+        """In a micro-batch: a pair of preferences has two."""
+        pairs = self.model.task == "preference" and self.train.objective != "kto"
+        return self.train.micro_batch_size * (1 + pairs)
+
+    def _check_preference(self) -> None:
+        train = self.train
+        if self.model.task != "preference":
+            for key in ("objective", "beta"):
+                if getattr(train, key) is not None:
+                    raise UserError(f"train.{key} needs model.task: preference, not {self.model.task}")
+            return
+        if self.data.loss_on == "all":
+            raise UserError("data.loss_on: all needs model.task: causal_lm (a preference is between completions)")
+        if self.data.streaming and train.objective == "kto":
+            raise UserError(
+                "data.streaming does not work with train.objective: kto, which compares each row of a step with "
+                "another one"
+            )
+        if self.dora.modules_to_save and train.objective not in ("orpo", "simpo"):
+            raise UserError(
+                f"dora.modules_to_save: {', '.join(self.dora.modules_to_save)} would be lost as the reference of "
+                f"train.objective: {train.objective or 'dpo'}; valid would be none, or the objective orpo or simpo"
             )
 
     def to_yaml(self) -> str:

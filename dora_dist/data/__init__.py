@@ -5,6 +5,7 @@ fields          what a row's fields may be; which ones are used, and which canno
 chats           a row's conversation: messages, tools, the turns to learn
 templates       a conversation to its text, by the tokenizer's chat template
 formats         a row of each format to its text and the characters to learn
+preferences     rows of preferences: which of two completions is better, or whether one is wanted
 encode          text to token ids and the mask of tokens to learn
 examples        all encoded rows, in flat arrays
 packing         several rows in one sequence

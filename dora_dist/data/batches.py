@@ -26,7 +26,7 @@ class GlobalBatch:
     """One optimizer step's data."""
 
     micro_batches: list[MicroBatch]  # this rank's
-    targets: int  # predicted supervised tokens (or labelled rows) of the whole global batch, over all ranks
+    targets: int  # of the whole global batch, over all ranks: predicted supervised tokens, labelled rows, or pairs
     tokens: int  # not counting padding, over all ranks
 
 
@@ -57,21 +57,46 @@ class Split:
 
 @dataclass(frozen=True)
 class Collate:
-    """Makes a micro-batch of units, each a list of examples (one, unless packing).
+    """Makes a micro-batch of units, each a list of examples: one, or those of a pack, or what is compared.
 
     causal: `input_ids` and `targets` [B, T] int64, `targets` being the id that follows each position (-100:
     not supervised); with packing also `position_ids` [B, T] and `document_lengths` [B, D], each row's in their
-    order, then zeros. Otherwise `input_ids` and `attention_mask` [B, T], `labels` [B] int64, and
-    `token_type_ids` [B, T] where the tokenizer has them. T is the longest unit rounded up to a multiple of 8, at
-    most seq_len; padding is at the right, where causal attention never looks.
+    order, then zeros. With `pairs` each example of a unit, chosen and rejected, is a row. With `others` a unit is
+    a labelled example and another one: the first ones are rows with `labels` [B], and their prompts with the other
+    ones' completions are `other_input_ids` and `other_targets`.
+    Not causal: `input_ids` and `attention_mask` [B, T], `labels` [B] int64, and `token_type_ids` [B, T] where the
+    tokenizer has them. T is the longest row rounded up to a multiple of 8, at most seq_len; padding is at the
+    right, where causal attention never looks.
     """
 
     seq_len: int
     pad_id: int
     packing: bool = False
     causal: bool = True
+    pairs: bool = False
+    others: bool = False
 
     def __call__(self, units: Sequence[Sequence[Example]]) -> MicroBatch:
+        if self.others:
+            own = self._rows([[first] for first, _ in units])
+            others = self._rows([[self._with_completion(*unit)] for unit in units])
+            labels = torch.tensor([first.label for first, _ in units])
+            return {**own, "labels": labels, **{f"other_{name}": tensor for name, tensor in others.items()}}
+        return self._rows([[example] for unit in units for example in unit] if self.pairs else units)
+
+    def examples(self, units: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The rows that a micro-batch takes of units that follow each other in a circle."""
+        before = [*units[-1:], *units[:-1]]
+        return [[*unit, *(other if self.others else ())] for unit, other in zip(units, before, strict=True)]
+
+    def _with_completion(self, own: Example, other: Example) -> Example:
+        """The prompt of one with the completion of another."""
+        start, begin = (int(example.supervised.argmax()) for example in (own, other))
+        ids = np.concatenate([own.ids[:start], other.ids[begin:]])[: self.seq_len]
+        supervised = np.concatenate([own.supervised[:start], other.supervised[begin:]])[: self.seq_len]
+        return Example(ids, supervised)
+
+    def _rows(self, units: Sequence[Sequence[Example]]) -> MicroBatch:
         longest = max(sum(len(example.ids) for example in unit) for unit in units)
         shape = (len(units), min(-(-longest // 8) * 8, self.seq_len))
         return self._causal(units, shape) if self.causal else self._labelled(units, shape)
@@ -79,7 +104,7 @@ class Collate:
     def dummy(self) -> MicroBatch:
         """A micro-batch that contributes nothing to a loss, for a rank that has no rows left."""
         nothing = Example(np.full(1, self.pad_id, dtype=np.int32), np.zeros(1, dtype=bool), label=IGNORED)
-        return self([[nothing]])
+        return self([[nothing, nothing] if self.pairs or self.others else [nothing]])
 
     def _causal(self, units: Sequence[Sequence[Example]], shape: tuple[int, int]) -> MicroBatch:
         ids_BT = np.full(shape, self.pad_id, dtype=np.int64)
@@ -122,7 +147,7 @@ class BatchPlan:
     """The global batches of a training run, by step, in any order: a run resumes by asking for a later step.
 
     Attributes:
-        rows: examples in an epoch.
+        rows: examples in an epoch (pairs, where these are compared).
         steps_per_epoch: global batches in an epoch; seldom a whole number, batches straddle epochs.
 
     Raises:
@@ -131,10 +156,8 @@ class BatchPlan:
 
     def __init__(self, examples: Examples, split: Split, collate: Collate, seed: int) -> None:
         self._examples, self._split, self._collate, self._seed = examples, split, collate, seed
-        self.rows = len(examples)
-        self._units = [[row] for row in range(self.rows)]
-        if collate.packing:
-            self._units = pack(examples.lengths, collate.seq_len)
+        self._units = _units(examples, collate)
+        self.rows = sum(map(len, self._units)) // (1 + collate.pairs)
         self.steps_per_epoch = len(self._units) / self._split.global_size
         # Each plan its own cache: a batch asks for its epoch, and for the next where it straddles the two.
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
@@ -162,13 +185,14 @@ class BatchPlan:
         """The data of optimizer step `step` (from 0)."""
         units = self.unit_rows(step)
         rows = [row for unit in units for row in unit]
+        taken = self._collate.examples(units)
         micro_batches = [
-            self._collate([[self._examples[row] for row in unit] for unit in units[part]])
+            self._collate([[self._examples[row] for row in unit] for unit in taken[part]])
             for part in self._split.mine()
         ]
         return GlobalBatch(
             micro_batches,
-            targets=int(self._examples.supervised_counts[rows].sum()),
+            targets=len(units) if self._collate.pairs else int(self._examples.supervised_counts[rows].sum()),
             tokens=int(self._examples.lengths[rows].sum()),
         )
 
@@ -184,13 +208,22 @@ class EvaluationBatches:
     def __init__(self, examples: Examples, split: Split, collate: Collate) -> None:
         self._examples = examples
         self._split, self._collate = replace(split, accumulation=1), replace(collate, packing=False)
-        self.rows = len(examples)
-        self.targets = int(examples.supervised_counts.sum())
+        self._units = self._collate.examples(_units(examples, self._collate))
+        self.rows = len(self._units)
+        self.targets = self.rows if collate.pairs else int(examples.supervised_counts.sum())
 
     def __iter__(self) -> Iterator[MicroBatch]:
         size = self._split.global_size
         for start in range(0, self.rows, size):
-            rows = range(start, min(start + size, self.rows))
+            taken = self._units[start : start + size]
             for part in self._split.mine():
-                units = [[self._examples[row]] for row in rows[part]]
+                units = [[self._examples[row] for row in unit] for unit in taken[part]]
                 yield self._collate(units) if units else self._collate.dummy()
+
+
+def _units(examples: Examples, collate: Collate) -> list[list[int]]:
+    """The rows of each unit, in order."""
+    if collate.packing:
+        return pack(examples.lengths, collate.seq_len)
+    size = 1 + collate.pairs
+    return [list(range(first, first + size)) for first in range(0, len(examples), size)]

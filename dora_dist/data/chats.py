@@ -60,6 +60,29 @@ def read_prompt_chat(row: Row) -> Chat:
     return _chat(row, ["prompt", "completion"], {"prompt"})
 
 
+def read_pair(row: Row, *keys: str) -> list[Chat]:
+    """The conversations of a preference row, which has its completions in `keys`. They alone are learned: what
+    comes after the messages of the field prompt or, without these, after those that the conversations share."""
+    prompt = row.fields.get("prompt")
+    if isinstance(prompt, list):
+        chats, shared = [_chat(row, ["prompt", key], {"prompt"}) for key in keys], 0
+    else:
+        chats = [_chat(row, [key], set()) for key in keys]
+        steps = zip(*(chat.messages for chat in chats), strict=False)
+        shortest = min(len(chat.messages) for chat in chats)
+        shared = next((n for n, (one, other) in enumerate(steps) if one != other), shortest)
+    if chats[0].messages == chats[1].messages:
+        raise BadRow(f"the fields {keys[0]!r} and {keys[1]!r} are equal; valid would be two that differ")
+    if isinstance(prompt, str) and not any(m.get("content") == prompt for m in chats[0].messages[:shared]):
+        raise BadRow(
+            f"the field 'prompt' is a string, and none of the messages which {keys[0]!r} and {keys[1]!r} share; "
+            "valid would be a list of messages"
+        )
+    for chat in chats:
+        chat.learned = [number for number in chat.learned if number >= shared]
+    return chats
+
+
 def _chat(row: Row, keys: list[str], unlearned: set[str]) -> Chat:
     tools, options = _tools(row.fields), json_field(row.fields, "chat_template_kwargs") or {}
     if not isinstance(options, dict):

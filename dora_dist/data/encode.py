@@ -23,7 +23,7 @@ T = TypeVar("T")
 class Example(NamedTuple):
     ids: np.ndarray  # [T] int32
     supervised: np.ndarray  # [T] bool; the first token is never predicted, whatever its mark
-    label: int = -1  # sequence_classification
+    label: int = -1  # of sequence_classification; in unpaired preferences 1: wanted, 0: not
     token_types: np.ndarray | None = None  # [T] uint8: which of a pair's texts, where the tokenizer says so
 
     @property
@@ -89,17 +89,24 @@ class Encoder:
 
     Args:
         tokenizer: a fast one of transformers.
-        labels: of a classifier; None: a language model learns the rows.
+        labels: of a classifier.
         vocab_size: rows of the model's embedding; None skips that check.
+        needed: the format that the task needs; None: any of which a language model learns the tokens.
 
     Raises:
         UserError: the tokenizer is slow, has no end-of-sequence token, or more tokens than the model.
     """
 
     def __init__(
-        self, config: DataConfig, tokenizer: Any, labels: Labels | None = None, vocab_size: int | None = None
+        self,
+        config: DataConfig,
+        tokenizer: Any,
+        labels: Labels | None = None,
+        vocab_size: int | None = None,
+        needed: str | None = None,
     ) -> None:
         self.config, self.tokenizer, self.labels = config, tokenizer, labels
+        self.needed = needed or (None if labels is None else "labels")
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
                 f"model.path: {type(tokenizer).__name__} is a slow tokenizer, which does not say where its "
@@ -129,7 +136,7 @@ class Encoder:
     def begin(self, row: Row) -> bool:
         """Let the first row that can be read decide the format. False: none has come yet."""
         if self._drafter is None and not row.problem:
-            self._form = detect_format(row, self.config, classify=self.labels is not None)
+            self._form = detect_format(row, self.config, self.needed)
             if self._form not in ("chat", "labels") and self.tokenizer.eos_token_id is None:
                 raise UserError(
                     f"data.format: {self._form} ends each row with the tokenizer's end-of-sequence token, and "
@@ -157,7 +164,9 @@ class Encoder:
             return bad
 
     def _finish(self, drafts: list[tuple[Draft, _Tokens]]) -> Encoded:
-        """A row's examples; bad where none of its drafts leaves a token to learn."""
+        """A row's examples; bad where none of its drafts leaves a token to learn, or one of a pair does not."""
+        if self._form == "preference":
+            return self._pair(drafts)
         make = {"text": self._document, "labels": self._labelled}.get(self._form, self._completion)
         examples: list[Example] = []
         problem, truncated = "", False
@@ -171,6 +180,16 @@ class Encoder:
         if not examples:
             return Encoded([], problem)
         return Encoded(examples, "", truncated or bool(problem), len(drafts) > 1)
+
+    def _pair(self, drafts: list[tuple[Draft, _Tokens]]) -> Encoded:
+        try:
+            (chosen, cut), (rejected, too) = (self._completion(*draft) for draft in drafts)
+        except BadRow as bad:
+            return Encoded([], str(bad))
+        if np.array_equal(chosen[0].ids, rejected[0].ids):
+            where = f" up to data.seq_len = {self.config.seq_len}" if cut or too else ""
+            return Encoded([], f"chosen and rejected have the same tokens{where}; valid would be two that differ")
+        return Encoded([*chosen, *rejected], "", cut or too)
 
     def _tokenize(self, drafts: list[Draft]) -> list[_Tokens]:
         # verbose would warn of texts longer than the model's window, which are cut or split later.
@@ -220,8 +239,8 @@ class Encoder:
             if not draft.chat:
                 supervised[-1] = True  # the end of sequence, appended or written in the completion
         limit = self.config.seq_len
-        example = Example(ids[:limit], supervised[:limit])
-        if not example.targets:
+        example = Example(ids[:limit], supervised[:limit], draft.label)
+        if not example.supervised[1:].any():
             raise BadRow(_nothing_to_learn(supervised, limit))
         return [example], len(ids) > limit
 

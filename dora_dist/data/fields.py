@@ -15,6 +15,8 @@ USED = {  # by format: the fields that it reads
     "alpaca": {"instruction", "input", "output", "system", "history"},
     "text": {"text"},
     "labels": {"text", "text_pair", "label"},
+    "preference": {"prompt", "chosen", "rejected", *_CHAT},
+    "unpaired_preference": {"prompt", "completion", "label", *_CHAT},
 }
 
 
@@ -43,13 +45,20 @@ def check_fields(row: Row, form: str) -> Iterator[str]:
     refuse_media(fields)
     if form != "labels":
         for key in PREFERENCE:
-            if is_given(fields, key):
-                raise BadRow(f"the field {key!r} belongs to preference training, which data.format: {form} is not")
+            if is_given(fields, key) and key not in USED[form]:
+                valid = "none" if "preference" in form else "model.task: preference"
+                raise BadRow(
+                    f"the field {key!r} belongs to preference training, in which data.format: {form} has no place "
+                    f"for it; valid would be {valid}"
+                )
     if form in ("chat", "prompt_completion") and isinstance(fields.get("label"), bool):
-        raise BadRow("the field 'label' is a boolean, as in preference training (KTO); valid would be none")
-    if form in ("alpaca", "prompt_completion"):
+        raise BadRow(
+            "the field 'label' is a boolean, as in preference training; valid would be none, or train.objective: "
+            "kto"
+        )
+    if form in ("alpaca", "prompt_completion", "preference", "unpaired_preference"):
         # Plain text has no place for tools, nor a prompt that is written as a whole for a system text.
-        conversation = isinstance(fields.get("prompt"), list)
+        conversation = any(isinstance(fields.get(key), list) for key in ("prompt", "chosen"))
         for key in sorted(_CHAT | {"history"}):
             honoured = key in USED[form] and (form == "alpaca" or conversation)
             if is_given(fields, key) and not honoured:

@@ -12,6 +12,7 @@ from typing import Any
 from dora_dist.config import DataConfig
 from dora_dist.data.chats import read_chat, read_prompt_chat
 from dora_dist.data.fields import PREFERENCE, BadRow, check_fields, json_field, missing, optional_text, text_field
+from dora_dist.data.preferences import draft_labelled, draft_pair
 from dora_dist.data.rows import Row, describe
 from dora_dist.data.templates import ChatTemplate, Draft
 from dora_dist.errors import UserError
@@ -22,6 +23,13 @@ FORMATS = {  # in the order in which `auto` tries them, with the keys each one n
     "alpaca": '{"instruction", "input", "output"}',
     "text": '{"text"}',
     "labels": '{"text", "text_pair"?, "label"}',
+    "preference": '{"prompt", "chosen", "rejected"}',
+    "unpaired_preference": '{"prompt", "completion", "label"}',
+}
+TASKS = {  # what a format that no language model learns token by token is for
+    "labels": "model.task: sequence_classification",
+    "preference": "model.task: preference",
+    "unpaired_preference": "train.objective: kto",
 }
 # The prompts of https://github.com/tatsu-lab/stanford_alpaca
 ALPACA_WITH_INPUT = (
@@ -54,36 +62,36 @@ class Labels:
         raise BadRow(f"the field 'label' is {found}; valid would be {valid}")
 
 
-def detect_format(row: Row, config: DataConfig, *, classify: bool) -> str:
-    """The format of all rows: the configured one, or for `auto` the one that the first row's keys fit."""
-    if classify:
-        if config.format not in ("auto", "labels"):
+def detect_format(row: Row, config: DataConfig, needed: str | None) -> str:
+    """The format of all rows: the one that the task needs, if any; else the configured one, or for `auto` the one
+    that the first row's keys fit."""
+    if needed is not None:
+        if config.format not in ("auto", needed):
             raise UserError(
-                f"data.format: {config.format} does not fit model.task: sequence_classification; "
-                "valid would be labels or auto"
+                f"data.format: {config.format} does not fit {TASKS[needed]}; valid would be {needed} or auto"
             )
-        return "labels"
-    if config.format == "labels":
-        raise UserError("data.format: labels needs model.task: sequence_classification, not causal_lm")
+        return needed
+    if config.format in TASKS:
+        raise UserError(f"data.format: {config.format} needs {TASKS[config.format]}, not model.task: causal_lm")
     if config.format != "auto":
         return config.format
     keys = row.fields.keys()
     if "messages" in keys or "conversations" in keys:
         return "chat"
-    for name, needed in (
+    for name, wanted_keys in (
         ("prompt_completion", {"prompt", "completion"}),
         ("alpaca", {"instruction", "output"}),
         ("text", {"text"}),
     ):
-        if needed <= keys:
+        if wanted_keys <= keys:
             return name
     if wanted := [key for key in keys if key in PREFERENCE]:
         raise UserError(
             f"{row.place}: the field {wanted[0]!r} belongs to preference training, which this is not; valid would "
-            'be rows such as {"prompt", "completion"}'
+            'be model.task: preference, or rows such as {"prompt", "completion"}'
         )
     found = ", ".join(map(repr, keys)) or "none"
-    shapes = ", ".join(f"{name} {shape}" for name, shape in FORMATS.items() if name != "labels")
+    shapes = ", ".join(f"{name} {shape}" for name, shape in FORMATS.items() if name not in TASKS)
     raise UserError(f"{row.place}: the keys found ({found}) fit no format; valid would be {shapes}")
 
 
@@ -114,6 +122,8 @@ def drafter(
         "alpaca": partial(_draft_alpaca, end=tokenizer.eos_token),
         "text": _draft_text,
         "labels": partial(_draft_labels, to_label=labels),
+        "preference": partial(draft_pair, template=template),
+        "unpaired_preference": partial(draft_labelled, template=template),
     }
 
     def draft(row: Row) -> list[Draft]:

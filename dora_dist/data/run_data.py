@@ -38,11 +38,17 @@ class RunData:
         if self.pad_id is None:
             self.pad_id = tokenizer.eos_token_id or 0
         about.pad_token_id = self.pad_id  # classifiers on decoders find a row's last token by it
-        causal = task == "causal_lm"
-        labels = None if causal else Labels(about.num_labels, about.label2id)
-        encoder = partial(Encoder, config, labels=labels, vocab_size=about.get_text_config().vocab_size)
+        classifies = task == "sequence_classification"
+        labels = Labels(about.num_labels, about.label2id) if classifies else None
+        needed = _needed_format(task, train.objective)
+        encoder = partial(
+            Encoder, config, labels=labels, vocab_size=about.get_text_config().vocab_size, needed=needed
+        )
         split = Split(train.micro_batch_size, train.accumulation, processes.rank, processes.world_size)
-        collate = Collate(config.seq_len, self.pad_id, config.packing, causal)
+        collate = Collate(
+            config.seq_len, self.pad_id, config.packing, not classifies,
+            pairs=needed == "preference", others=needed == "unpaired_preference",
+        )  # fmt: skip
         self.plan: BatchPlan | StreamPlan
         self._rows: dict[str, Source | Examples | None]
         if config.streaming:
@@ -74,6 +80,12 @@ class RunData:
         """What identifies tokenizer, training and evaluation rows ("none" where there are none)."""
         rows = {name: "none" if rows is None else rows.fingerprint for name, rows in self._rows.items()}
         return {"tokenizer": tokenizer_fingerprint(self.tokenizer), **rows}
+
+
+def _needed_format(task: str, objective: str | None) -> str | None:
+    if task == "preference":
+        return "unpaired_preference" if objective == "kto" else "preference"
+    return "labels" if task == "sequence_classification" else None
 
 
 def check_lengths(model: nn.Module, tokenizer: Any, seq_len: int, prompts: Sequence[str], tokens: int) -> None:

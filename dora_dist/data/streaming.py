@@ -120,7 +120,8 @@ class StreamPlan:
         told, unused = window.tell(self._exchange)
         self._count(window, told, unused)
         generator = window_generator(self._seed, window.number)
-        units = units_of(told, generator, self._collate.seq_len if self._collate.packing else None)
+        pack_to = self._collate.seq_len if self._collate.packing else None
+        units = units_of(told, generator, pack_to, self._collate.pairs)
         dropped = min(max(skipped - len(self._units), 0), len(units))
         owners = self._split.owners(self._made, len(units))
         own = [units[place] for place in range(dropped, len(units)) if owners[place] == self._split.rank]

@@ -169,7 +169,7 @@ class _Drawing:
         if not through.startswith(history):
             raise _untold(f"message {turn + 1} changes the rendering of those before it")
         # R1's prompt opens a thought, which its rendering of a finished turn leaves out.
-        return max(len(history), _common(prompt, through)), through
+        return max(len(history), common_length(prompt, through)), through
 
 
 def _untold(why: str) -> BadRow:
@@ -179,7 +179,7 @@ def _untold(why: str) -> BadRow:
     )
 
 
-def _common(a: str, b: str) -> int:
+def common_length(a: str, b: str) -> int:
     """How many characters two texts begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 

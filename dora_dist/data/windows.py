@@ -144,14 +144,20 @@ def window_generator(seed: int, window: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([seed, window]))
 
 
-def units_of(told: list[Told], generator: np.random.Generator, pack_to: int | None) -> list[Unit]:
+def units_of(
+    told: list[Told], generator: np.random.Generator, pack_to: int | None, pairs: bool = False
+) -> list[Unit]:
     """A window's units, in an order that depends on no rank.
 
     Args:
         generator: of the window; shuffles its rows and the parts of long ones, and packs.
         pack_to: tokens of a pack; None: no packing.
+        pairs: a row's two examples are one unit, and one target.
     """
     order = generator.permutation(len(told))
+    if pairs:
+        good = [(int(row), told[row]) for row in order if told[row].lengths]
+        return [Unit([(row, 0), (row, 1)], sum(about.lengths), 1) for row, about in good]
     parts = [(int(row), part) for row in order for part in range(len(told[row].lengths))]
     if any(len(row.lengths) > 1 for row in told):
         parts = [parts[place] for place in generator.permutation(len(parts))]

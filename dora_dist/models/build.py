@@ -81,9 +81,8 @@ def make_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from
     base = Base(base_fingerprint(files, directory, config.train.seed), str(config.quant))
     if config.dora.init_from is not None and from_files:
         check_adapter_files(config.dora.init_from, base, config.dora.accept_other_base, "dora.init_from")
-    causal = config.model.task == "causal_lm"
-    plain_logits = causal and has_plain_logits(model)
-    head = () if causal else classifier_head(model)
+    plain_logits = config.model.causal and has_plain_logits(model)
+    head = () if config.model.causal else classifier_head(model)
     saved = [*config.dora.modules_to_save, *(h for h in head if h not in config.dora.modules_to_save)]
     idle = idle_modules(model, config.dora.modules_to_save)
     inject_dora(model, replace(config.dora, modules_to_save=saved), base, idle or ())

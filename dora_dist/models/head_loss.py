@@ -1,11 +1,11 @@
-"""The summed cross-entropy of a language model without ever holding all its logits.
+"""The cross-entropy of a language model, token by token, without ever holding all its logits.
 
 For 4096 tokens and 128k words the logits and what the loss makes of them take gigabytes, more than the rest of a
 step under activation checkpointing. Here the output head makes them for a few tokens at a time, and where it is
 frozen, as it nearly always is, makes their gradient at once: what the backward needs is d loss / d hidden alone,
 so neither logits nor the head's weight are touched again. (Liger Kernel does so too, arXiv 2410.10989.)
 
-It all happens inside the head's own forward, which gives out the loss in place of logits: there its weight is
+It all happens inside the head's own forward, which gives out the losses in place of logits: there its weight is
 whole under any sharding, and may be dense or in 4 bits. Models that change the head's logits (soft capping,
 scaling) are found by `has_plain_logits` and left alone.
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dora_dist.data.batches import IGNORED
-from dora_dist.device import to_device
+from dora_dist.device import to_device, wide_dtype
 
 _CHUNK_BYTES = 64 << 20  # of a chunk's fp32 logits; a quarter of it costs a CPU 1.4 times the time
 _LEAST_ROWS = 256  # with fewer, reading the head's weight takes longer than multiplying by it
@@ -30,7 +30,7 @@ _FP16_SCALE = 64.0  # probabilities below 6e-5 lose digits in fp16
 
 
 class HeadLoss:
-    """Has a causal model's head compute the summed loss, and no logits."""
+    """Has a causal model's head compute the targets' losses, and no logits."""
 
     def __init__(self, head: nn.Module, vocabulary: int):
         self._compute, self._vocabulary = head.forward, vocabulary
@@ -38,20 +38,20 @@ class HeadLoss:
         self._asked: tuple[Tensor, Tensor] | None = None
         head.forward = self._forward
 
-    def summed(self, model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
-        """The loss of a forward of `model`, summed over `targets` (0-d, fp32). They lie on the host, where the
-        number of supervised ones is known without a wait."""
+    def losses(self, model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+        """[N] fp32, the losses of a forward of `model` at the `supervised_positions` of `targets`. These lie on
+        the host, where the number of supervised ones is known without a wait."""
         positions_N = supervised_positions(targets)
         device = inputs["input_ids"].device
         with self.of(to_device(positions_N, device), to_device(targets.flatten()[positions_N], device)):
-            loss: Tensor = model(**inputs).logits
-        return loss
+            losses_N: Tensor = model(**inputs).logits
+        return losses_N
 
     @contextmanager
     def of(self, positions_N: Tensor, targets_N: Tensor) -> Iterator[None]:
-        """Inside, the head gives out the loss summed over `targets_N`; `positions_N` says where they are in the
-        flattened batch. Give a position even where none is supervised, with the target -100: a trained head has to
-        get its gradient on every rank."""
+        """Inside, the head gives out the losses [N] of `targets_N`; `positions_N` says where they are in the
+        flattened batch. Give a position even where none is supervised, with the target -100, whose loss is 0: a
+        trained head has to get its gradient on every rank."""
         self._asked = (positions_N, targets_N)
         try:
             yield
@@ -74,61 +74,70 @@ class HeadLoss:
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """The loss of a head without trained parameters; its gradient is made in the forward."""
+    """The losses of a head without trained parameters; their gradients are made in the forward."""
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, targets_N: Tensor, compute: Any, rows: int) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         gradient_NH = torch.empty_like(hidden_NH) if wanted else None
         ctx.scale = _FP16_SCALE if hidden_NH.dtype == torch.float16 else 1.0
-        total = torch.zeros((), device=hidden_NH.device, dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
+        losses_N = hidden_NH.new_empty(len(targets_N), dtype=wide_dtype(hidden_NH.dtype))
         for start in range(0, len(targets_N), rows):
             part = slice(start, start + rows)
             x = hidden_NH[part].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 logits = compute(x)
-            loss, d_logits = _loss_and_gradient(logits.detach(), targets_N[part], ctx.scale, wanted)
-            total += loss
+            losses_N[part], d_logits = _losses_and_gradients(logits.detach(), targets_N[part], ctx.scale, wanted)
             if gradient_NH is not None:
                 (d_x,) = torch.autograd.grad(logits, x, d_logits)
                 gradient_NH[part] = d_x.masked_fill_((targets_N[part] == IGNORED)[:, None], 0)
         ctx.save_for_backward(*(() if gradient_NH is None else (gradient_NH,)))
-        return total
+        return losses_N
 
     @staticmethod
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_losses_N: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_NH,) = ctx.saved_tensors
-        factor = (d_loss / ctx.scale).reshape(1, 1)  # a 0-d one would be rounded to 16 bits first
-        return torch.mul(gradient_NH, factor, out=torch.empty_like(gradient_NH)), None, None, None
+        factor_N1 = (d_losses_N / ctx.scale)[:, None]
+        return torch.mul(gradient_NH, factor_N1, out=torch.empty_like(gradient_NH)), None, None, None
 
 
-def _loss_and_gradient(logits: Tensor, targets: Tensor, scale: float, wanted: bool) -> tuple[Tensor, Tensor]:
-    """The summed loss of a chunk, and `scale` x its gradient by the logits, in their dtype. Rows that are ignored
-    get one, too."""
+def _losses_and_gradients(logits: Tensor, targets: Tensor, scale: float, wanted: bool) -> tuple[Tensor, Tensor]:
+    """The losses of a chunk, and `scale` x each one's gradient by its logits, in their dtype. Rows that are
+    ignored get one, too."""
     ignored, chosen = targets == IGNORED, targets.clamp(min=0)[:, None]
-    wide = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    loss = -wide.gather(1, chosen).squeeze(1).masked_fill_(ignored, 0).sum()
+    wide = torch.log_softmax(logits, -1, dtype=wide_dtype(logits.dtype))
+    losses = -wide.gather(1, chosen).squeeze(1).masked_fill_(ignored, 0)
     if not wanted:
-        return loss, logits
+        return losses, logits
     wide.exp_().scatter_add_(1, chosen, wide.new_full((1, 1), -1.0).expand_as(chosen))
-    return loss, (wide if scale == 1 else wide.mul_(scale)).to(logits.dtype)
+    return losses, (wide if scale == 1 else wide.mul_(scale)).to(logits.dtype)
 
 
 def _recomputed(hidden_NH: Tensor, targets_N: Tensor, compute: Any, rows: int) -> Tensor:
-    """The loss of a head that is trained: its backward makes each chunk's logits again."""
+    """The losses of a head that is trained: its backward makes each chunk's logits again."""
 
-    def loss(x: Tensor, targets: Tensor) -> Tensor:
-        return summed_loss(compute(x), targets)
+    def losses(x: Tensor, targets: Tensor) -> Tensor:
+        return token_losses(compute(x), targets)
 
-    total = torch.zeros((), device=hidden_NH.device)
-    for x, targets in zip(hidden_NH.split(rows), targets_N.split(rows), strict=True):
-        total = total + checkpoint(loss, x, targets, use_reentrant=False)
-    return total
+    parts = zip(hidden_NH.split(rows), targets_N.split(rows), strict=True)
+    return torch.cat([checkpoint(losses, x, targets, use_reentrant=False) for x, targets in parts])
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Of whole logits [..., V] and targets [...]."""
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of whole logits [N, V] and targets [N], each one's; 0 where it is ignored."""
+    return F.cross_entropy(logits.to(wide_dtype(logits.dtype)), targets, ignore_index=IGNORED, reduction="none")
+
+
+def row_sums(values_N: Tensor, targets: Tensor) -> Tensor:
+    """[B] the sums over each row of what the supervised positions of `targets` [B, T], on the host, have."""
+    positions_N = to_device(supervised_positions(targets), values_N.device)
+    flat = values_N.new_zeros(targets.numel()).index_copy(0, positions_N, values_N)
+    return flat.view(targets.shape).sum(1)
 
 
 def supervised_positions(targets: Tensor) -> Tensor:

@@ -143,12 +143,23 @@ def _model_arguments(config: ModelConfig, directory: Path) -> dict[str, Any]:
         raise _bad_config(directory, error) from None
     if hasattr(hf_config, "quantization_config"):
         del hf_config.quantization_config  # what can be read of such weights, bitsandbytes_files.py reads
+    if config.task == "preference":
+        _without_dropout(hf_config)
     return {
         "config": hf_config,
         "trust_remote_code": False,  # said, because unsaid it is asked for on the terminal
         "dtype": getattr(torch, config.dtype),
         "attn_implementation": config.attention,
     }
+
+
+def _without_dropout(config: Any) -> None:
+    """Policy and reference are compared: what one of them drops at random would be taken for a preference."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, float) and "drop" in name:
+            setattr(config, name, 0.0)
+        elif hasattr(value, "to_dict"):
+            _without_dropout(value)
 
 
 def _bad_config(directory: Path, error: Exception) -> UserError:
@@ -174,7 +185,7 @@ def check_model(model: nn.Module, task: str, packing: bool, checkpointing: bool)
             raise UserError(f"model.num_labels: {hf_config.num_labels}; a classifier needs at least 2")
     elif any("MaskedLM" in name for name in getattr(hf_config, "architectures", None) or ()):
         raise UserError(
-            f"model.task: causal_lm does not fit {hf_config.architectures[0]}, which sees the tokens it predicts; "
+            f"model.task: {task} does not fit {hf_config.architectures[0]}, which sees the tokens it predicts; "
             "sequence_classification does"
         )
     if packing and (problem := _packing_undone_by(model)):
@@ -199,7 +210,7 @@ def _packing_undone_by(model: nn.Module) -> str | None:
 def _auto_class(config: ModelConfig) -> Any:
     import transformers
 
-    if config.task == "causal_lm":
+    if config.causal:
         return transformers.AutoModelForCausalLM
     return transformers.AutoModelForSequenceClassification
 

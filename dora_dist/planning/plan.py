@@ -50,7 +50,7 @@ class Plan:
     def tokens(self) -> int:
         """Of a step, over all GPUs, every row full."""
         config = self.rehearsed.job.config
-        rows = config.train.micro_batch_size * config.train.accumulation * self.cluster.gpus
+        rows = config.sequences * config.train.accumulation * self.cluster.gpus
         return rows * config.data.seq_len
 
     @property
@@ -191,7 +191,7 @@ def certainly_fits(model: nn.Module, config: RunConfig, memory: float) -> bool:
     weights = 2 * sum(t.nbytes for t in base_tensors(model).values())
     trained = 20 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     widths = sum(sum(p.shape) for p in model.parameters() if p.dim() == 2)
-    tokens = config.train.micro_batch_size * config.data.seq_len
+    tokens = config.sequences * config.data.seq_len
     heads = getattr(model.config, "num_attention_heads", 64) * config.data.seq_len  # attention by its definition
     blocks = sum(1 for m in model.modules() if isinstance(m, nn.ModuleList) for _ in m)
     return weights + trained + tokens * 4 * (6 * widths + blocks * heads * 2) < memory / 2

@@ -120,10 +120,12 @@ class Files:
 
 def full_batch(config: RunConfig, world_size: int) -> GlobalBatch:
     """One step's full rows: of two micro-batches where there are more, the first stands for all but the last."""
-    B, T = config.train.micro_batch_size, config.data.seq_len
+    B, T = config.sequences, config.data.seq_len
     ids = torch.zeros(B, T, dtype=torch.long)
-    if config.model.task == "causal_lm":
+    if config.model.causal:
         micro = {"input_ids": ids, "targets": ids}
+        if config.train.objective == "kto":
+            micro |= {"labels": ids[:, 0], "other_input_ids": ids, "other_targets": ids}
         if config.data.packing:
             micro |= {"position_ids": ids, "document_lengths": torch.full((B, 1), T)}
     else:

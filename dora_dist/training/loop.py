@@ -1,6 +1,5 @@
 """The loop over a run's steps: what is due after each one, and how the run ends."""
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +15,7 @@ from dora_dist.parallel.phases import Phase
 from dora_dist.training.checkpoint import Checkpoints
 from dora_dist.training.health import SpeedCheck, StepCheck, StopSignals
 from dora_dist.training.run_log import RunLog, show
-from dora_dist.training.trainer import Evaluation, Trainer
+from dora_dist.training.trainer import Evaluation, Trainer, finite
 
 _SPEED_STEPS = 50  # between two comparisons of the ranks' speeds
 
@@ -84,7 +83,7 @@ class Loop:
         step, last = progress.step, progress.step == trainer.steps
         self.check.add(step, loss * self.processes.world_size, grad_norm)
         if step % self.config.every == 0 or step == 1 or last:
-            self._report(loss, grad_norm)
+            self._report(loss, grad_norm, batch.targets)
             self._start_clock()
         if step % _SPEED_STEPS == 0 and self.processes.world_size > 1:
             trainer.at(Phase.SPEEDS)
@@ -158,18 +157,20 @@ class Loop:
     def _start_clock(self) -> None:
         self._clock = (time.perf_counter(), self.progress.step, self.progress.tokens)
 
-    def _report(self, loss: Tensor, grad_norm: Tensor) -> None:
+    def _report(self, loss: Tensor, grad_norm: Tensor, targets: int) -> None:
         """Log a step; its times are means over the steps since the clock was started."""
         self.trainer.at(Phase.LOG)
         mean_loss, norm = self.processes.sum_(loss).item(), grad_norm.item()  # waits for the device
+        more = self.trainer.step_metrics(targets)
         start, steps_before, tokens_before = self._clock
         seconds = time.perf_counter() - start
         step, tokens = self.progress.step, self.progress.tokens
         self.log.training(
             step,
             {
-                "loss": mean_loss if math.isfinite(mean_loss) else None,
-                "grad_norm": norm if math.isfinite(norm) else None,
+                "loss": finite(mean_loss),
+                "grad_norm": finite(norm),
+                **more,
                 "lr": self.trainer.config.lr * self.trainer.lr_factor(step - 1),
                 "tokens": tokens,
                 "tokens_per_second": (tokens - tokens_before) / seconds,

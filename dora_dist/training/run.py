@@ -29,6 +29,7 @@ from dora_dist.training.checkpoint import Checkpoints
 from dora_dist.training.health import StopSignals
 from dora_dist.training.loop import Loop, evaluates_at
 from dora_dist.training.optim import TrainableModel, build_to_train, optimizer_class
+from dora_dist.training.preference import check_preference
 from dora_dist.training.resume import Checkpoint, compare, describe_run
 from dora_dist.training.run_log import Resumed, RunLog
 from dora_dist.training.trainer import Progress, Trainer
@@ -109,8 +110,9 @@ def _check(
     memory = -processes.agree([-int(device_memory(processes))])()[0]
     strategy = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes, memory)
     optimizer_class(config.train)  # raises UserError where its package is missing
+    check_preference(config, processes.world_size)
     warnings = check_fits(config, directory, blueprint.model, processes, memory) if check_fits is not None else []
-    prompts = config.log.sample_prompts if config.model.task == "causal_lm" else []
+    prompts = config.log.sample_prompts if config.model.causal else []
     check_lengths(blueprint.model, tokenizer, config.data.seq_len, prompts, config.log.sample_tokens)
     data = RunData(config.data, config.train, config.model.task, blueprint.model, tokenizer, processes)
     processes.start(config.parallel.timeout_s, needed=strategy.needs_group)

@@ -85,7 +85,9 @@ class RunLog(AbstractContextManager):
         if not self._is_main:
             return
         self._write(step, metrics)
-        status = f"loss {show(metrics['loss'])}  {metrics['tokens_per_second']:,.0f} tok/s"
+        told = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+        shown = [f"{word} {show(metrics[name])}" for name, word in told.items() if name in metrics]
+        status = "  ".join([*shown, f"{metrics['tokens_per_second']:,.0f} tok/s"])
         self._bar.update(self._task, completed=step, status=status)
         if not self._console.is_terminal:
             remaining = (self._total - step) * metrics["step_seconds"]

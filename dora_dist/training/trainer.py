@@ -1,29 +1,28 @@
 """What training does with a model: optimizer steps, evaluation, samples. It never asks which strategy it has.
 
-The loss is the sum over supervised tokens divided by the number of such tokens in the *global* batch, which every
-rank knows from the data alone; so the same global batch gives the same loss and gradients however it is formed.
+The loss is a sum divided by the number of targets in the *global* batch (supervised tokens, rows or pairs), which
+every rank knows from the data alone; so the same global batch gives the same loss and gradients however it is
+formed.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dora_dist.config import ModelConfig, TrainConfig
 from dora_dist.data.batches import EvaluationBatches, GlobalBatch
-from dora_dist.data.packing import additive_mask, packed_attention
 from dora_dist.data.run_data import RunData, encode_prompt
-from dora_dist.device import Stopwatch, to_device
+from dora_dist.device import Stopwatch
 from dora_dist.dora.norm_cache import dora_layers, refresh_norms
-from dora_dist.models.attention import CausalAttention
-from dora_dist.models.head_loss import summed_loss
 from dora_dist.models.participation import refuse_idle
 from dora_dist.parallel.phases import Phase
 from dora_dist.parallel.watchdog import Watchdog
+from dora_dist.training.objectives import CausalForward, LabelLoss, Objective, TokenLoss
 from dora_dist.training.optim import TrainableModel, lr_factor
+from dora_dist.training.preference import KtoLoss, PreferenceLoss
 
 Evaluation = dict[str, float | None]  # by name; None: not finite
 
@@ -57,11 +56,9 @@ class Trainer:
         self.base_rates = [group["lr"] for group in built.optimizer.param_groups]
         self.lr_factor = lr_factor(train, steps)
         self.norm_clock = Stopwatch(self.device)
-        self.causal = model.task == "causal_lm"
-        self.eager_dtype = getattr(torch, model.dtype) if model.attention == "eager" else None
-        # Compiled blocks would be compiled anew for each pack's lengths.
-        without_mask = self.causal and not (train.compile and packing) and CausalAttention.fits(built.model)
-        self.attention = CausalAttention(built.model) if without_mask else None
+        self.generates = model.causal
+        self.objective = _objective(built, model, train, packing)
+        self.sums = torch.zeros(0, device=self.device)  # this rank's, of the objective in the last step
         self.first_step = self.current = self.progress.step  # `current`: the step that is made, or was made last
         self._layers = list(dora_layers(built.model).values())
         built.engine.module.train()
@@ -77,11 +74,15 @@ class Trainer:
         watched = not (self.config.compile and self.progress.step == self.first_step)  # compiling takes its time
         last = len(batch.micro_batches) - 1
         loss = torch.zeros((), device=self.device)
+        self.at(Phase.FORWARD, 1, watched)
+        self.objective.prepare(batch.micro_batches)
         for index, micro in enumerate(batch.micro_batches):
             # Both around the backward, too: it may run the forward again.
-            with engine.micro_batch(last=index == last), self._attention_over(micro):
+            with engine.micro_batch(last=index == last), self.objective.around(micro):
                 self.at(Phase.FORWARD, index + 1, watched)
-                part = self._loss_sum(engine.module, micro)[0] / batch.targets
+                summed, sums = self.objective(engine.module, micro)
+                self.sums = sums if index == 0 else self.sums + sums
+                part = summed / batch.targets
                 loss += part.detach()
                 part = part * (part.detach() * 0 + 1)  # of an infinite loss every gradient shall be NaN
                 self.at(Phase.BACKWARD, index + 1, watched)
@@ -103,8 +104,8 @@ class Trainer:
         self.at(Phase.FORWARD, 1, watched=False)
         self._train_mode()
         model = self.built.model
-        with self._attention_over(micro):
-            refuse_idle(model, lambda: self._loss_sum(model, micro)[0], self.processes)
+        with self.objective.around(micro):
+            refuse_idle(model, lambda: self.objective(model, micro)[0], self.processes)
 
     def _train_mode(self) -> None:
         if not self.built.engine.module.training:  # to set it walks over all modules
@@ -112,25 +113,35 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, batches: EvaluationBatches, before_each: Callable[[], None] = lambda: None) -> Evaluation:
-        """Mean loss per supervised token (per row and with accuracy, for a classifier). `before_each`: is called
-        before each batch, and may end the run."""
+        """Mean loss per target, and the objective's metrics. `before_each`: is called before each batch, and may
+        end the run."""
         self.built.engine.module.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.at(Phase.EVALUATION, 1, watched=not self.config.compile)
+        self.objective.prepare(batches)
+        totals = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, micro in enumerate(batches):
             before_each()
             self.at(Phase.EVALUATION, index + 1, watched=not self.config.compile)
-            with self._attention_over(micro):
-                totals += torch.stack(self._loss_sum(self.built.model, micro)).double()
-        loss, correct = (self.processes.sum_(totals) / batches.targets).tolist()
-        found = {"eval_loss": loss} if self.causal else {"eval_loss": loss, "eval_accuracy": correct}
-        return {name: value if math.isfinite(value) else None for name, value in found.items()}
+            with self.objective.around(micro):
+                loss, sums = self.objective(self.built.model, micro)
+            totals = totals + torch.cat([loss.reshape(1), sums]).double()
+        total, *parts = self.processes.sum_(totals).tolist()
+        found = {"loss": total / batches.targets, **self.objective.metrics(parts, batches.targets)}
+        return {f"eval_{name}": finite(value) for name, value in found.items()}
+
+    def step_metrics(self, targets: int) -> Evaluation:
+        """The objective's, of the last step's global batch, whose `targets` these are. All ranks call this."""
+        if not self.objective.while_training:
+            return {}
+        sums = self.processes.sum_(self.sums.clone()).tolist()
+        return {name: finite(value) for name, value in self.objective.metrics(sums, targets).items()}
 
     @torch.no_grad()
     def sample(self, data: RunData, prompts: Sequence[str], tokens: int) -> list[str]:
         """Greedy completions of `prompts`; all ranks compute them in step."""
         self.built.engine.module.eval()
         texts = []
-        for prompt in prompts if self.causal else ():
+        for prompt in prompts if self.generates else ():
             self.at(Phase.SAMPLING, watched=False)
             encoded = encode_prompt(data.tokenizer, prompt).to(self.device)
             with torch.compiler.set_stance("force_eager"):  # graphs for a cache would use up dynamo's limit
@@ -147,27 +158,18 @@ class Trainer:
             texts.append(data.tokenizer.decode(completion, skip_special_tokens=True))
         return texts
 
-    def _loss_sum(self, module: nn.Module, micro: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(summed loss, number right) of one micro-batch; the second of classifiers alone."""
-        host = dict(micro)
-        targets, lengths = host.pop("targets", None), host.pop("document_lengths", None)
-        inputs = {name: to_device(tensor, self.device) for name, tensor in host.items()}
-        if targets is None:
-            labels = inputs.pop("labels")
-            logits = module(**inputs).logits
-            return summed_loss(logits, labels), (logits.argmax(-1) == labels).sum().float()
-        if lengths is not None and self.attention is None:
-            mask = packed_attention(to_device(lengths, self.device), targets.shape[1])
-            inputs["attention_mask"] = mask if self.eager_dtype is None else additive_mask(mask, self.eager_dtype)
-        if self.built.head_loss is None:
-            loss = summed_loss(module(**inputs).logits, to_device(targets, self.device))
-        else:
-            loss = self.built.head_loss.summed(module, inputs, targets)
-        return loss, loss.new_zeros(())
 
-    def _attention_over(self, micro: dict[str, Tensor]) -> AbstractContextManager:
-        if self.attention is None:
-            return nullcontext()
-        lengths = micro.get("document_lengths")
-        documents = None if lengths is None else [[n for n in row if n] for row in lengths.tolist()]
-        return self.attention.over(documents)
+def _objective(built: TrainableModel, model: ModelConfig, train: TrainConfig, packing: bool) -> Objective:
+    device, processes = built.processes.device, built.processes
+    if not model.causal:
+        return LabelLoss(device)
+    # Compiled blocks would be compiled anew for each pack's lengths.
+    forward = CausalForward(built, model, device, without_mask=not (train.compile and packing))
+    if model.task == "causal_lm":
+        return TokenLoss(forward)
+    kind = KtoLoss if train.objective == "kto" else PreferenceLoss
+    return kind(forward, built.model, train, processes.sum_)
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -78,7 +78,7 @@ def step_after_evaluation(model: nn.Module, head_loss: HeadLoss) -> Counter:
         with torch.no_grad():
             model(x)
         with Counter() as step, head_loss.of(positions, targets):
-            model(x).backward()
+            model(x).sum().backward()
     return step
 
 

@@ -58,20 +58,23 @@ def run_case(config, processes: Processes, adapter: Path) -> dict:
 
     built.engine.step = note_first_and_step
     trainer = Trainer(built, config.model, config.train, config.data.packing, data.steps)
-    losses, norms = [], []
+    losses, norms, evaluation = [], [], {}
     for step in range(data.steps):
         if step == 1 and data.evaluation is not None:
-            trainer.evaluate(data.evaluation)  # leaves nothing behind in the steps that follow
-        loss, grad_norm = trainer.train_step(data.plan.global_batch(step))
+            evaluation = trainer.evaluate(data.evaluation)  # leaves nothing behind in the steps that follow
+        batch = data.plan.global_batch(step)
+        loss, grad_norm = trainer.train_step(batch)
         losses.append(processes.sum_(loss).item())
         norms.append(grad_norm.item())
+    metrics = trainer.step_metrics(batch.targets)
     cached = {name: layer.norm.clone() for name, layer in layers.items()}
     for norm in cached.values():
         assert torch.equal(processes.broadcast_(norm.clone()), norm)  # ranks that differ would drift apart
     shards.reshard(built.model)
     weights = dict(zip(named, shards.gather(list(named.values())), strict=True))
     save_adapter(built.model, adapter, "base", shards)
-    return {"losses": losses, "grad_norms": norms, "gradients": first, "norms": cached, "weights": weights}
+    found = {"losses": losses, "grad_norms": norms, "gradients": first, "norms": cached, "weights": weights}
+    return {**found, "metrics": metrics, "evaluation": evaluation}
 
 
 def main(cases_file: str, out: str) -> None:

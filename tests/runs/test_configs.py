@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.support import ROOT
-from tests.support.models import save_model
+from tests.support.models import make_pairs, save_model
 from tests.support.ranks import run_ranks
 from tests.support.small import small_model
 
@@ -17,8 +17,9 @@ SIZES = [
     "dora.rank=2", "data.seq_len=64", "train.epochs=1", "train.accumulation=2", "log.every=1",
 ]  # fmt: skip
 RANKS = {
-    "one-4090": 1, "one-4090-qdora": 1, "gpt2-classification": 1, "distilbert-classification": 2,
-    "two-gpus": 2, "two-4090-70b": 2, "eight-gpus": 2, "eight-gpus-70b": 2, "slurm": 2, "multi-node-405b": 2,
+    "one-4090": 1, "one-4090-qdora": 1, "one-4090-dpo": 1, "gpt2-classification": 1,
+    "distilbert-classification": 2, "two-gpus": 2, "two-4090-70b": 2, "eight-gpus": 2, "eight-gpus-70b": 2,
+    "slurm": 2, "multi-node-405b": 2,
     "multi-node-405b-zero3": 2, "multi-node-hybrid": 4, "multi-node-zero3": 4, "one-4090-30b-moe": 1,
     "one-h100-120b-moe": 1, "eight-gpus-235b-moe": 2, "multi-node-671b-moe": 2,
 }  # fmt: skip
@@ -41,6 +42,8 @@ def model_and_rows(name, tiny_llama, tiny_rows, tiny_gpt2, tiny_distilbert, tmp_
     if name.endswith("moe"):
         kind = {"one-h100-120b-moe": "gpt_oss", "multi-node-671b-moe": "deepseek_v3"}.get(name, "qwen3_moe")
         return save_model(small_model(kind, {"num_key_value_heads": 4}), tmp_path / "model"), tiny_rows
+    if name.endswith("dpo"):
+        return tiny_llama, make_pairs(tmp_path / "pairs.jsonl", 8)
     if not name.endswith("classification"):
         return tiny_llama, tiny_rows
     rows = [json.dumps({"text": f"{'good' if i % 2 else 'bad'} {i}", "label": i % 2}) for i in range(24)]

@@ -180,6 +180,33 @@ def make_rows(path: Path, count: int) -> Path:
     return path
 
 
+def make_pairs(path: Path, count: int) -> Path:
+    """Rows of preferences, of different lengths."""
+    words = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split()
+    rows = [
+        {
+            "prompt": f"{words[i % 12]} {i}:",
+            "chosen": " " + " ".join(words[i % 5 : i % 5 + 1 + i % 3]),
+            "rejected": " " + " ".join(words[i % 7 + 1 : i % 7 + 2 + i % 2]),
+        }
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_labelled(path: Path, count: int) -> Path:
+    """Rows of unpaired preferences: those of `make_pairs`, a chosen completion or a rejected one."""
+    pairs = [json.loads(line) for line in make_pairs(path, count).read_text().splitlines()]
+    names = ["rejected" if i % 3 == 0 else "chosen" for i in range(count)]
+    rows = [
+        {"prompt": pair["prompt"], "completion": pair[name], "label": name == "chosen"}
+        for pair, name in zip(pairs, names, strict=True)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def train_command(directory: Path, **sections: Any) -> list[str]:
     """The arguments of `dora-dist` for a run of these sections of a YAML. Writes the YAML to `directory`; the
     run's output goes to `directory`/run."""

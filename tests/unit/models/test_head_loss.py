@@ -1,4 +1,4 @@
-"""The loss by chunks against the loss of whole logits: value and every gradient, heads of all kinds."""
+"""The losses by chunks against those of whole logits: values and every gradient, heads of all kinds."""
 
 import copy
 
@@ -24,8 +24,10 @@ from dora_dist.models.head_loss import (
     HeadLoss,
     attach_head_loss,
     has_plain_logits,
+    row_sums,
     summed_loss,
     supervised_positions,
+    token_losses,
 )
 from dora_dist.quant.modules import PackedLinear
 from dora_dist.quant.nf4 import Nf4
@@ -55,17 +57,18 @@ def make_head(kind: str, dtype: torch.dtype) -> nn.Module:
     return PackedLinear(linear.weight, linear.bias, Nf4(V, H, dtype)) if kind == "packed" else linear
 
 
-def loss_and_gradients(head, hidden, targets, by_chunks, factor=3.0):
+def losses_and_gradients(head, hidden, targets, by_chunks, factor=None):
+    """[N], and the gradients of their sum with a factor on each."""
     hidden = hidden.clone().requires_grad_()
+    positions = supervised_positions(targets)
     if by_chunks:
-        positions = supervised_positions(targets)
         with HeadLoss(head, V).of(positions, targets.flatten()[positions]):
-            total = head(hidden)
-        assert total.shape == ()
+            losses = head(hidden)
     else:
-        total = summed_loss(head(hidden), targets)
+        losses = token_losses(head(hidden).flatten(0, 1), targets.flatten())[positions]
+    factors = torch.linspace(-1, 3, len(losses)) if factor is None else factor
     trained = [p for p in head.parameters() if p.requires_grad]
-    return [total, *torch.autograd.grad(total * factor, [hidden, *trained])]
+    return [losses, *torch.autograd.grad((losses * factors).sum(), [hidden, *trained])]
 
 
 @pytest.mark.parametrize("supervised", ["all", "some", "none"])
@@ -77,34 +80,48 @@ def test_it_is_the_loss_of_whole_logits(kind, supervised):
         targets[:, ::2] = -100
     if supervised == "none":
         targets[:] = -100
-    got = loss_and_gradients(head, hidden, targets, by_chunks=True)
-    want = loss_and_gradients(copy.deepcopy(make_head(kind, torch.float32)), hidden, targets, by_chunks=False)
+    got = losses_and_gradients(head, hidden, targets, by_chunks=True)
+    want = losses_and_gradients(copy.deepcopy(make_head(kind, torch.float32)), hidden, targets, by_chunks=False)
     for ours, theirs in zip(got, want, strict=True):
         assert_near(ours, theirs, B * T + H + V)
+
+
+def test_sums_over_rows():
+    targets = torch.randint(V, (3, T))
+    targets[0, 2:], targets[1], targets[2, ::3] = -100, -100, -100
+    values = torch.randn(int((targets != -100).sum()), requires_grad=True)
+    got, want, start = row_sums(values, targets), [], 0
+    for row in targets:
+        end = start + int((row != -100).sum())
+        want.append(values[start:end].sum())
+        start = end
+    torch.testing.assert_close(got, torch.stack(want))
+    gradient = torch.autograd.grad(got @ torch.tensor([1.0, 2.0, 3.0]), values)[0]
+    assert gradient.equal(torch.tensor([1.0] * 2 + [3.0] * (len(values) - 2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_gradients_are_no_worse_than_those_of_whole_logits(dtype):
     hidden, targets = torch.randn(B, T, H), torch.randint(V, (B, T))
-    exact = loss_and_gradients(make_head("linear", dtype).double(), hidden.to(dtype).double(), targets, False)
+    exact = losses_and_gradients(make_head("linear", dtype).double(), hidden.to(dtype).double(), targets, False)
     errors = [
         (
-            loss_and_gradients(make_head("linear", dtype), hidden.to(dtype), targets, by_chunks)[1].double()
+            losses_and_gradients(make_head("linear", dtype), hidden.to(dtype), targets, by_chunks)[1].double()
             - exact[1]
         )
         for by_chunks in (True, False)
     ]
     assert errors[0].norm() <= 1.5 * errors[1].norm()  # saved in 16 bits: rounded once more
-    loss = loss_and_gradients(make_head("linear", dtype), hidden.to(dtype), targets, True)[0]
-    assert loss.dtype == torch.float32
+    losses = losses_and_gradients(make_head("linear", dtype), hidden.to(dtype), targets, True)[0]
+    assert losses.dtype == torch.float32
 
 
 def test_the_factor_of_a_16_bit_gradient_is_not_rounded():
     factor = 1 + 2.0**-9  # halfway between two numbers of bf16
     hidden, targets = torch.randn(B, T, H, dtype=torch.bfloat16), torch.randint(V, (B, T))
     head = make_head("linear", torch.bfloat16)
-    once = loss_and_gradients(head, hidden, targets, True, 1.0)[1]
-    scaled = loss_and_gradients(head, hidden, targets, True, factor)[1]
+    once = losses_and_gradients(head, hidden, targets, True, 1.0)[1]
+    scaled = losses_and_gradients(head, hidden, targets, True, factor)[1]
     assert scaled.equal((once.float() * factor).bfloat16())
 
 
@@ -121,7 +138,7 @@ def test_no_tensor_holds_all_logits():
     targets = torch.randint(V, (B, 10 * H))
     for kind in ("linear", "trained"):
         with Watch() as watch:
-            loss_and_gradients(make_head(kind, torch.float32), torch.randn(B, 10 * H, H), targets, True)
+            losses_and_gradients(make_head(kind, torch.float32), torch.randn(B, 10 * H, H), targets, True)
         assert watch.largest == H  # the weight itself
 
 
@@ -162,7 +179,7 @@ def test_the_loss_of_a_model(name):
     want = summed_loss(model(ids).logits, targets)
     want_gradients = torch.autograd.grad(want, trained)
     head_loss = attach_head_loss(model)
-    got = head_loss.summed(model, {"input_ids": ids}, targets)
+    got = head_loss.losses(model, {"input_ids": ids}, targets).sum()
     assert_near(got, want, B * T + H + V)
     for ours, theirs in zip(torch.autograd.grad(got, trained), want_gradients, strict=True):
         assert_near(ours, theirs, MODEL)

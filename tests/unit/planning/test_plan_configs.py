@@ -35,6 +35,7 @@ MEANT = {
     "quickstart": Meant("h100", 2, 1, "fsdp", 2),
     "one-4090": Meant("rtx4090", 1, 1, "single", 1),
     "one-4090-qdora": Meant("rtx4090", 1, 1, "single", 1),
+    "one-4090-dpo": Meant("rtx4090", 1, 1, "single", 1),
     "gpt2-classification": Meant("rtx4090", 1, 1, "single", 1),
     "distilbert-classification": Meant("rtx4090", 1, 1, "single", 1),
     "two-gpus": Meant("rtx4090", 2, 1, "fsdp", 2),
@@ -127,13 +128,13 @@ def test_an_example_fits_its_gpus(name, tmp_path, rehearse):
     where = plan.host_memory if config.parallel.cpu_offload else plan.memory
     weights = where["base weights"] + where.get("scales of 4-bit weights", 0)
     assert part <= weights <= 1.15 * part  # biases and norms; pinned memory comes in powers of two
-    tokens = config.train.micro_batch_size * config.data.seq_len
+    tokens = config.sequences * config.data.seq_len
     block = shape.linear * of_linear / shape.layers if meant.shards > 1 else 0
     inputs = tokens * shape.layers * shape.hidden * of_word
     assert plan.peak > (0 if config.parallel.cpu_offload else part) + block + inputs
 
-    # A product of each weight with each token in the forward, in its recompute, and in the backward.
-    products = 3 if config.train.activation_checkpointing else 2
+    # A product of each weight with each token: forward, its recompute, backward, the reference's forward.
+    products = 2 + config.train.activation_checkpointing + (config.model.task == "preference")
     device = plan.cluster.device
     rate = device.flops_16 if config.model.dtype == "bfloat16" else device.flops_32
     seconds = 2 * products * (shape.linear - shape.idle) * tokens * config.train.accumulation / rate

@@ -128,7 +128,7 @@ def test_a_step_does_not_walk_over_the_modules(tiny_llama, tiny_rows, monkeypatc
 def test_the_watch_sees_what_transformers_reads(tiny_llama, tiny_rows, monkeypatch):
     """Left to make masks, transformers looks into the position ids in each forward."""
     trainer, batch_of = make_trainer(tiny_llama, tiny_rows)
-    trainer.attention = None
+    trainer.objective.forward.attention = None
     assert len(watched_step(trainer, batch_of, monkeypatch)) == 2  # once in each micro-batch
 
 
