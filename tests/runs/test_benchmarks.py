@@ -189,7 +189,7 @@ def test_scaling_counts_what_the_sizes_say(tmp_path):
 
 @pytest.mark.slow
 def test_scaling_measures_links_and_refuses_rows_that_do_not_divide(tmp_path):
-    run("scaling", "--links", "--ranks", "2", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path))
+    run("scaling", *"--links --rounds 1 --device cpu --out".split(), str(tmp_path), ranks=2)
     record = json.loads((tmp_path / "links-00002-ranks-1-hosts.json").read_text())
     assert set(record["seconds"]) == {"all_gather", "reduce_scatter", "all_reduce"}
     for rows in record["seconds"].values():

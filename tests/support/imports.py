@@ -15,6 +15,8 @@ import dora_dist.models.merge
 import dora_dist.planning.plan
 import dora_dist.training.run  # noqa: F401
 
-for module in ("bitsandbytes.functional", "datasets", "deepspeed", "deepspeed.runtime.zero.stage3", "peft"):
+OPTIONAL = "bitsandbytes.functional datasets deepspeed deepspeed.runtime.zero.stage3 peft".split()
+OPTIONAL.append("deepspeed.runtime.zero.muon.muon_optimizer")  # imports torch's compiler; any engine asks for it
+for module in OPTIONAL:
     with contextlib.suppress(ImportError):
         __import__(module)
