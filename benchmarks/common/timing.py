@@ -1,11 +1,13 @@
 """One way to time: contenders take turns within a process, so that what disturbs the machine disturbs all."""
 
+import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator
 
 import torch
 
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
 Seconds = dict[str, list[float]]  # contender -> one a round
 
 
@@ -42,6 +44,15 @@ def time_once(work: Callable[[], object], device: torch.device) -> float:
     last.record()
     last.synchronize()
     return first.elapsed_time(last) / 1000
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory that is freed. Else some rounds pay for its pages again and others do not, by how
+    the heap happens to lie: up to a fifth of a backward's time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def wall_seconds(work: Callable[[], object], device: torch.device) -> float:

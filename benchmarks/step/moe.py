@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.common.contenders import Contender, adapted, copy_sharing_weights, make_optimizer, make_ours, peft
 from benchmarks.common.models import add_shape, random_model
 from benchmarks.common.results import chosen_device, default_path, parser_of, ratios, save, spread
-from benchmarks.common.timing import Seconds, growth, time_rounds
+from benchmarks.common.timing import Seconds, growth, keep_freed_memory, time_rounds
 from benchmarks.step.step_time import saved_bytes
 from dora_dist import refresh_norms
 from dora_dist.quant.nf4 import Nf4
@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, default in DEFAULTS[device.type].items():
         if getattr(args, name) is None:
             setattr(args, name, default)
+    keep_freed_memory()
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     block = make_block(args, dtype, device)

@@ -171,13 +171,14 @@ class _Rows(Function):
     def forward(ctx, x, order, back, k):
         ctx.save_for_backward(back)
         ctx.k = k
-        return x[order if k == 1 else order // k]
+        return x.index_select(0, order if k == 1 else order // k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
         (back,) = ctx.saved_tensors
-        return d[back] if ctx.k == 1 else d[back].view(-1, ctx.k, d.shape[1]).sum(1), None, None, None
+        d = d.index_select(0, back)
+        return d if ctx.k == 1 else d.view(-1, ctx.k, d.shape[1]).sum(1), None, None, None
 
 
 @cache

@@ -94,6 +94,16 @@ class Grads(NamedTuple):
     dm: Any  # n's is -g dm; None for LoRA
 
 
+class Places(NamedTuple):
+    """Where the backward writes what it makes, instead of into new tensors: a mixture's experts take turns."""
+
+    dx_TI: Tensor | None = None
+    dh_TO: Tensor | None = None
+
+
+NEW = Places()
+
+
 class LinearOut(Function):
     """y_TO = g_O * h_TO + bias with h = x W^T + s (drop(x) A^T) B^T and g = m / n per output feature (LoRA: no g).
 
@@ -128,7 +138,13 @@ class LinearOut(Function):
 
 
 def out_grads(
-    dy_TO: Tensor, gh_TO: Tensor | None, kept: Kept, constants: Constants, parts: Sequence[Tensor], needs_dx: bool
+    dy_TO: Tensor,
+    gh_TO: Tensor | None,
+    kept: Kept,
+    constants: Constants,
+    parts: Sequence[Tensor],
+    needs_dx: bool,
+    places: Places = NEW,
 ) -> Grads:
     """Of `outputs`."""
     x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI = kept
@@ -137,7 +153,7 @@ def out_grads(
     dx_TI = dA_RI = dB_OR = dm_O = dz_TR = None
     if g_O is not None:
         assert gh_TO is not None and n_O is not None
-        dh_TO, dz_TR, dm_O = decomposed(dy_TO, gh_TO, B_OR, g_O, n_O, scaling, keep_dh=row_factors is None)
+        dh_TO, dz_TR, dm_O = decomposed(dy_TO, gh_TO, B_OR, g_O, n_O, scaling, row_factors is None, places.dh_TO)
         dh_TO = dy_TO if dh_TO is None else dh_TO
     else:
         assert B_OR is not None
@@ -149,7 +165,7 @@ def out_grads(
         if row_factors is not None:
             dB_OR.mul_(row_factors[:, None])
     if needs_dx:
-        dx_TI = dh_TO @ constants.weight(parts, row_factors).t()
+        dx_TI = torch.mm(dh_TO, constants.weight(parts, row_factors).t(), out=places.dx_TI)
         if dz_TR is not None and A_RI is not None:
             add_low_rank_dx(dx_TI, dz_TR, A_RI, keep_TI, keep_scale)
     return Grads(dx_TI, dA_RI, dB_OR, dm_O)
@@ -163,13 +179,15 @@ def outputs(
     bias: Tensor | None,
     constants: Constants,
     parts: Sequence[Tensor],
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """g h + bias and g h, of x's dtype; one tensor where there is no bias. Without g the sum alone, twice."""
+    """g h + bias and g h, of x's dtype; one tensor where there is no bias. Without g the sum alone, twice. g h may
+    lie in `out`."""
     if g_O is not None and not constants.ratio_in_weight:
-        product_TO = wide_mm(x_TI, constants.weight(parts))
-        return composed(product_TO, z_TR, B_OR, g_O, bias, constants.scaling, x_TI.dtype)
+        product_TO = wide_mm(x_TI, constants.weight(parts), out)
+        return composed(product_TO, z_TR, B_OR, g_O, bias, constants.scaling, x_TI.dtype, out)
     W_IO = constants.weight(parts, g_O)
-    gh_TO = x_TI @ W_IO if bias is None or g_O is not None else torch.addmm(bias, x_TI, W_IO)
+    gh_TO = torch.mm(x_TI, W_IO, out=out) if bias is None or g_O is not None else torch.addmm(bias, x_TI, W_IO)
     if z_TR is not None and B_OR is not None:
         gB_OR = B_OR if g_O is None else g_O[:, None] * B_OR
         gh_TO.addmm_(z_TR, gB_OR.t().to(gh_TO.dtype), alpha=constants.scaling)
@@ -210,10 +228,11 @@ def in_outputs(
     keep_TI: Tensor | None,
     constants: Constants,
     parts: Sequence[Tensor],
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(g x) W^T + s drop(g x) A^T B^T + bias, of x's dtype, and z."""
+    """(g x) W^T + s drop(g x) A^T B^T + bias, of x's dtype, and z. The first may lie in `out`."""
     gx_TI = x_TI * g_I
-    y_TO = mm_wide_left(gx_TI, constants.weight(parts))
+    y_TO = mm_wide_left(gx_TI, constants.weight(parts), out)
     z_TR = None if A_RI is None else low_rank_z(gx_TI.to(x_TI.dtype), A_RI, keep_TI, constants.keep_scale)
     if z_TR is not None and B_OR is not None:
         y_TO.addmm_(z_TR.to(y_TO.dtype), B_OR.t().to(y_TO.dtype), alpha=constants.scaling)
@@ -222,7 +241,14 @@ def in_outputs(
     return y_TO.to(x_TI.dtype), z_TR
 
 
-def in_grads(dy_TO: Tensor, kept: Kept, constants: Constants, parts: Sequence[Tensor], needs_dx: bool) -> Grads:
+def in_grads(
+    dy_TO: Tensor,
+    kept: Kept,
+    constants: Constants,
+    parts: Sequence[Tensor],
+    needs_dx: bool,
+    places: Places = NEW,
+) -> Grads:
     """Of `in_outputs`: dm = sum_T(x * (dy V)) / n."""
     x_TI, A_RI, B_OR, g_I, n_I, z_TR, keep_TI = kept
     assert g_I is not None and n_I is not None
@@ -235,7 +261,7 @@ def in_grads(dy_TO: Tensor, kept: Kept, constants: Constants, parts: Sequence[Te
         dA_RI, dB_OR = low_rank_grads(dy_TO, dz_TR, gx_kept_TI, z_TR, A_RI, B_OR, scaling)
         add_low_rank_dx(dgx_TI, dz_TR, A_RI, keep_TI, keep_scale)
         del gx_kept_TI  # dx takes its place
-    dx_TI, total_I = column_sums(dgx_TI, x_TI, g_I, needs_dx)
+    dx_TI, total_I = column_sums(dgx_TI, x_TI, g_I, needs_dx, places.dx_TI)
     return Grads(dx_TI, dA_RI, dB_OR, magnitude_grad(total_I, n_I))
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from dora_dist.device import is_gpu
 from dora_dist.dora.functional import (
     Constants,
     Kept,
+    Places,
     in_grads,
     in_outputs,
     nonzero_ratio,
@@ -57,18 +59,20 @@ class _Experts(Function):
         needs_dx = ctx.needs_input_grad[0]
         dx_SI = torch.empty_like(kept.x_TI) if needs_dx else None
         dA, dB, dm = (None if t is None else torch.zeros_like(t) for t in (kept.A_RI, kept.B_OR, kept.g))
+        dh_TO = None  # on a CPU all experts share it
+        if y_SO is not None and not constants.ratio_in_weight and not is_gpu(y_SO.device):
+            dh_TO = torch.empty_like(y_SO[: groups.most])
         for expert, tokens in groups.spans:
-            own, own_parts = (
-                _of_expert(kept, groups, expert, tokens),
-                groups.parts(parts, constants.layout, expert),
-            )
+            own = _of_expert(kept, groups, expert, tokens)
+            own_parts = groups.parts(parts, constants.layout, expert)
+            dx_TI = None if dx_SI is None else dx_SI[tokens]
+            places = Places(dx_TI, None if dh_TO is None else dh_TO[: tokens.stop - tokens.start])
             if on_inputs:
-                grads = in_grads(dy_SO[tokens], own, constants, own_parts, needs_dx)
+                grads = in_grads(dy_SO[tokens], own, constants, own_parts, needs_dx, places)
             else:
                 gh_TO = None if y_SO is None else y_SO[tokens]
-                grads = out_grads(dy_SO[tokens], gh_TO, own, constants, own_parts, needs_dx)
-            if dx_SI is not None and grads.dx_TI is not None:
-                dx_SI[tokens] = grads.dx_TI
+                grads = out_grads(dy_SO[tokens], gh_TO, own, constants, own_parts, needs_dx, places)
+            _fill(dx_TI, grads.dx_TI)
             for stacked, found in zip((dA, dB, dm), grads[1:], strict=True):
                 if stacked is not None:
                     groups.part(stacked, expert).copy_(found)
@@ -85,17 +89,23 @@ def _run(
     z_SR = None if A is None else x_SI.new_empty(x_SI.shape[0], A.shape[0] // groups.num_experts)
     for expert, tokens in groups.spans:
         x_TI, A_RI, B_OR, g, _, _, keep_TI = _of_expert(kept, groups, expert, tokens)
-        own_parts = groups.parts(parts, constants.layout, expert)
+        own_parts, own_TO = groups.parts(parts, constants.layout, expert), y_SO[tokens]
         if on_inputs:
             assert g is not None
-            y_TO, z_TR = in_outputs(x_TI, A_RI, B_OR, g, None, keep_TI, constants, own_parts)
+            y_TO, z_TR = in_outputs(x_TI, A_RI, B_OR, g, None, keep_TI, constants, own_parts, own_TO)
         else:
             z_TR = low_rank_z(x_TI, A_RI, keep_TI, constants.keep_scale)
-            y_TO, _ = outputs(x_TI, z_TR, B_OR, g, None, constants, own_parts)
-        y_SO[tokens] = y_TO
+            y_TO, _ = outputs(x_TI, z_TR, B_OR, g, None, constants, own_parts, own_TO)
+        _fill(own_TO, y_TO)
         if z_SR is not None and z_TR is not None:
             z_SR[tokens] = z_TR
     return y_SO, z_SR
+
+
+def _fill(own: Tensor | None, found: Tensor | None) -> None:
+    """Copy what has not been computed in its place."""
+    if own is not None and found is not None and found is not own:
+        own.copy_(found)
 
 
 def _of_expert(kept: Kept, groups: Groups, expert: int, tokens: slice) -> Kept:

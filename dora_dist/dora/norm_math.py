@@ -22,10 +22,11 @@ _LEAST_ROWS = 48
 
 
 def row_tiles(matrix: Tensor | PackedMatrix, dtype: torch.dtype, device: torch.device) -> list[slice]:
-    """Rows of a matrix that are few enough to be held once more in `dtype` on `device`."""
+    """Rows of a matrix that are few enough to be held once more in `dtype` on `device`: about as many in each."""
     rows, cols = matrix.shape
     budget = _SCRATCH_BYTES_GPU if is_gpu(device) else _SCRATCH_BYTES
-    return pieces(slice(0, rows), max(_LEAST_ROWS, budget // max(1, cols * dtype.itemsize)))
+    most = max(_LEAST_ROWS, budget // max(1, cols * dtype.itemsize))
+    return pieces(slice(0, rows), max(1, -(-rows // max(1, -(-rows // most)))))
 
 
 @torch.no_grad()

@@ -14,17 +14,18 @@ _TILE_BYTES = 450_000
 _TILE_BYTES_GPU = 8_000_000
 
 
-def wide_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for operands of one dtype, the result not rounded to 16 bits: fp32 for bf16 and fp16."""
+def wide_mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b for operands of one dtype, the result not rounded to 16 bits: fp32 for bf16 and fp16. In `out` where
+    there is one that holds it."""
     if a.dtype == wide_dtype(a.dtype):
-        return a @ b
+        return torch.mm(a, b, out=out)
     if is_gpu(a.device):
         return torch.mm(a, b, out_dtype=torch.float32)
-    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+    wide = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     a = a.float()
     for cols in row_tiles(b.t(), torch.float32, b.device):  # CPUs have no such product: widen b tile by tile
-        out[:, cols] = a @ b[:, cols].float()
-    return out
+        wide[:, cols] = a @ b[:, cols].float()
+    return wide
 
 
 def token_tiles(*tensors_TN: Tensor) -> list[tuple[Tensor, ...]]:
@@ -39,9 +40,11 @@ def token_tiles(*tensors_TN: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(t.split(tokens) for t in tensors_TN), strict=True))
 
 
-def column_sums(a_TN: Tensor, b_TN: Tensor, g_N: Tensor, keep_ga: bool = True) -> tuple[Tensor | None, Tensor]:
-    """g a in b's dtype, where it is kept, and sum_T(a * b) in fp32 (fp64 for fp64). Of a * b there is never more
-    than a tile."""
+def column_sums(
+    a_TN: Tensor, b_TN: Tensor, g_N: Tensor, keep_ga: bool = True, out: Tensor | None = None
+) -> tuple[Tensor | None, Tensor]:
+    """g a in b's dtype, where it is kept (in `out` if given), and sum_T(a * b) in fp32 (fp64 for fp64). Of a * b
+    there is never more than a tile."""
     wide = wide_dtype(a_TN.dtype)
     if torch.compiler.is_compiling():  # it joins passes itself, and in torch 2.11 loses what `out=` writes
         return (a_TN * g_N).to(b_TN.dtype) if keep_ga else None, torch.sum(a_TN.to(wide) * b_TN, dim=0)
@@ -50,7 +53,7 @@ def column_sums(a_TN: Tensor, b_TN: Tensor, g_N: Tensor, keep_ga: bool = True) -
         for a_tile, b_tile in token_tiles(a_TN, b_TN):
             total_N += torch.sum(a_tile.to(wide) * b_tile, dim=0)
         return None, total_N
-    ga_TN = torch.empty(a_TN.shape, dtype=b_TN.dtype, device=a_TN.device)
+    ga_TN = torch.empty(a_TN.shape, dtype=b_TN.dtype, device=a_TN.device) if out is None else out
     for a_tile, b_tile, ga_tile in token_tiles(a_TN, b_TN, ga_TN):
         # What is to hold g a holds a * b before, where it is wide enough.
         product = torch.mul(a_tile.to(wide), b_tile, out=ga_tile if b_TN.dtype == wide else None)
@@ -59,11 +62,11 @@ def column_sums(a_TN: Tensor, b_TN: Tensor, g_N: Tensor, keep_ga: bool = True) -
     return ga_TN, total_N
 
 
-def mm_wide_left(a: Tensor, b: Tensor) -> Tensor:
+def mm_wide_left(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b in fp32 for an fp32 a and a 16-bit b that must not be widened whole: a goes in as two 16-bit parts,
-    its rounding and the rest, which together keep twice the digits."""
+    its rounding and the rest, which together keep twice the digits. In `out` where there is one that holds it."""
     if b.dtype == a.dtype:
-        return a @ b
+        return torch.mm(a, b, out=out)
     high = a.to(b.dtype)
     return wide_mm(high, b).add_(wide_mm((a - high).to(b.dtype), b))
 
@@ -106,9 +109,10 @@ def composed(
     bias: Tensor | None,
     scaling: float,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y = g h + bias and g h, of `dtype`, with h = x W^T + s z B^T; one tensor where there is no bias.
-    `product_TO`, x W^T, may be overwritten."""
+    `product_TO`, x W^T, may be overwritten. g h may lie in `out`."""
     if available(product_TO.device, product_TO.dtype):
         if z_TR is None or B_OR is None or z_TR.shape[1] <= kernels.MAX_RANK:
             return kernels.compose(product_TO, z_TR, B_OR, g_O, bias, scaling, dtype)
@@ -123,7 +127,10 @@ def composed(
         return gh_TO if bias is None else (wide_TO + bias).to(dtype), gh_TO
     if product_TO.dtype == dtype and bias is None:
         return product_TO.mul_(g_O), product_TO
-    gh_TO = product_TO if product_TO.dtype == dtype else torch.empty_like(product_TO, dtype=dtype)
+    if product_TO.dtype == dtype:
+        gh_TO = product_TO
+    else:
+        gh_TO = torch.empty_like(product_TO, dtype=dtype) if out is None else out
     y_TO = gh_TO if bias is None else torch.empty_like(gh_TO)
     for wide_tile, gh_tile, y_tile in token_tiles(product_TO, gh_TO, y_TO):
         wide_tile.mul_(g_O)
@@ -142,15 +149,17 @@ def decomposed(
     n_O: Tensor,
     scaling: float,
     keep_dh: bool = True,
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """dh = g dy in dy's dtype, where it is kept; dz = s dh B, and dm = sum_T(dy * g h) / (g n)."""
+    """dh = g dy in dy's dtype, where it is kept, and then perhaps in `out`; dz = s dh B, and
+    dm = sum_T(dy * g h) / (g n)."""
     if available(dy_TO.device, dy_TO.dtype):
         small = None if B_OR is None or B_OR.shape[1] > kernels.MAX_RANK else B_OR
         dh_TO, dz_TR, dm_O = kernels.backward(dy_TO, gh_TO, small, g_O, n_O, scaling, keep_dh)
         if dz_TR is not None or B_OR is None:
             return dh_TO, dz_TR, dm_O
     else:
-        dh_TO, total_O = column_sums(dy_TO, gh_TO, g_O, keep_dh)
+        dh_TO, total_O = column_sums(dy_TO, gh_TO, g_O, keep_dh, out)
         dm_O = magnitude_grad(total_O / g_O, n_O)
         if B_OR is None:
             return dh_TO, None, dm_O

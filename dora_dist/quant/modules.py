@@ -181,6 +181,11 @@ class Groups:
         found = ((e, slice(stop - n, stop)) for e, (n, stop) in enumerate(zip(counts, stops, strict=True)) if n)
         return cls(len(counts), tuple(found))
 
+    @property
+    def most(self) -> int:
+        """Tokens of the expert that has most of them."""
+        return max((tokens.stop - tokens.start for _, tokens in self.spans), default=0)
+
     def part(self, stacked: Tensor, expert: int) -> Tensor:
         """An expert's rows of what has equally many for each."""
         size = stacked.shape[0] // self.num_experts

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_dist import DoraConfig, UserError, inject_dora, merge_adapter
 from dora_dist.dora.experts import DoraExperts, ExpertsForward
@@ -245,6 +246,26 @@ def test_what_is_kept_for_the_backward(axis, layout):
     tokens = x.nbytes + 70 * 2 * 4 + (y.nbytes if axis == "out" else 0)
     assert sum(size for place, size in kept.items() if place not in own) == tokens + ratio
     assert (y.data_ptr() in kept) == (axis == "out")
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_products_are_computed_in_their_places(axis):
+    """No expert's output or dx is copied into the tensor of all tokens."""
+    copied = set()
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function._overloadpacket is torch.ops.aten.copy_:
+                copied.add(tuple(args[0].shape))
+            return function(*args, **kwargs or {})
+
+    layer = DoraExperts(nn.Parameter(torch.randn(12, 5)), AdapterSpec(2, 1.5, axis=axis), 3)
+    layer.reset_parameters()
+    x = torch.randn(15, 5, requires_grad=True)
+    with Copies():
+        layer(x, Groups.of((8, 0, 7))).sum().backward()
+    assert (8, 2) in copied, "z is copied"
+    assert copied.isdisjoint({(8, 4), (7, 4), (8, 5), (7, 5)})
 
 
 def test_an_output_that_the_model_writes_into():
