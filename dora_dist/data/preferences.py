@@ -12,6 +12,7 @@ from dora_dist.data.rows import Row, describe
 from dora_dist.data.templates import ChatTemplate, Draft, common_length
 
 PAIR = ("chosen", "rejected")
+_PARTS = ("content", "tool_calls", "reasoning")  # of a message
 _WANTED = {True: 1, False: 0, "true": 1, "false": 0, "1": 1, "0": 0}  # the strings are a CSV file's
 Template = Callable[[], ChatTemplate]
 
@@ -22,7 +23,11 @@ def draft_pair(row: Row, template: Template) -> list[Draft]:
         if key not in row.fields:
             labelled = "; rows with a 'label' need train.objective: kto" if "label" in row.fields else ""
             raise missing(row, key, f"a string, or a list of messages{labelled}")
-    if any(isinstance(row.fields[key], list) for key in PAIR):
+    kinds = [isinstance(row.fields[key], list) for key in PAIR]
+    if any(kinds):
+        if not all(kinds):
+            told = " and ".join(f"the field {key!r} is {describe(row.fields[key])}" for key in PAIR)
+            raise BadRow(f"{told}; valid would be two strings, or two lists of messages")
         return [_one(template, chat, key) for chat, key in zip(read_pair(row, *PAIR), PAIR, strict=True)]
     texts = [_completion(row, key) for key in PAIR]
     if texts[0] == texts[1]:
@@ -30,7 +35,7 @@ def draft_pair(row: Row, template: Template) -> list[Draft]:
     if row.fields.get("prompt") is not None:
         prompt = text_field(row, "prompt")
         return [_after(prompt, text) for text in texts]
-    shared = common_length(*texts)
+    shared = len(texts[0][: common_length(*texts)].rstrip(" "))  # a blank is the next word's
     return [_after(text[:shared], text[shared:]) for text in texts]
 
 
@@ -40,7 +45,8 @@ def draft_labelled(row: Row, template: Template) -> list[Draft]:
         paired = "; rows of 'chosen' and 'rejected' need another train.objective" if "chosen" in row.fields else ""
         raise missing(row, "label", f"true or false{paired}")
     label = row.fields["label"]
-    wanted = _WANTED.get(label.lower() if isinstance(label, str) else label) if _is_plain(label) else None
+    known = isinstance(label, str | bool | int)
+    wanted = _WANTED.get(label.lower() if isinstance(label, str) else label) if known else None
     if wanted is None:
         found = repr(label) if isinstance(label, str) else describe(label)
         raise BadRow(f"the field 'label' is {found}; valid would be true or false")
@@ -49,10 +55,6 @@ def draft_labelled(row: Row, template: Template) -> list[Draft]:
     else:
         draft = _after(text_field(row, "prompt"), _completion(row, "completion"))
     return [draft._replace(label=wanted)]
-
-
-def _is_plain(label: object) -> bool:
-    return isinstance(label, str | bool | int)
 
 
 def _completion(row: Row, key: str) -> str:
@@ -76,6 +78,3 @@ def _one(template: Template, chat: Chat, key: str) -> Draft:
             "would be one turn after the prompt"
         )
     return drafts[0]
-
-
-_PARTS = ("content", "tool_calls", "reasoning")

@@ -86,7 +86,7 @@ class Check:
 
     def __init__(self, blueprint: Blueprint, adapter: Path, tokenizer: Any, processes: Processes):
         config = blueprint.config
-        local = Path(config.data.train).exists()
+        local = Path(config.data.train).exists() and config.train.objective != "kto"  # which is not streamed
         config = replace(
             config,
             dora=replace(config.dora, init_from=str(adapter)),

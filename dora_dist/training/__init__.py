@@ -3,8 +3,8 @@
 run               a run from its settings to its adapter
 loop              the loop over optimizer steps, and what is due between them
 trainer           a step, an evaluation, samples
-objectives      what is minimised: the losses of tokens, of labels
-preference      DPO and its relatives
+objectives        what is minimised: the losses of tokens, of labels
+preference        DPO and its relatives
 optim             the optimizer, its schedule, and the model that it trains
 checkpoint        the state of a run, written from shards and read into them, whatever the strategy
 resume            which checkpoint a run goes on from: whole, of this run, and what may have changed since

@@ -19,7 +19,10 @@ ROWS: dict[str, dict[str, Any]] = {  # a good row of each format
     "labels": {"text": "the fox", "text_pair": "the dog", "label": 1},
     "chat": {"messages": [{"role": "user", "content": "fox?"}, {"role": "assistant", "content": "dog"}]},
     "sharegpt": {"conversations": [{"from": "human", "value": "fox?"}, {"from": "gpt", "value": "dog"}]},
+    "preference": {"prompt": "the fox:", "chosen": " jumps", "rejected": " sleeps"},
+    "unpaired_preference": {"prompt": "the fox:", "completion": " jumps", "label": True},
 }
+PREFERENCES = ("preference", "unpaired_preference")
 UNSUPPORTED = {  # a field with a meaning that no format here has: format, field, value
     "pictures": ("chat", "images", ["a.png"]),
     "pictures of a text": ("text", "image", "a.png"),
@@ -31,6 +34,12 @@ UNSUPPORTED = {  # a field with a meaning that no format here has: format, field
     "tools of an instruction": ("alpaca", "tools", '[{"name": "find"}]'),
     "a system text of plain text": ("prompt_completion", "system", "speak"),
     "history as text": ("alpaca", "history", "before"),
+    "pictures of a pair": ("preference", "images", ["a.png"]),
+    "tools of a pair of texts": ("preference", "tools", [{"name": "find"}]),
+    "nothing chosen": ("preference", "chosen", ""),
+    "nothing rejected": ("preference", "rejected", ""),
+    "nothing completed": ("unpaired_preference", "completion", ""),
+    "a worse answer beside a label": ("unpaired_preference", "rejected", "no"),
     "tools that the template cannot show": ("chat", "tools", [{"name": "find"}]),
     "tools as broken JSON": ("chat", "tools", "[{"),
     "tools that are names": ("chat", "tools", ["find"]),
@@ -38,7 +47,7 @@ UNSUPPORTED = {  # a field with a meaning that no format here has: format, field
     "options of transformers": ("chat", "chat_template_kwargs", {"tokenize": True}),
     "a system text that is a number": ("sharegpt", "system", 3),
 }
-OPTIONAL = {"input", "text_pair"}
+OPTIONAL = {("alpaca", "input"), ("labels", "text_pair"), ("preference", "prompt")}
 VALUES: dict[str, Any] = {  # no strings that could be tokenized
     "missing": ..., "null": None, "a number": 3, "a boolean": True, "a list": ["a"], "an object": {"a": "b"},
     "half a character": "\ud800",
@@ -80,6 +89,7 @@ def _tokenizer(template: bool = True):
 def read(path: Path, form: str = "auto", **settings) -> object:
     labels = Labels(3, {"bad": 0, "good": 2}) if form == "labels" else None
     form = "chat" if form == "sharegpt" else form
+    settings |= {"needed": form} if form in PREFERENCES else {}
     return load(str(path), settings.pop("tokenizer", None) or _tokenizer(), labels, format=form, **settings)
 
 
@@ -114,7 +124,9 @@ def _damaged_rows(form: str) -> Iterator[tuple[str, str, dict]]:
         return
     for key in row:
         for damage, value in (LABELS if key == "label" else VALUES).items():
-            if key not in OPTIONAL or damage not in ("missing", "null"):
+            if (form, key, damage) == ("unpaired_preference", "label", "a boolean"):
+                continue
+            if (form, key) not in OPTIONAL or damage not in ("missing", "null"):
                 yield f"{key}: {damage}", f"{key!r}", _with(row, key, value)
 
 

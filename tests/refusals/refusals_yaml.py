@@ -145,6 +145,22 @@ KEYS = {  # laid over a valid file, and what the message must name
 
 PAIRS = {  # keys that contradict each other
     "labels of a language model": ("model.num_labels=2", "model.num_labels needs model.task"),
+    "packed pairs": ("model.task=preference data.packing=true", "data.packing needs model.task: causal_lm"),
+    "pairs learned as a whole": ("model.task=preference data.loss_on=all", "data.loss_on: all needs model.task"),
+    "an objective of tokens": (
+        "train.objective=dpo",
+        "train.objective needs model.task: preference, not causal_lm",
+    ),
+    "a beta of tokens": ("train.beta=0.1", "train.beta needs model.task: preference, not causal_lm"),
+    "a gamma of DPO": ("model.task=preference train.gamma=1", "train.gamma needs train.objective: simpo"),
+    "a stream for KTO": (
+        "model.task=preference train.objective=kto data.streaming=true train.steps=1",
+        "data.streaming does not work with train.objective: kto",
+    ),
+    "a reference that is trained": (
+        "model.task=preference dora.modules_to_save=[lm_head]",
+        "dora.modules_to_save: lm_head would be lost",
+    ),
     "packed classifier": ("model.task=sequence_classification data.packing=true", "data.packing needs model.task"),
     "lora's magnitudes": ("dora.method=lora dora.magnitude_only=[q_proj]", "dora.magnitude_only needs"),
     "their rate": ("dora.method=lora train.magnitude_lr=0.1", "train.magnitude_lr needs"),

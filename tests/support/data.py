@@ -60,11 +60,17 @@ def write_jsonl(path: Path, rows: list) -> str:
 
 
 def load(
-    path: str, tokenizer=None, labels: Labels | None = None, vocab_size=None, key="data.train", **settings
+    path: str,
+    tokenizer=None,
+    labels: Labels | None = None,
+    vocab_size=None,
+    key="data.train",
+    needed: str | None = None,
+    **settings,
 ) -> Examples:
     """`load_examples` with the settings of DataConfig and, by their names, an encoder's arguments."""
     config = DataConfig(train=path, **settings)
-    return load_examples(path, Encoder(config, tokenizer or make_tokenizer(), labels, vocab_size), key)
+    return load_examples(path, Encoder(config, tokenizer or make_tokenizer(), labels, vocab_size, needed), key)
 
 
 def learnt(examples: Examples, row: int, tokenizer) -> str:
