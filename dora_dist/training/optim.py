@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,13 +37,25 @@ def build_to_train(blueprint: Blueprint, strategy: Strategy) -> TrainableModel:
 def make_optimizer(
     model: nn.Module, config: TrainConfig, shape: Callable[[nn.Parameter], Sequence[int]] = lambda p: p.shape
 ) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, with the magnitudes' and B's own learning rates where asked for.
-
-    Weight decay is for matrices: it would pull magnitudes, norms' weights and biases towards 0, where m = |W| is
-    the base model. `shape`: a whole parameter's, where a sharded model's say less.
+    """What `train.optimizer` names, over `parameter_groups`.
 
     Raises:
         UserError: `train.optimizer` needs bitsandbytes, which is not there.
+    """
+    made = optimizer_class(config)
+    return made(
+        parameter_groups(model, config, shape),
+        **({"fused": True} if made is torch.optim.AdamW else {}),  # one kernel for all tensors of a group
+    )
+
+
+def parameter_groups(
+    model: nn.Module, config: TrainConfig, shape: Callable[[nn.Parameter], Sequence[int]]
+) -> list[dict[str, Any]]:
+    """The trainable parameters, with the magnitudes' and B's own learning rates where asked for.
+
+    Weight decay is for matrices: it would pull magnitudes, norms' weights and biases towards 0, where m = |W| is
+    the base model. `shape`: a whole parameter's, where a sharded model's say less.
     """
     rates = {
         "magnitude": config.magnitude_lr or config.lr,
@@ -54,11 +67,7 @@ def make_optimizer(
             rate = rates.get(name.rpartition(".")[2], config.lr)
             decay = config.weight_decay if len(shape(parameter)) >= 2 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
-    made = optimizer_class(config)
-    return made(
-        [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
-        **({"fused": True} if made is torch.optim.AdamW else {}),  # one kernel for all tensors of a group
-    )
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
 def optimizer_class(config: TrainConfig) -> Callable[..., torch.optim.Optimizer]:
