@@ -1,6 +1,6 @@
 """Run on ranks: TRL's SFTTrainer with the mixin under each sharding, beside our own loop on the same batches.
 
-usage: trl_runs.py MODEL_DIR ROWS OUT_DIR SETTING...
+usage: trl_runs.py MODEL_DIR ROWS OUT_DIR SETTING...       SETTING: see SETTINGS; "dpo SETTING": trl_preferences.py
 """
 
 import os
@@ -78,17 +78,11 @@ def own_loop(directory: str, rows: str, out: Path) -> Own:
         },
         "parallel": {"strategy": "single"},
     }  # fmt: skip
-    (out / "run.yaml").write_text(yaml.safe_dump(config))
-    config, processes = load_config(out / "run.yaml", []), Processes()
-    blueprint = make_blueprint(config, Path(directory), 1)
-    strategy = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes)
-    tokenizer = load_tokenizer(Path(directory))
-    data = RunData(config.data, config.train, config.model.task, blueprint.model, tokenizer, processes)
-    built = build_to_train(blueprint, strategy)
+    trainer, data = own_trainer(config, out)
+    built = trainer.built
     save_adapter(built.model, out / "initial")
-    trainer = Trainer(built, config.model, config.train, False, STEPS)
     losses, seen, gradients = [], [], {}
-    take_step, sum_losses = built.engine.step, trainer._loss_sum
+    take_step, sum_losses = built.engine.step, trainer.objective.forward.summed
 
     def note_and_step():
         found = {name: layer.magnitude.grad.clone() for name, layer in dora_layers(built.model).items()}
@@ -96,10 +90,10 @@ def own_loop(directory: str, rows: str, out: Path) -> Own:
         return take_step()
 
     def poisoned(*args):
-        loss, correct = sum_losses(*args)
-        return loss * torch.inf if trainer.progress.step == POISONED else loss, correct
+        loss = sum_losses(*args)
+        return loss * torch.inf if trainer.progress.step == POISONED else loss
 
-    built.engine.step, trainer._loss_sum = note_and_step, poisoned
+    built.engine.step, trainer.objective.forward.summed = note_and_step, poisoned
     for step in range(STEPS):
         batch = data.plan.global_batch(step)
         (micro,) = batch.micro_batches
@@ -110,19 +104,31 @@ def own_loop(directory: str, rows: str, out: Path) -> Own:
     return Own(losses, gradients, Dataset.from_list(seen), out / "initial", out / "final")
 
 
+def own_trainer(config: dict[str, Any], out: Path) -> tuple[Trainer, RunData]:
+    (out / "run.yaml").write_text(yaml.safe_dump(config))
+    config, processes = load_config(out / "run.yaml", []), Processes()
+    directory = Path(config.model.path)
+    blueprint = make_blueprint(config, directory, 1)
+    strategy = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes)
+    tokenizer = load_tokenizer(directory)
+    data = RunData(config.data, config.train, config.model.task, blueprint.model, tokenizer, processes)
+    built = build_to_train(blueprint, strategy)
+    return Trainer(built, config.model, config.train, False, data.steps), data
+
+
 class Case(NamedTuple):
     setting: str
     directory: str
-    own: Own
+    own: Any  # what it is held against
     out: Path
     ranks: int
     environment: dict[str, str]
 
 
-class Sft(DoraTrainerMixin, SFTTrainer):
-    """Notes its losses and its magnitudes' first gradients; the loss of one step is infinite."""
+class Noting:
+    """Before a trainer: it notes its losses and its magnitudes' first gradients."""
 
-    skips = True  # by a loss scale, where DeepSpeed does not
+    skips = False
 
     def create_accelerator_and_postprocess(self):
         if self.args.fsdp:
@@ -137,10 +143,6 @@ class Sft(DoraTrainerMixin, SFTTrainer):
 
     def _load_scaler(self, checkpoint):
         pass  # a checkpoint has one, but accelerate's FSDP cannot load an optimizer beside it
-
-    def compute_loss(self, *args, **options):
-        loss = super().compute_loss(*args, **options)
-        return loss * torch.inf if self.state.global_step == POISONED else loss
 
     def training_step(self, *args, **options):
         self.micro_losses.append(super().training_step(*args, **options))
@@ -159,6 +161,16 @@ class Sft(DoraTrainerMixin, SFTTrainer):
             for name, layer in dora_layers(self.dora_model).items():
                 plain = name.replace("_checkpoint_wrapped_module.", "")
                 self.gradients[plain] = gradient(layer.magnitude).clone()
+
+
+class Sft(Noting, DoraTrainerMixin, SFTTrainer):
+    """The loss of one step is infinite."""
+
+    skips = True  # by a loss scale, where DeepSpeed does not
+
+    def compute_loss(self, *args, **options):
+        loss = super().compute_loss(*args, **options)
+        return loss * torch.inf if self.state.global_step == POISONED else loss
 
 
 class Watch(TrainerCallback):
@@ -272,12 +284,16 @@ def main(directory: str, rows: str, out: str, *settings: str) -> None:
     alone.mkdir()
     own = own_loop(directory, rows, alone)
     import_deepspeed(Processes())  # without what it would compile
+    from tests.ranks import trl_preferences  # which imports this module
+
+    own_pairs = trl_preferences.own_loop(directory, alone / "pairs")
     for setting in settings:
         print(setting, flush=True)
-        if setting == "single":
-            check_setting(Case(setting, directory, own, alone / setting, 1, dict(os.environ)))
-        else:
-            check_setting(Case(setting, directory, own, Path(out) / setting, ranks, {**os.environ, **placed}))
+        bare = setting.removeprefix("dpo ")
+        check, held = (check_setting, own) if setting == bare else (trl_preferences.check_dpo, own_pairs)
+        place, count = (alone, 1) if bare == "single" else (Path(out), ranks)
+        environment = {**os.environ, **(placed if count > 1 else {})}
+        check(Case(bare, directory, held, place / setting, count, environment))
 
 
 if __name__ == "__main__":
