@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dora_dist.dora.layers import DoraEmbedding, DoraLinear
     from dora_dist.dora.norm_cache import attach_norm_refresh, refresh_norms
     from dora_dist.errors import UserError
+    from dora_dist.models.merged import iter_merged_weights
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ _HOMES = {
     "dora.inject": ("inject_dora",),
     "dora.layers": ("DoraEmbedding", "DoraLinear"),
     "dora.norm_cache": ("attach_norm_refresh", "refresh_norms"),
+    "models.merged": ("iter_merged_weights",),
 }
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "adapters_off",
     "attach_norm_refresh",
     "inject_dora",
+    "iter_merged_weights",
     "load_adapter",
     "merge_adapter",
     "refresh_norms",

@@ -11,4 +11,5 @@ targets, linear_subclasses  which modules of a model become them
 inject                      how they do
 base_alone                  the base out of an adapted model, for a while
 norm_cache                  norms, computed once per optimizer step from each rank's own rows
+merged                      merged weights out of them
 """

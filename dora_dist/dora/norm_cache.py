@@ -16,7 +16,7 @@ from dora_dist.dora.norm_math import squared_norms
 from dora_dist.errors import UserError
 from dora_dist.parallel import fsdp, zero
 from dora_dist.parallel.shards import Shards, Whole, named_generator, write_whole
-from dora_dist.quant.nf4 import rows_of
+from dora_dist.quant.nf4 import PackedMatrix, rows_of
 
 
 def dora_layers(model: nn.Module) -> dict[str, DoraLayer]:
@@ -144,11 +144,11 @@ def initialize_adapters(model: nn.Module, seed: int, shards: Shards | None = Non
 
 def _gather_factors(layers: list[DoraLayer], shards: Shards) -> dict[Tensor, Tensor]:
     """The whole A's and B's that this rank needs for its rows, by one collective."""
-    wanted = list(dict.fromkeys(p for layer in layers for p in _factors_needed_whole(layer, shards)))
+    wanted = list(dict.fromkeys(p for layer in layers for p in factors_needed_whole(layer, shards)))
     return dict(zip(wanted, shards.gather(wanted), strict=True)) if wanted else {}
 
 
-def _factors_needed_whole(layer: DoraLayer, shards: Shards) -> Iterator[nn.Parameter]:
+def factors_needed_whole(layer: DoraLayer, shards: Shards) -> Iterator[nn.Parameter]:
     """B where a rank's rows of it are not those of its weight; A unless these are whole experts."""
     here = not layer.transposed
     parts = ((layer.lora_B, layer.num_experts * layer.out_features), (layer.lora_A, layer.num_experts))
@@ -162,12 +162,20 @@ def _factors_needed_whole(layer: DoraLayer, shards: Shards) -> Iterator[nn.Param
 def _add_own_part(layer: DoraLayer, part: Tensor, whole: dict[Tensor, Tensor], shards: Shards) -> None:
     """Add the squared norms of this rank's rectangles of one layer to `part`."""
     scaling, dim = layer.spec.scaling, layer.magnitude_dim
+    for own, block, cols, L_NR, U_RK in own_blocks(layer, whole, shards):
+        part[block.norms(dim, cols)] += squared_norms(own, L_NR, U_RK, scaling, dim, part.device)
+
+
+def own_blocks(
+    layer: DoraLayer, whole: dict[Tensor, Tensor], shards: Shards
+) -> Iterator[tuple[Tensor | PackedMatrix, Block, slice, Tensor | None, Tensor | None]]:
+    """What counts of this rank's part of a weight M, block by block: rows of M, which ones and which columns, and
+    the L and U of M + s L U there. `whole`: the factors needed whole."""
     for matrix, rows, cols in layer.own_rows(shards) if shards.owns(layer.weight) else ():
         for block in blocks(layer, rows):
             L_NR, U_RK = _own_factors(layer, block, whole, shards)
             own = rows_of(matrix, slice(block.rows.start - rows.start, block.rows.stop - rows.start))
-            U_RK = None if U_RK is None else U_RK[:, cols]
-            part[block.norms(dim, cols)] += squared_norms(own, L_NR, U_RK, scaling, dim, part.device)
+            yield own, block, cols, L_NR, None if U_RK is None else U_RK[:, cols]
 
 
 def blocks(layer: DoraLayer, rows: slice) -> list[Block]:

@@ -10,4 +10,5 @@ coverage                    which share of the weights is adapted
 quantize                    linear layers to 4 bits
 merge                       the verb: adapter and base as one model
 merge_weights               tensor by tensor
+merged                      the same of a live model, for inference engines
 """

@@ -7,7 +7,7 @@ copies a file once more while writing it.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from dora_dist.models.build import Blueprint, materialize
 from dora_dist.models.files import Weights
 from dora_dist.models.origins import Box, Traced
 from dora_dist.models.weights import aliases, base_tensors, packed_layers, stands_for
-from dora_dist.parallel.shards import Rectangle, Whole, named_generator
+from dora_dist.parallel.shards import Rectangle, Shards, Whole, named_generator
 from dora_dist.quant.nf4 import TILE_ELEMENTS, Nf4, dequantize, pieces, quantize
 
 # A weight changes by at most this part of itself when it is rounded; fp32 sums are rounded, too.
@@ -71,15 +71,20 @@ def read_plan(blueprint: Blueprint, adapter: Path, weights: Weights) -> tuple[li
     model = blueprint.model
     materialize(model, lambda p: _empty(p) if p.requires_grad else p, torch.device("cpu"))
     load_adapter(model, adapter, _TrainedAlone(), blueprint.config.dora.accept_other_base)
+    return base_entries(model, weights.shapes, _TrainedAlone())
+
+
+def base_entries(model: nn.Module, held: Container[str], shards: Shards) -> tuple[list[Entry], bool]:
+    """The tensors of an injected model once it is merged, and whether tied ones part. `held`: the base's names."""
     groups, packed = aliases(model), packed_layers(model)
     trained_in_full = injection_of(model).saved_dtypes
     entries, unties = [], False
     for first, tensor in base_tensors(model).items():
         layers = {name: _adapting(model, name) for name in groups[first]}
         layout = packed[tensor].layout if tensor in packed else None
-        shape, dtype = stands_for(tensor, packed, _TrainedAlone())
+        shape, dtype = stands_for(tensor, packed, shards)
         dtype = trained_in_full.get(first, dtype)
-        source = next((name for name in layers if name in weights.shapes), first)
+        source = next((name for name in layers if name in held), first)
         parts = len(set(layers.values())) > 1
         unties |= parts
         for name in layers if parts else [source]:

@@ -276,6 +276,18 @@ def declared_origins(model: Any, files: Mapping[str, Traced]) -> dict[str, Trace
     return {name: traced for name, traced in found.items() if name in wanted}
 
 
+def published_origins(model: Any, own: Mapping[str, Traced]) -> dict[str, Traced]:
+    """Of each tensor as transformers saves it, which is as it is published, what it is made of. `own`: the model's
+    tensors. They are left as they are where boxes cannot say what becomes of them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        return revert_weight_conversion(model, dict(own))
+    except Exception as error:  # whatever an operation makes of tensors without numbers
+        logging.getLogger(__name__).debug("the names stay the model's: %s", error)
+        return dict(own)
+
+
 def _converted(model: Any, target: str, converter: Any, collected: dict[str, list[Traced]]) -> dict[str, Traced]:
     """The model's tensors that one declared conversion makes of file tensors; none if it cannot."""
     values: dict[str, Any] = collected

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -33,8 +34,10 @@ class BaseWeight(nn.Module):
 
     def pack(self, layout: Nf4) -> None:
         """Hold the weight in 4 bits from now on. Real values are quantized, those on the meta device left open."""
-        real = not self.weight.is_meta
-        parts = quantize(self.weight.detach(), layout) if real else layout.empty(self.weight.device)
+        parts = layout.empty(self.weight.device)
+        if not self.weight.is_meta:
+            filled = max(0, layout.stored_rows - layout.rows)
+            parts = [F.pad(part, (0, 0, 0, filled)) for part in quantize(self.weight.detach(), layout)]
         self.layout = layout
         for name, part in zip(("weight", "weight_scales", "weight_ranges"), parts, strict=False):
             setattr(self, name, nn.Parameter(part, requires_grad=False))

@@ -19,6 +19,7 @@ from dora_dist import (
     adapters_off,
     attach_norm_refresh,
     inject_dora,
+    iter_merged_weights,
     load_adapter,
     merge_adapter,
     save_adapter,
@@ -29,6 +30,7 @@ from dora_dist.dora.norm_cache import find_shards
 from dora_dist.models.quantize import pack_linears
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.shards import write_whole
+from tests.support.models import mixture
 from tests.support.peft import randomized
 from tests.support.rounding import MODEL, TRAINED, assert_near
 
@@ -66,23 +68,30 @@ def train(model: torch.nn.Module, attach: bool) -> list[float]:
     return losses
 
 
-def check_base_alone(directory: str, shard: Callable[[torch.nn.Module], torch.nn.Module], split: int = 1) -> None:
-    """With its adapters off a sharded model is the base to the bit, in 16 bits and in 4; then it trains on."""
-    base = AutoModelForCausalLM.from_pretrained(directory, use_cache=False)
-    for packed in (False, True):
-        plain, twin = (
-            randomized(inject_dora(copy.deepcopy(base), DoraConfig(rank=3, targets=["*_proj", "embed_tokens"])))
-            for _ in range(2)
-        )
-        if packed:
-            pack_linears(plain, QuantConfig(scheme="nf4"))
-            pack_linears(twin, QuantConfig(scheme="nf4"), split)
-        with adapters_off(plain):
-            want = plain(input_ids=IDS).logits if packed else base(input_ids=IDS).logits
-        sharded = shard(twin)
-        with adapters_off(twin):
-            assert torch.equal(sharded(input_ids=IDS).logits, want), packed
-        assert_near(sharded(input_ids=IDS).logits, plain(input_ids=IDS).logits, MODEL)
+def check_whole_models(
+    directory: str, shard: Callable[[torch.nn.Module], torch.nn.Module], split: int = 1
+) -> None:
+    """With its adapters off a sharded model is the base to the bit, in 16 bits and in 4, and merged it is what the
+    unsharded one is; then it trains on. `split`: ranks among which flat memory is divided."""
+    targets = ["*_proj", "embed_tokens"]
+    for base in (AutoModelForCausalLM.from_pretrained(directory), mixture("qwen3_moe")):
+        for packed in (False, True):
+            plain, twin = (
+                randomized(inject_dora(copy.deepcopy(base), DoraConfig(rank=3, targets=targets))) for _ in "12"
+            )
+            if packed:
+                pack_linears(plain, QuantConfig(scheme="nf4"))
+                pack_linears(twin, QuantConfig(scheme="nf4"), split)
+            with adapters_off(plain):
+                want = plain(input_ids=IDS).logits if packed else base(input_ids=IDS).logits
+            sharded = shard(twin)
+            with adapters_off(twin):
+                assert torch.equal(sharded(input_ids=IDS).logits, want), packed
+            for both in zip(iter_merged_weights(twin), iter_merged_weights(plain), strict=True):
+                (name, tensor), (wanted_name, wanted) = both
+                assert name == wanted_name
+                assert_near(tensor, wanted, tensor.shape[-1], about=name)
+            assert_near(sharded(input_ids=IDS).logits, plain(input_ids=IDS).logits, MODEL)
 
 
 def main(directory: str, out: str) -> None:
@@ -114,7 +123,7 @@ def main(directory: str, out: str) -> None:
     write_whole(partly.table, torch.arange(3.0), find_shards(partly))
     assert partly.table.tolist() == [0, 1, 2]
 
-    check_base_alone(directory, shard)
+    check_whole_models(directory, shard)
 
     rounding = model_from(directory)
     for block in rounding.model.layers:

@@ -27,7 +27,7 @@ from dora_dist.dora.norm_cache import dora_layers, find_shards, refresh_norms
 from dora_dist.parallel.engine import LossScale
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.zero import ZeroEngine, import_deepspeed
-from tests.ranks.library_fsdp import IDS, check_base_alone, model_from
+from tests.ranks.library_fsdp import IDS, check_whole_models, model_from
 from tests.support.rounding import MODEL, TRAINED, assert_near, rounding
 
 RELEASE = {
@@ -184,7 +184,7 @@ def main(stage_text: str, directory: str, out: str) -> None:
         assert got == pytest.approx(losses[: len(got)], rel=TRAINED), zero
 
     check_steps(fresh)
-    check_base_alone(directory, lambda model: start(deepspeed, model, stage)[0], world)
+    check_whole_models(directory, lambda model: start(deepspeed, model, stage)[0], world)
     check_refusals(deepspeed, stage, fresh, optimizer, directory)
     processes.stop()
 
