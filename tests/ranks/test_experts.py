@@ -2,7 +2,7 @@
 begin and end inside experts; and the norms' collectives, counted.
 
 python -m tests.ranks.test_experts runs every strategy with either number of experts on 1, 2 and 4 ranks, in fp32
-and over nf4, 20 steps each, and prints how far each is from one process (10 minutes on two cores).
+and over nf4, 20 steps each, and prints how far each is from one process (a quarter of an hour on two cores).
 """
 
 import json
@@ -39,7 +39,7 @@ AXIS_IN = {"dora.magnitude_axis": "in", "dora.norm_gradient": "exact"}
 FEW = {(3, 2): {"fsdp": FSDP, **nf4(zero3=ZERO3)}}  # of (experts, ranks)
 ALL = {
     (5, 2): {
-        "ddp": DDP,
+        "zero1": ZERO1,
         "zero2": ZERO2,
         "zero3": ZERO3,
         "offloaded": {**FSDP, "parallel.cpu_offload": True},
@@ -133,15 +133,15 @@ def test_a_few_steps_are_those_of_one_process(experts, world, models, tiny_rows,
 @pytest.mark.slow
 @pytest.mark.parametrize(("experts", "world"), ALL)
 def test_all_strategies_are_alike(experts, world, models, tiny_rows, tmp_path):
-    alike(experts, world, ALL[experts, world], models, tiny_rows, tmp_path, 20)
+    alike(experts, world, ALL[experts, world], models, tiny_rows, tmp_path, 10)
 
 
-def count_refresh(config_file: str, models: dict[int, str], strategies: dict[str, dict]) -> None:
+def count_refresh(config_file: str, models: dict[int, str]) -> None:
     """In a rank: what a refresh sends, and whether the norms are those in fp64."""
     processes = Processes()
     sent = {}
-    for strategy, experts in product(strategies, models):
-        overrides = {"model.path": models[experts], **strategies[strategy]}
+    for strategy, experts in product((FSDP, ZERO3), models):
+        overrides = {"model.path": models[experts], **strategy}
         config = load_config(Path(config_file), [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
         blueprint = make_blueprint(config, Path(config.model.path), processes.world_size)
         chosen = choose_strategy(config.parallel, config.train, sizes_of(blueprint.model), processes)
@@ -153,7 +153,7 @@ def count_refresh(config_file: str, models: dict[int, str], strategies: dict[str
             write_whole(layer.lora_B, torch.randn(shape, generator=torch.Generator().manual_seed(0)), built.shards)
         with Counter() as counter:
             refresh_norms(built.model, built.shards)
-        sent[f"{strategy} {experts}"] = counter.by_collective()
+        sent[f"{chosen.name} {experts}"] = counter.by_collective()
         for layer in layers:
             W, A, B = (t.double() for t in built.shards.gather([layer.weight, layer.lora_A, layer.lora_B]))
             each = zip(*(t.chunk(layer.num_experts) for t in (W, A, B)), strict=True)
@@ -163,13 +163,12 @@ def count_refresh(config_file: str, models: dict[int, str], strategies: dict[str
     print(json.dumps(sent))
 
 
-@pytest.mark.parametrize(("world", "strategies"), [(2, {"fsdp": FSDP, "zero3": ZERO3}), (4, {"fsdp": FSDP})])
-def test_norms_take_two_collectives_and_gather_no_whole_experts(world, strategies, models, tiny_rows, tmp_path):
+def test_norms_take_two_collectives_and_gather_no_whole_experts(models, tiny_rows, tmp_path):
     base = base_config(models[3], tiny_rows, tmp_path, 1)
     base["dora"]["rank"] = 4  # which the ranks divide: then nothing is filled up
     (tmp_path / "config.yaml").write_text(json.dumps(base))
     directories = {experts: str(models[experts]) for experts in (3, 4)}
-    done = run_ranks(world, count_refresh, str(tmp_path / "config.yaml"), directories, strategies)
+    done = run_ranks(2, count_refresh, str(tmp_path / "config.yaml"), directories)
     assert done.returncode == 0, done.stderr[-4000:]
     for sent in map(json.loads, done.stdout.splitlines()):
         for case, collectives in sent.items():

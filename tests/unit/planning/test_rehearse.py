@@ -122,16 +122,17 @@ def test_a_rehearsal_of_experts_holds_what_a_real_run_does(settings, tmp_path, r
     assert planned == pytest.approx(allocated(config, 2), rel=0.06)
 
 
+@pytest.mark.slow
 def test_one_expert_stands_for_all_that_have_tokens(tmp_path, rehearse):
-    """A step's time, products and bytes are those of all 24 gone through one by one, 8 tokens each."""
+    """A step's time, products and bytes are those of all 12 gone through one by one, 8 tokens each."""
     Qwen3MoeConfig(
-        **SIZES, vocab_size=64, num_hidden_layers=1, head_dim=32, num_experts=24, num_experts_per_tok=2,
+        **SIZES, vocab_size=64, num_hidden_layers=1, head_dim=32, num_experts=12, num_experts_per_tok=2,
         moe_intermediate_size=96, pad_token_id=0,
     ).save_pretrained(tmp_path)  # fmt: skip
-    job = Job(config_of(tmp_path, length=96, dtype="bfloat16", four_bit=True), tmp_path, 1, 1)
+    job = Job(config_of(tmp_path, length=48, dtype="bfloat16", four_bit=True), tmp_path, 1, 1)
     short, whole = rehearse(job), rehearse(replace(job, every_piece=True))
     cluster = find_cluster("h100", 1)
-    assert len(short.runs[0].calls) < 0.6 * len(whole.runs[0].calls)
+    assert len(short.runs[0].calls) < 0.9 * len(whole.runs[0].calls)
     for measure in ("flops", "bytes"):
         found, counted = (
             {phase: sum(c.times * getattr(c, measure) for c in run.calls if c.phase is phase) for phase in Phase}
