@@ -110,7 +110,8 @@ def _refuse_to_save(*_: object, **__: object) -> None:
     without its adapter, or nothing: it cannot undo its fusing of experts."""
     raise UserError(
         "save_pretrained: from_pretrained would not read the adapter; save_adapter(model, directory) writes it, "
-        "merge_adapter(model) leaves a plain model to save, and `dora-dist merge` writes a run's merged model"
+        "merge_adapter(model) leaves a plain model to save, `dora-dist merge` writes a run's merged model, and "
+        "transformers' trainers save the adapter with DoraTrainerMixin"
     )
 
 

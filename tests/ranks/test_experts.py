@@ -46,6 +46,7 @@ ALL = {
         "in-fsdp": {**FSDP, **AXIS_IN},
         **nf4(ddp=DDP, fsdp=FSDP, zero2=ZERO2),
     },
+    (4, 2): {"in-fsdp": {**FSDP, **AXIS_IN}, **nf4(fsdp=FSDP, zero3=ZERO3)},  # each rank has whole experts
     (3, 4): {
         "ddp": DDP,
         "fsdp": FSDP,
