@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.common.collectives import Counter
 from dora_dist import DoraConfig, inject_dora, refresh_norms
+from dora_dist.dora.base_alone import adapters_off
 from dora_dist.dora.norm_cache import cache_norms
 from dora_dist.models.build import shard
 from dora_dist.models.head_loss import HeadLoss
@@ -57,7 +58,7 @@ def count(layers: int, method: str, strategy: Single | Fsdp) -> dict[str, dict]:
     shard(model, strategy, head_loss)
     shards = strategy.shards(model)
     cache_norms(model, shards)
-    step = step_after_evaluation(model, head_loss)
+    step, compared = (step_after_evaluation(model, head_loss, reference) for reference in (False, True))
     with Counter() as refresh:
         refresh_norms(model, shards)
     factors, norms = (
@@ -66,18 +67,22 @@ def count(layers: int, method: str, strategy: Single | Fsdp) -> dict[str, dict]:
     )
     return {
         "step": step.by_collective(),
+        "compared": compared.by_collective(),
         "refresh": refresh.by_collective(),
         "bytes": {"factors": factors, "norms": norms},
     }
 
 
-def step_after_evaluation(model: nn.Module, head_loss: HeadLoss) -> Counter:
-    """The second of two steps with an evaluation before each."""
+def step_after_evaluation(model: nn.Module, head_loss: HeadLoss, reference: bool) -> Counter:
+    """The second of two steps with an evaluation before each; `reference`: that of a preference is in the step."""
     x, positions, targets = torch.zeros(2, 3, 16), torch.arange(2), torch.zeros(2, dtype=torch.long)
     for _ in range(2):
         with torch.no_grad():
             model(x)
         with Counter() as step, head_loss.of(positions, targets):
+            if reference:
+                with adapters_off(model):
+                    model(x)
             model(x).sum().backward()
     return step
 

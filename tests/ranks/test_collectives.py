@@ -37,6 +37,8 @@ def test_refresh_adds_exactly_two_collectives(world, strategy):
         assert calls(dora["step"]) == calls(lora["step"])  # nothing in forward and backward is due to the norm
         # Each block for its forward and its backward; the head, whose gradient is made in its forward, once.
         assert calls(dora["step"])["all_gather"] == 2 * layers + 1
+        # The reference of a preference takes another forward.
+        assert calls(dora["compared"])["all_gather"] == 3 * layers + 2
 
 
 @pytest.mark.parametrize(("strategy", "sums"), [("ddp", 1), ("single", 0)])

@@ -14,6 +14,7 @@ from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import choose_strategy
 from dora_dist.training.optim import build_to_train
 from dora_dist.training.trainer import Trainer
+from tests.support.models import make_labelled, make_pairs
 
 READS = {
     "_local_scalar_dense",
@@ -29,6 +30,8 @@ SETTINGS = {
     "packed": {"packing": True},
     "checkpointed": {"packing": True, "checkpointing": True},
     "bf16": {"dtype": "bfloat16"},
+    "dpo": {"objective": "dpo"},
+    "kto": {"objective": "kto"},
 }
 
 
@@ -62,12 +65,21 @@ class Watch(TorchDispatchMode):
             yield
 
 
-def make_trainer(model, rows, packing=False, checkpointing=False, dtype="float32"):
+def make_trainer(model, rows, packing=False, checkpointing=False, dtype="float32", objective=None):
+    task = "preference" if objective else "causal_lm"
+    if objective:
+        rows = {"dpo": make_pairs, "kto": make_labelled}[objective](rows.with_name(f"{objective}.jsonl"), 8)
     config = RunConfig(
-        model=ModelConfig(path=str(model), dtype=dtype),
+        model=ModelConfig(path=str(model), dtype=dtype, task=task),
         data=DataConfig(train=str(rows), seq_len=48, packing=packing),
         dora=DoraConfig(rank=2, targets="all-linear"),
-        train=TrainConfig(steps=4, micro_batch_size=2, accumulation=2, activation_checkpointing=checkpointing),
+        train=TrainConfig(
+            steps=4,
+            micro_batch_size=2,
+            accumulation=2,
+            activation_checkpointing=checkpointing,
+            objective=objective,
+        ),
         parallel=ParallelConfig(strategy="single"),
     )
     processes = Processes()
@@ -88,7 +100,7 @@ def watched_step(trainer, batch_of, monkeypatch):
     find = head_loss.supervised_positions
 
     def on_the_host(targets):
-        assert any(targets is micro["targets"] for micro in batch.micro_batches)
+        assert any(targets is tensor for micro in batch.micro_batches for tensor in micro.values())
         with torch.utils._python_dispatch._disable_current_modes():
             return find(targets)
 
