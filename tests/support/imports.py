@@ -17,6 +17,7 @@ import dora_dist.training.run  # noqa: F401
 
 OPTIONAL = "bitsandbytes.functional datasets deepspeed deepspeed.runtime.zero.stage3 peft".split()
 OPTIONAL.append("deepspeed.runtime.zero.muon.muon_optimizer")  # imports torch's compiler; any engine asks for it
+OPTIONAL += [f"trl.trainer.{name}_trainer" for name in ("sft", "dpo", "grpo")]
 for module in OPTIONAL:
     with contextlib.suppress(ImportError):
         __import__(module)
