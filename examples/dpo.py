@@ -1,4 +1,4 @@
-"""DoRA in TRL's DPOTrainer, on the small model of this repository; the reference is the model without its adapters.
+"""DoRA in TRL's DPOTrainer, on the small model of this repository; the reference is that without adapters.
 From the repository's root:
 
     python examples/dpo.py

@@ -1,4 +1,4 @@
-"""DoRA in TRL's GRPOTrainer, on the small model of this repository, with a rule as reward: answers of 20 characters.
+"""DoRA in TRL's GRPOTrainer, on the small model of this repository; a rule rewards answers of 20 characters.
 From the repository's root:
 
     python examples/grpo.py

@@ -1,7 +1,7 @@
 """DoRA in TRL's SFTTrainer, on the small model of this repository. From the repository's root:
 
-    python examples/sft.py
-    torchrun --nproc-per-node 2 examples/sft.py --max_steps 40     # takes all of SFTConfig
+python examples/sft.py
+torchrun --nproc-per-node 2 examples/sft.py --max_steps 40     # takes all of SFTConfig
 """
 
 from datasets import load_dataset

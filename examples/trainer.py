@@ -1,7 +1,7 @@
 """DoRA in transformers' Trainer, on the small model of this repository. From the repository's root:
 
-    python examples/trainer.py
-    torchrun --nproc-per-node 2 examples/trainer.py --max_steps 40     # takes all of TrainingArguments
+python examples/trainer.py
+torchrun --nproc-per-node 2 examples/trainer.py --max_steps 40     # takes all of TrainingArguments
 """
 
 from datasets import load_dataset

@@ -41,7 +41,7 @@ def test_links_lead_somewhere(page):
 @PAGES
 def test_files_and_commands_that_are_named_exist(page):
     text = page.read_text()
-    folders = "dora_dist|launch|configs|benchmarks|tests|docs"
+    folders = "dora_dist|launch|configs|examples|benchmarks|tests|docs"
     for path in re.findall(rf"(?<![\w/.])((?:{folders})/[\w./-]*\w)", text):
         assert (ROOT / path).exists(), path
     rooms = "|".join(folder.name for folder in (ROOT / "dora_dist").iterdir() if folder.is_dir())
