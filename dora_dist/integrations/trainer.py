@@ -46,6 +46,8 @@ class DoraTrainerMixin(_Trainer):
     ):
         if args:
             options |= inspect.signature(super().__init__).bind_partial(*args).arguments
+        if options.get("peft_config") is not None:
+            raise UserError("peft_config: the model has dora_dist's adapters; leave PEFT's out")
         self._rates: dict[str, Any] = {"magnitude_lr": magnitude_lr, "lora_plus_ratio": lora_plus_ratio}
         self._reference: Any = None
         self._followed: Any = None
@@ -197,8 +199,6 @@ def _refuse(trainer: DoraTrainerMixin) -> None:
     """Raise a UserError for what would train something else than DoRA."""
     model, args, state = trainer.model, trainer.args, trainer.accelerator.state
     plugin, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
-    if hasattr(model, "peft_config"):
-        raise UserError("peft_config: the model has dora_dist's adapters; leave PEFT's out")
     if model is not None:
         injection_of(model)
     devices = set((getattr(model, "hf_device_map", None) or {}).values())

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.ranks
 @pytest.mark.parametrize(
     "settings",
     [
-        ("single", "fsdp, loaded by one rank", "zero3", "dpo single", "dpo fsdp", "dpo zero3"),
+        ("others", "single", "fsdp, loaded by one rank", "zero3", "dpo single", "dpo fsdp", "dpo zero3"),
         pytest.param(("ddp", "fsdp", "fsdp, checkpointed", "zero2"), marks=pytest.mark.slow),
     ],
     ids=["a few", "the others"],

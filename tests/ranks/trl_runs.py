@@ -30,6 +30,7 @@ from dora_dist.parallel.strategy import choose_strategy
 from dora_dist.parallel.zero import import_deepspeed
 from dora_dist.training.optim import build_to_train
 from dora_dist.training.trainer import Trainer
+from tests.ranks import trl_others
 from tests.support.rounding import MODEL, TRAINED, assert_near
 
 STEPS, SAVED, GLOBAL_BATCH = 10, 6, 4
@@ -287,12 +288,16 @@ def main(directory: str, rows: str, out: str, *settings: str) -> None:
     from tests.ranks import trl_preferences  # which imports this module
 
     own_pairs = trl_preferences.own_loop(directory, alone / "pairs")
+    bare_environment = dict(os.environ)
     for setting in settings:
         print(setting, flush=True)
+        if setting == "others":
+            trl_others.run(directory, alone)
+            continue
         bare = setting.removeprefix("dpo ")
         check, held = (check_setting, own) if setting == bare else (trl_preferences.check_dpo, own_pairs)
         place, count = (alone, 1) if bare == "single" else (Path(out), ranks)
-        environment = {**os.environ, **(placed if count > 1 else {})}
+        environment = {**bare_environment, **(placed if count > 1 else {})}
         check(Case(bare, directory, held, place / setting, count, environment))
 
 
