@@ -10,11 +10,15 @@ from benchmarks.common.results import RESULTS, ROOT
 from benchmarks.planning import tables as planning
 from benchmarks.step import tables as step
 
-PAGES = ("README.md", "docs/strategies.md", "docs/quantization.md", "docs/performance.md", "docs/scaling.md")
+PAGES = (
+    "README.md", "docs/strategies.md", "docs/quantization.md", "docs/performance.md", "docs/scaling.md",
+    "docs/integrations.md",
+)  # fmt: skip
 BEGIN = "<!-- {name}: made by benchmarks/report.py -->"
 TABLES: tuple[Callable[[], str], ...] = (
     step.performance, step.folded, step.profiles, step.kept, step.norms, step.refresh, step.experts,
-    step.published, planning.memory, planning.account, planning.simulated, planning.planned, planning.predicted,
+    step.published, step.trainers, planning.memory, planning.account, planning.simulated, planning.planned,
+    planning.predicted,
 )  # fmt: skip
 
 

@@ -56,7 +56,10 @@ def test_files_and_commands_that_are_named_exist(page):
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", *(f"docs/{page}.md" for page in ("strategies", "quantization", "performance", "scaling"))],
+    [
+        "README.md",
+        *(f"docs/{page}.md" for page in ("strategies", "quantization", "performance", "scaling", "integrations")),
+    ],
 )
 def test_the_pages_figures_are_those_of_the_result_files(name):
     assert name in report.PAGES

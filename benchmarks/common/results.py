@@ -62,7 +62,7 @@ def records(script: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "deepspeed")
+    packages = ("torch", "triton", "transformers", "trl", "accelerate", "peft", "bitsandbytes", "deepspeed")
     versions = {name: _version(name) for name in packages}
     if device.type == "cuda":
         versions |= {"python": platform.python_version(), "cuda": torch.version.cuda, "driver": driver_version()}

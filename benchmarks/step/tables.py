@@ -126,6 +126,19 @@ def experts() -> str:
     return table(["a block", *pairs, f"MB kept: {', '.join(KEPT_BY_EXPERTS)}"], rows)
 
 
+def trainers() -> str:
+    """trainers: ratios of steps, by process time and by the wall."""
+    rows, found = [], list(records("trainers"))
+    for case, record in found:
+        cells = [median(record["ratios"].get(pair)) for pair in COLUMNS.values()]
+        cells += [median(record["wall_ratios"].get(pair)) for pair in list(COLUMNS.values())[:2]]
+        names = {"torch": "torch", "transformers": "transformers", "trl": "TRL", "peft": "PEFT"}
+        rows.append([measured_by(record, case, **names), *cells])
+    rows += any_gpu((record for _, record in found), len(COLUMNS) + 2)
+    heads = [*COLUMNS, "by the wall, DoRA / PEFT LoRA", "by the wall, DoRA / PEFT DoRA"]
+    return table(["a step of SFTTrainer", *heads], rows)
+
+
 def folded() -> str:
     """layer: the two ways to apply the ratio over a 4-bit weight."""
     rows = []

@@ -97,6 +97,20 @@ def test_moe_writes_its_record(tmp_path):
     assert record["saved_bytes"]["ours dora"] < record["saved_bytes"]["peft lora"]
 
 
+@pytest.mark.slow
+def test_trainers_write_their_record(tmp_path):
+    pytest.importorskip("peft")
+    pytest.importorskip("trl")
+    out = tmp_path / "cpu.json"
+    size = "--hidden 64 --layers 1 --tokens 8 --rank 4 --rounds 1 --steps 1 --accumulation 2 --device cpu".split()
+    run("step.trainers", *size, "--out", str(out), ranks=2)
+    ((_, record),) = json.loads(out.read_text())["trainers"].items()
+    assert record["settings"]["ranks"] == 2
+    contenders = {"ours dora", "ours lora", "peft dora", "peft lora"}
+    assert set(record["seconds"]) == set(record["wall_seconds"]) == set(record["first_loss"]) == contenders
+    assert {"ours dora / peft dora", "ours dora / peft lora"} <= set(record["ratios"])
+
+
 def test_norm_writes_its_records(tmp_path):
     out = tmp_path / "cpu.json"
     size = "--weights 24x16x4 --ranks 1 2 8 --hidden 256 --intermediate 64 --rank 4 --rounds 2".split()
