@@ -1,6 +1,6 @@
 """Run on ranks: TRL's SFTTrainer with the mixin under each sharding, beside our own loop on the same batches.
 
-usage: trl_runs.py MODEL_DIR ROWS OUT_DIR SETTING...       SETTING: see SETTINGS; "dpo SETTING": trl_preferences.py
+usage: trl_runs.py MODEL_DIR ROWS OUT_DIR SETTING...       SETTING: of SETTINGS, or "dpo: fsdp": trl_preferences
 """
 
 import os
@@ -28,6 +28,7 @@ from dora_dist.models.build import make_blueprint, sizes_of
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import choose_strategy
 from dora_dist.parallel.zero import import_deepspeed
+from dora_dist.quant.nf4 import dequantize
 from dora_dist.training.optim import build_to_train
 from dora_dist.training.trainer import Trainer
 from tests.ranks import trl_others
@@ -120,7 +121,7 @@ def own_trainer(config: dict[str, Any], out: Path) -> tuple[Trainer, RunData]:
 class Case(NamedTuple):
     setting: str
     directory: str
-    own: Any  # what it is held against
+    own: Own
     out: Path
     ranks: int
     environment: dict[str, str]
@@ -205,7 +206,9 @@ def check_norms(model: torch.nn.Module) -> None:
     shards.reshard(model)
     for name, layer in dora_layers(model).items():
         assert layer.norm_is_cached and not layer._norm_is_stale, name
-        W, A, B = (t.double() for t in shards.gather([layer.weight, layer.lora_A, layer.lora_B]))
+        *parts, A, B = shards.gather([*layer.weight_parts, layer.lora_A, layer.lora_B])
+        W = parts[0] if layer.layout is None else dequantize(parts, layer.layout)
+        W, A, B = W.double(), A.double(), B.double()
         if layer.transposed:
             W = W.t()
         assert_near(layer.norm, (W + layer.spec.scaling * B @ A).norm(dim=1), MODEL, about=name)
@@ -287,18 +290,20 @@ def main(directory: str, rows: str, out: str, *settings: str) -> None:
     import_deepspeed(Processes())  # without what it would compile
     from tests.ranks import trl_preferences  # which imports this module
 
-    own_pairs = trl_preferences.own_loop(directory, alone / "pairs")
     bare_environment = dict(os.environ)
     for setting in settings:
         print(setting, flush=True)
         if setting == "others":
             trl_others.run(directory, alone)
             continue
-        bare = setting.removeprefix("dpo ")
-        check, held = (check_setting, own) if setting == bare else (trl_preferences.check_dpo, own_pairs)
+        kind, _, bare = setting.rpartition(": ")
         place, count = (alone, 1) if bare == "single" else (Path(out), ranks)
         environment = {**bare_environment, **(placed if count > 1 else {})}
-        check(Case(bare, directory, held, place / setting, count, environment))
+        case = Case(bare, directory, own, place / setting, count, environment)
+        if kind:
+            trl_preferences.check(kind, case, alone / kind)
+        else:
+            check_setting(case)
 
 
 if __name__ == "__main__":
