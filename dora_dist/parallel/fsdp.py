@@ -20,15 +20,7 @@ from dora_dist.config import TrainConfig
 from dora_dist.errors import UserError
 from dora_dist.parallel.engine import Engine, LossScale, TorchEngine
 from dora_dist.parallel.process import Processes
-from dora_dist.parallel.shards import (
-    GroupShards,
-    Rectangle,
-    Shards,
-    as_matrix,
-    blocks,
-    common_dtype,
-    groups_stay_whole,
-)
+from dora_dist.parallel.shards import GroupShards, Rectangle, Shards, as_matrix, blocks, common_dtype
 
 
 class FsdpShards(GroupShards):
@@ -62,7 +54,7 @@ class FsdpShards(GroupShards):
     def rows_aligned(self, weight: Tensor, factor: Tensor, groups: int) -> bool:
         if isinstance(weight, DTensor) and isinstance(factor, DTensor):
             rows = weight.shape[0]
-            alike = groups == rows or groups_stay_whole(rows, groups, self.size)
+            alike = groups == rows or self.split_between(rows, groups)
             return alike and weight.placements == factor.placements
         return not isinstance(weight, DTensor) and not isinstance(factor, DTensor)
 

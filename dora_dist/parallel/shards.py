@@ -129,7 +129,7 @@ class RowsOfCopies(Whole):
         return [Rectangle(own, row=self.index * step)] if own.numel() else []
 
     def rows_aligned(self, weight: Tensor, factor: Tensor, groups: int) -> bool:
-        return groups == weight.shape[0] or groups_stay_whole(weight.shape[0], groups, self.size)
+        return groups == weight.shape[0]
 
     def sum_(self, flat: Tensor) -> None:
         self._sum(flat)
@@ -148,6 +148,10 @@ class GroupShards(Shards):
 
     @abstractmethod
     def _gather_split(self, parameters: list[Any]) -> list[Tensor]: ...
+
+    def split_between(self, rows: int, groups: int) -> bool:
+        """Whether `rows` of `groups` equal parts, split evenly among the ranks, are split between parts alone."""
+        return rows % groups == 0 and groups % self.size == 0
 
     def must_gather(self, parameter: Tensor) -> bool:
         return self.is_split(parameter)
@@ -180,11 +184,6 @@ class GroupShards(Shards):
             column.reshape(-1)[: shape.numel()].view(shape).to(part.dtype)
             for column, shape, part in zip(columns, shapes, parts, strict=True)
         ]
-
-
-def groups_stay_whole(rows: int, groups: int, ranks: int) -> bool:
-    """Whether the rows of `groups` equal parts, split evenly among ranks, are split between parts alone."""
-    return rows % groups == 0 and groups % ranks == 0
 
 
 def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

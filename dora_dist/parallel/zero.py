@@ -31,7 +31,6 @@ from dora_dist.parallel.shards import (
     Whole,
     as_matrix,
     flat_rectangles,
-    groups_stay_whole,
 )
 
 
@@ -69,9 +68,8 @@ class ZeroShards(GroupShards):
         return _is_partitioned(parameter) and not _is_whole_now(parameter)
 
     def rows_aligned(self, weight: Any, factor: Any, groups: int) -> bool:
-        """Where the ranks divide the parts, ranges are whole parts."""
         partitioned = _is_partitioned(weight) and _is_partitioned(factor)
-        return partitioned and groups_stay_whole(self.shape(weight)[0], groups, self.size)
+        return partitioned and self.split_between(self.shape(weight)[0], groups)
 
     def _gather_split(self, parameters: list[Any]) -> list[Tensor]:
         parts = [p.ds_tensor.detach() for p in parameters]
