@@ -47,9 +47,14 @@ _UNSUPPORTED = (
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
+def plain_name(name: str) -> str:
+    """What a module or parameter is called where nothing is wrapped."""
+    return _WRAPPERS.sub("", name)
+
+
 def adapted_layers(model: nn.Module) -> dict[str, DoraLayer]:
     """The DoRA layers by the names they have in the base model."""
-    return {_WRAPPERS.sub("", name): layer for name, layer in dora_layers(model).items()}
+    return {plain_name(name): layer for name, layer in dora_layers(model).items()}
 
 
 def trained_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -199,7 +204,7 @@ def _places(model: nn.Module) -> Iterator[tuple[DoraLayer, tuple[Place, Place], 
     """Each layer, where A and B are in a file, and the path before the magnitude's key."""
     layers = adapted_layers(model)
     paths = wrapped_in([name for name, layer in layers.items() if isinstance(layer, DoraExperts)])
-    mixtures = {_WRAPPERS.sub("", n): m for n, m in model.named_modules() if isinstance(m, ExpertsForward)}
+    mixtures = {plain_name(n): m for n, m in model.named_modules() if isinstance(m, ExpertsForward)}
     for name, layer in layers.items():
         if isinstance(layer, DoraExperts):
             experts = mixtures[name.rpartition(".")[0]]
@@ -216,7 +221,7 @@ def _own_tensors(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Paramete
 
 def _module_names(model: nn.Module) -> list[str]:
     """As PEFT sees them: the projections of experts are parameters."""
-    modules = ((_WRAPPERS.sub("", name), module) for name, module in model.named_modules())
+    modules = ((plain_name(name), module) for name, module in model.named_modules())
     return [name for name, module in modules if name and not isinstance(module, DoraExperts | FrozenExperts)]
 
 
@@ -224,7 +229,7 @@ def _parameter_names(model: nn.Module) -> list[str]:
     """Of those that are not adapted, as PEFT sees them."""
     names = [name for name, _ in model.named_parameters()]
     names += [name for name, module in model.named_modules() if isinstance(module, FrozenExperts)]
-    return [_WRAPPERS.sub("", name) for name in names]
+    return [plain_name(name) for name in names]
 
 
 def _task_type(model: nn.Module, saved: Iterable[str]) -> str | None:
@@ -269,7 +274,7 @@ def _selected_weights(model: nn.Module, config: dict[str, Any], path: Path) -> l
         for name, place in with_projections(model).items()
         if is_linear(place)
     }
-    named = (_WRAPPERS.sub("", name) for name, _ in model.named_parameters(remove_duplicate=False))
+    named = (plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False))
     found = [name for name in named if is_listed(name, targets)]
     unknown = next((name for name in found if name not in weights), None)
     if unknown is not None or (targets and not found):

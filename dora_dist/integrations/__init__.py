@@ -1,6 +1,7 @@
 """Other people's loops. Only users import this room; it may import the rooms from training down.
 
 trainer: DoraTrainerMixin for transformers' Trainer and TRL's trainers, and DoraTrainer.
+vllm: the weights that TRL sends to vLLM, merged.
 """
 
 from importlib import import_module

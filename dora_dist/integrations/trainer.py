@@ -18,6 +18,7 @@ from dora_dist.dora.base_alone import adapters_off
 from dora_dist.dora.inject import injection_of
 from dora_dist.dora.norm_cache import attach_norm_refresh, find_shards, refresh_norms
 from dora_dist.errors import UserError
+from dora_dist.integrations.vllm import send_merged_weights
 from dora_dist.quant.modules import BaseWeight
 from dora_dist.training.optim import parameter_groups
 
@@ -63,6 +64,8 @@ class DoraTrainerMixin(_Trainer):
             self.beta = config.beta = beta
         if self._is_its_own_reference:
             self._reference = _Reference(self)
+        if getattr(self, "use_vllm", False):
+            send_merged_weights(self.vllm_generation)
         if (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             self.model.enable_input_require_grads()  # checkpoints whose inputs are all frozen would train nothing
         self.add_callback(_Attach(self))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from dora_dist.adapters.peft_format import plain_name
 from dora_dist.dora.experts import ExpertsForward
 from dora_dist.dora.inject import injection_of
 from dora_dist.dora.merged import merged_weight, whole_tensor
@@ -52,10 +53,11 @@ class LiveWeights(Weights):
     def __init__(self, model: nn.Module, shards: Shards):
         entries, _ = base_entries(model, (), shards)
         super().__init__({entry.name: entry.shape for entry in entries})
-        own = dict(self.origins)
+        own = {plain_name(name): traced for name, traced in self.origins.items()}
         for name, module in model.named_modules():
             for key in module.layout.shapes if isinstance(module, ExpertsForward) else ():
-                own[f"{name}.{key}"] = module.layout.unstacked(own.pop(f"{name}.{key}.weight"))
+                path = f"{plain_name(name)}.{key}"
+                own[path] = module.layout.unstacked(own.pop(f"{path}.weight"))
         self._take(published_origins(model, own))
         self._shards, self._packed = shards, packed_layers(model)
         self._entries = {entry.name: entry for entry in entries}

@@ -8,8 +8,11 @@ from tests.support.ranks import run_ranks
 pytestmark = pytest.mark.ranks
 
 
-FEW = "others", "single", "fsdp, loaded by one rank", "zero3", "dpo: zero3", "dpo nf4: fsdp", "kto: single"
-MORE = "ddp", "fsdp", "fsdp, checkpointed", "zero2", "dpo: single", "dpo: fsdp"
+FEW = (
+    "others", "single", "fsdp, loaded by one rank", "zero3", "dpo: zero3", "dpo nf4: fsdp", "kto: single",
+    "vllm: fsdp",
+)  # fmt: skip
+MORE = "ddp", "fsdp", "fsdp, checkpointed", "zero2", "dpo: single", "dpo: fsdp", "vllm: single", "vllm: zero3"
 
 
 @pytest.mark.parametrize("settings", [FEW, pytest.param(MORE, marks=pytest.mark.slow)], ids=["few", "more"])

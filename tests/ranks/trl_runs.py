@@ -1,6 +1,7 @@
 """Run on ranks: TRL's SFTTrainer with the mixin under each sharding, beside our own loop on the same batches.
 
-usage: trl_runs.py MODEL_DIR ROWS OUT_DIR SETTING...       SETTING: of SETTINGS, or "dpo: fsdp": trl_preferences
+usage: trl_runs.py MODEL_DIR ROWS OUT_DIR SETTING...       SETTING: of SETTINGS, or "dpo: fsdp": trl_preferences;
+"vllm: fsdp": trl_vllm
 """
 
 import os
@@ -288,7 +289,7 @@ def main(directory: str, rows: str, out: str, *settings: str) -> None:
     alone.mkdir()
     own = own_loop(directory, rows, alone)
     import_deepspeed(Processes())  # without what it would compile
-    from tests.ranks import trl_preferences  # which imports this module
+    from tests.ranks import trl_preferences, trl_vllm  # which import this module
 
     bare_environment = dict(os.environ)
     for setting in settings:
@@ -300,7 +301,9 @@ def main(directory: str, rows: str, out: str, *settings: str) -> None:
         place, count = (alone, 1) if bare == "single" else (Path(out), ranks)
         environment = {**bare_environment, **(placed if count > 1 else {})}
         case = Case(bare, directory, own, place / setting, count, environment)
-        if kind:
+        if kind == "vllm":
+            trl_vllm.check_vllm(case)
+        elif kind:
             trl_preferences.check(kind, case, alone / kind)
         else:
             check_setting(case)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from dora_dist import DoraConfig, UserError, inject_dora, iter_merged_weights, merge_adapter
 from dora_dist.config import QuantConfig
@@ -111,6 +112,16 @@ def test_each_weight_is_merged_once_and_let_go(monkeypatch):
     kept(model)
     blocks = sum(layer.num_experts for layer in dora_layers(model).values())
     assert len(made) == blocks
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, lambda block: torch.compile(block, backend="eager")])
+def test_names_know_no_wrappers(wrap):
+    model = inject_dora(mixture("qwen3_moe"), DoraConfig(rank=2, targets="all-linear"))
+    want = kept(model)
+    layers = model.model.layers
+    layers[0] = wrap(layers[0])
+    got = kept(model)
+    assert got.keys() == want.keys() and all(torch.equal(got[name], tensor) for name, tensor in want.items())
 
 
 def test_refusals():
