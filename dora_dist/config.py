@@ -27,7 +27,7 @@ from dora_dist.schema import (
 @dataclass(frozen=True)
 class ModelConfig(Section):
     path: str  # a directory in Hugging Face layout, or a hub id
-    task: Literal["causal_lm", "sequence_classification", "preference"] = "causal_lm"
+    task: Literal["causal_lm", "sequence_classification", "preference", "reward_model"] = "causal_lm"
     num_labels: int | None = setting(None, low=2)  # sequence_classification; None: what config.json says
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"  # of the frozen base and of compute
     init: Literal["pretrained", "random"] = "pretrained"  # random: weights from config.json alone
@@ -36,8 +36,8 @@ class ModelConfig(Section):
 
     @property
     def causal(self) -> bool:
-        """Whether the model predicts tokens; else it has a head for labels."""
-        return self.task != "sequence_classification"
+        """Whether the model predicts tokens; else it has a head for labels or rewards."""
+        return self.task in ("causal_lm", "preference")
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class RunConfig(Section):
         self._check_preference()
         if self.train.magnitude_lr is not None and self.dora.method == "lora":
             raise UserError("train.magnitude_lr needs dora.method: dora (lora has no magnitude)")
-        if self.model.num_labels is not None and self.model.causal:
+        if self.model.num_labels is not None and self.model.task != "sequence_classification":
             raise UserError("model.num_labels needs model.task: sequence_classification")
         if self.train.optimizer != "adamw" and self.parallel.strategy == "fsdp":
             raise UserError(
@@ -223,7 +223,7 @@ class RunConfig(Section):
     @property
     def sequences(self) -> int:
         """In a micro-batch: a pair of preferences has two."""
-        pairs = self.model.task == "preference" and self.train.objective != "kto"
+        pairs = self.model.task in ("preference", "reward_model") and self.train.objective != "kto"
         return self.train.micro_batch_size * (1 + pairs)
 
     def _check_preference(self) -> None:
@@ -232,9 +232,10 @@ class RunConfig(Section):
             for key in ("objective", "beta"):
                 if getattr(train, key) is not None:
                     raise UserError(f"train.{key} needs model.task: preference, not {self.model.task}")
-            return
-        if self.data.loss_on == "all":
+        if self.data.loss_on == "all" and self.model.task in ("preference", "reward_model"):
             raise UserError("data.loss_on: all needs model.task: causal_lm (a preference is between completions)")
+        if self.model.task != "preference":
+            return
         if self.data.streaming and train.objective == "kto":
             raise UserError(
                 "data.streaming does not work with train.objective: kto, which compares each row of a step with "

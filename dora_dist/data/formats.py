@@ -28,7 +28,7 @@ FORMATS = {  # in the order in which `auto` tries them, with the keys each one n
 }
 TASKS = {  # what a format that no language model learns token by token is for
     "labels": "model.task: sequence_classification",
-    "preference": "model.task: preference",
+    "preference": "model.task: preference or reward_model",
     "unpaired_preference": "train.objective: kto",
 }
 # The prompts of https://github.com/tatsu-lab/stanford_alpaca

@@ -38,15 +38,14 @@ class RunData:
         if self.pad_id is None:
             self.pad_id = tokenizer.eos_token_id or 0
         about.pad_token_id = self.pad_id  # classifiers on decoders find a row's last token by it
-        classifies = task == "sequence_classification"
-        labels = Labels(about.num_labels, about.label2id) if classifies else None
+        labels = Labels(about.num_labels, about.label2id) if task == "sequence_classification" else None
         needed = _needed_format(task, train.objective)
         encoder = partial(
             Encoder, config, labels=labels, vocab_size=about.get_text_config().vocab_size, needed=needed
         )
         split = Split(train.micro_batch_size, train.accumulation, processes.rank, processes.world_size)
         collate = Collate(
-            config.seq_len, self.pad_id, config.packing, not classifies,
+            config.seq_len, self.pad_id, config.packing, task in ("causal_lm", "preference"),
             pairs=needed == "preference", others=needed == "unpaired_preference",
         )  # fmt: skip
         self.plan: BatchPlan | StreamPlan
@@ -83,7 +82,7 @@ class RunData:
 
 
 def _needed_format(task: str, objective: str | None) -> str | None:
-    if task == "preference":
+    if task in ("preference", "reward_model"):
         return "unpaired_preference" if objective == "kto" else "preference"
     return "labels" if task == "sequence_classification" else None
 

@@ -136,7 +136,8 @@ def _model_arguments(config: ModelConfig, directory: Path) -> dict[str, Any]:
     """What transformers is told, the same for the meta model and for its own loading."""
     from transformers import AutoConfig
 
-    extra = {"num_labels": config.num_labels} if config.num_labels is not None else {}
+    labels = 1 if config.task == "reward_model" else config.num_labels
+    extra = {"num_labels": labels} if labels is not None else {}
     try:
         hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **extra)
     except Exception as error:  # transformers' own validation raises many kinds
@@ -183,7 +184,9 @@ def check_model(model: nn.Module, task: str, packing: bool, checkpointing: bool)
     if task == "sequence_classification":
         if hf_config.num_labels < 2:
             raise UserError(f"model.num_labels: {hf_config.num_labels}; a classifier needs at least 2")
-    elif any("MaskedLM" in name for name in getattr(hf_config, "architectures", None) or ()):
+    elif task != "reward_model" and any(
+        "MaskedLM" in name for name in getattr(hf_config, "architectures", None) or ()
+    ):
         raise UserError(
             f"model.task: {task} does not fit {hf_config.architectures[0]}, which sees the tokens it predicts; "
             "sequence_classification does"

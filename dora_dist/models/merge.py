@@ -220,7 +220,7 @@ def _write_config(blueprint: Blueprint, directory: Path, out: Path, unties: bool
     config.pop("torch_dtype", None)  # older name of dtype
     config.pop("quantization_config", None)  # of a base in 4 bits
     config |= {"architectures": [type(blueprint.model).__name__], "dtype": blueprint.config.model.dtype}
-    if blueprint.config.model.task == "sequence_classification":
+    if not blueprint.config.model.causal:
         config.pop("num_labels", None)
         labels = {"id2label": model_config.id2label, "label2id": model_config.label2id}
         config |= {**labels, "pad_token_id": pad_id}  # by which decoders find a row's last token

@@ -3,7 +3,7 @@
 run               a run from its settings to its adapter
 loop              the loop over optimizer steps, and what is due between them
 trainer           a step, an evaluation, samples
-objectives        what is minimised: the losses of tokens, of labels
+objectives        what is minimised: the losses of tokens, of labels, of rewards
 preference        DPO and its relatives
 optim             the optimizer, its schedule, and the model that it trains
 checkpoint        the state of a run, written from shards and read into them, whatever the strategy

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_dist.config import ModelConfig
-from dora_dist.data.batches import MicroBatch
+from dora_dist.data.batches import IGNORED, MicroBatch
 from dora_dist.data.packing import additive_mask, packed_attention
 from dora_dist.device import to_device
 from dora_dist.models.attention import CausalAttention
@@ -116,3 +117,39 @@ class LabelLoss(Objective):
 
     def metrics(self, sums: Sequence[float], targets: int) -> dict[str, float]:
         return {"accuracy": sums[0] / targets}
+
+
+class RewardLoss(Objective):
+    """reward_model: how likely the chosen of two rows is by Bradley and Terry's model, -log sigmoid(r_w - r_l)."""
+
+    while_training = True
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __call__(self, module: nn.Module, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        inputs = {name: to_device(tensor, self.device) for name, tensor in micro.items()}
+        real = inputs.pop("labels")[::2] != IGNORED
+        rewards = module(**inputs).logits.squeeze(-1).float()
+        chosen, rejected = rewards[::2], rewards[1::2]
+        sums = [chosen.detach(), rejected.detach(), (chosen > rejected).float()]
+        losses = -F.logsigmoid(chosen - rejected)
+        return over(real, losses), torch.stack([over(real, values) for values in sums])
+
+    def metrics(self, sums: Sequence[float], targets: int) -> dict[str, float]:
+        return pair_metrics(*(total / targets for total in sums))
+
+
+def pair_metrics(chosen: float, rejected: float, right: float) -> dict[str, float]:
+    """Of rewards' means, and of how often the chosen one has the higher."""
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": right,
+    }
+
+
+def over(real: Tensor, values: Tensor) -> Tensor:
+    """The sum of the values of what is real: a rank that has no rows left has stand-ins."""
+    return torch.where(real, values, 0).sum()

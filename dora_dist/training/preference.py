@@ -29,7 +29,7 @@ from dora_dist.device import to_device
 from dora_dist.dora.base_alone import adapters_off
 from dora_dist.errors import UserError
 from dora_dist.models.head_loss import row_sums
-from dora_dist.training.objectives import CausalForward, CausalObjective
+from dora_dist.training.objectives import CausalForward, CausalObjective, over, pair_metrics
 
 BETA = {"dpo": 0.1, "ipo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}  # the papers' usual ones
 GAMMA = 1.0  # simpo's: half its beta
@@ -70,7 +70,7 @@ class PreferenceLoss(CausalObjective):
         found = self.completions(module, micro)
         chosen, rejected = found.every_other(0), found.every_other(1)
         losses = LOSSES[self.name](chosen, rejected, self.beta, self.gamma)
-        return _over(chosen.real, losses), self._sums(chosen, rejected)
+        return over(chosen.real, losses), self._sums(chosen, rejected)
 
     def completions(self, module: nn.Module, micro: MicroBatch) -> Completions:
         targets = micro["targets"]
@@ -101,18 +101,12 @@ class PreferenceLoss(CausalObjective):
         logps = [c.means if per_token else c.logps for c in (chosen, rejected)]
         rewards = [self.beta * (c.means if per_token else c.ratios) for c in (chosen, rejected)]
         right = (rewards[0] > rewards[1]).float()
-        return torch.stack([_over(chosen.real, values) for values in (*rewards, *logps, right)])
+        return torch.stack([over(chosen.real, values) for values in (*rewards, *logps, right)])
 
     def metrics(self, sums: Sequence[float], targets: int) -> dict[str, float]:
         chosen, rejected, chosen_logps, rejected_logps, right = (total / targets for total in sums)
-        return {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": right,
-            "logps/chosen": chosen_logps,
-            "logps/rejected": rejected_logps,
-        }
+        logps = {"logps/chosen": chosen_logps, "logps/rejected": rejected_logps}
+        return {**pair_metrics(chosen, rejected, right), **logps}
 
 
 class KtoLoss(PreferenceLoss):
@@ -131,7 +125,7 @@ class KtoLoss(PreferenceLoss):
             others = {name: micro[f"other_{name}"] for name in ("input_ids", "targets")}
             with self.around(others):
                 found = self.completions(self.model, others)
-            total += torch.stack([_over(found.real, found.ratios), found.real.sum()])
+            total += torch.stack([over(found.real, found.ratios), found.real.sum()])
         self.model.train(training)
         self.sum_(total)
         self.z = (total[0] / total[1]).clamp(min=0)
@@ -141,15 +135,15 @@ class KtoLoss(PreferenceLoss):
         wanted = to_device(micro["labels"], self.forward.device) == 1
         excess = self.beta * (found.ratios - self.z)
         losses = torch.sigmoid(torch.where(wanted, -excess, excess))
-        return _over(found.real, losses), self._sums_of(found, wanted)
+        return over(found.real, losses), self._sums_of(found, wanted)
 
     @torch.no_grad()
     def _sums_of(self, found: Completions, wanted: Tensor) -> Tensor:
         """For `metrics`: of the wanted and of the others, their number, rewards and log-probabilities; and z."""
         rewards, ones = self.beta * found.ratios, torch.ones_like(found.ratios)
         kinds = [found.real & wanted, found.real & ~wanted]
-        sums = [_over(kind, values) for kind in kinds for values in (ones, rewards, found.logps)]
-        return torch.stack([*sums, _over(found.real, ones * self.z)])
+        sums = [over(kind, values) for kind in kinds for values in (ones, rewards, found.logps)]
+        return torch.stack([*sums, over(found.real, ones * self.z)])
 
     def metrics(self, sums: Sequence[float], targets: int) -> dict[str, float]:
         found = {"kl": sums[-1] / targets}
@@ -180,11 +174,6 @@ def check_preference(config: RunConfig, world_size: int) -> None:
 
 def objective_of(config: TrainConfig) -> str:
     return config.objective or "dpo"
-
-
-def _over(real: Tensor, values: Tensor) -> Tensor:
-    """The sum of the values of what is real."""
-    return torch.where(real, values, 0).sum()
 
 
 def _dpo(chosen: Completions, rejected: Completions, beta: float, _: float) -> Tensor:

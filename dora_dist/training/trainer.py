@@ -20,7 +20,7 @@ from dora_dist.dora.norm_cache import dora_layers, refresh_norms
 from dora_dist.models.participation import refuse_idle
 from dora_dist.parallel.phases import Phase
 from dora_dist.parallel.watchdog import Watchdog
-from dora_dist.training.objectives import CausalForward, LabelLoss, Objective, TokenLoss
+from dora_dist.training.objectives import CausalForward, LabelLoss, Objective, RewardLoss, TokenLoss
 from dora_dist.training.optim import TrainableModel, lr_factor
 from dora_dist.training.preference import KtoLoss, PreferenceLoss
 
@@ -162,7 +162,7 @@ class Trainer:
 def _objective(built: TrainableModel, model: ModelConfig, train: TrainConfig, packing: bool) -> Objective:
     device, processes = built.processes.device, built.processes
     if not model.causal:
-        return LabelLoss(device)
+        return (RewardLoss if model.task == "reward_model" else LabelLoss)(device)
     # Compiled blocks would be compiled anew for each pack's lengths.
     forward = CausalForward(built, model, device, without_mask=not (train.compile and packing))
     if model.task == "causal_lm":

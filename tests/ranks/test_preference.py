@@ -15,16 +15,16 @@ pytestmark = pytest.mark.ranks
 
 FSDP, DDP = {"parallel.strategy": "fsdp"}, {"parallel.strategy": "ddp"}
 NF4, CHECKPOINTED = {"quant.scheme": "nf4"}, {"train.activation_checkpointing": True}
-KTO = {"train.objective": "kto"}
-ALONE = {"dpo": {}, "nf4": NF4, "kto": KTO}
+KTO, REWARD = {"train.objective": "kto"}, {"model.task": "reward_model"}
+ALONE = {"dpo": {}, "nf4": NF4, "kto": KTO, "reward": REWARD}
 TWO = {
-    "dpo-ddp": DDP, "dpo-fsdp": {**FSDP, **CHECKPOINTED}, "dpo-zero2": ZERO2,
-    "dpo-zero3": {**ZERO3, **CHECKPOINTED}, "nf4-fsdp": {**FSDP, **NF4}, "nf4-zero3": {**ZERO3, **NF4},
-    "kto-fsdp": {**FSDP, **KTO},
+    "dpo-ddp": DDP, "dpo-fsdp": {**FSDP, **CHECKPOINTED}, "dpo-zero3": {**ZERO3, **CHECKPOINTED},
+    "nf4-fsdp": {**FSDP, **NF4}, "nf4-zero3": {**ZERO3, **NF4}, "kto-fsdp": {**FSDP, **KTO},
+    "reward-fsdp": {**FSDP, **REWARD},
 }  # fmt: skip
 FOUR = {
-    "dpo-hybrid": {**FSDP, "parallel.replicas": 2}, "nf4-zero1": {**ZERO1, **NF4}, "kto-zero3": {**ZERO3, **KTO},
-    "dpo-compiled": {**FSDP, "train.compile": True},
+    "dpo-hybrid": {**FSDP, "parallel.replicas": 2}, "dpo-zero2": ZERO2, "nf4-zero1": {**ZERO1, **NF4},
+    "kto-zero3": {**ZERO3, **KTO},
 }  # fmt: skip
 SPLITS = {1: (8, 1), 2: (2, 2), 4: (1, 2)}  # world size: micro_batch_size, accumulation
 
@@ -41,7 +41,7 @@ def train(tiny_llama, tmp_path_factory):
             "model": {"path": str(tiny_llama), "dtype": "float32", "task": "preference"},
             "dora": {"rank": 3, "alpha": 6, "targets": "all-linear", "rank_pattern": {"k_proj": 2, "v_proj": 2}},
             "data": {"train": str(pairs), "eval": str(pairs), "seq_len": 48, "format": "auto"},
-            "train": {"steps": 6, "lr": 0.01, "micro_batch_size": size, "accumulation": accumulation},
+            "train": {"steps": 4, "lr": 0.01, "micro_batch_size": size, "accumulation": accumulation},
         }
         for case in cases.values():
             if case.get("train.objective") == "kto":

@@ -152,6 +152,12 @@ PAIRS = {  # keys that contradict each other
         "train.objective needs model.task: preference, not causal_lm",
     ),
     "a beta of tokens": ("train.beta=0.1", "train.beta needs model.task: preference, not causal_lm"),
+    "an objective of rewards": (
+        "model.task=reward_model train.objective=kto",
+        "train.objective needs model.task: preference, not reward_model",
+    ),
+    "labels of rewards": ("model.task=reward_model model.num_labels=2", "model.num_labels needs model.task"),
+    "packed pairs of rewards": ("model.task=reward_model data.packing=true", "data.packing needs model.task"),
     "a gamma of DPO": ("model.task=preference train.gamma=1", "train.gamma needs train.objective: simpo"),
     "a stream for KTO": (
         "model.task=preference train.objective=kto data.streaming=true train.steps=1",

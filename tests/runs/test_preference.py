@@ -1,10 +1,12 @@
-"""model.task: preference, as users start it."""
+"""model.task: preference and reward_model, as users start them."""
 
 import json
+import math
 import shutil
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from dora_dist.cli import main
 from tests.support.models import make_labelled, make_pairs, train_command
@@ -77,3 +79,21 @@ def test_kto_needs_another_row(command, tmp_path, capsys):
     assert main(kto) == 0
     assert lines(tmp_path / "run")[1]["kl"] == 0  # the policy is the reference still
     assert main(["merge", "--config", str(tmp_path / "run" / "config.yaml"), str(tmp_path / "merged")]) == 0
+
+
+def test_a_reward_model(command, tmp_path):
+    one = make_pairs(tmp_path / "one.jsonl", 1)
+    run = [*command, "model.task=reward_model", f"output_dir={tmp_path / 'run'}", f"data.eval={one}"]
+    assert main(run) == 0
+    steps = [line for line in lines(tmp_path / "run") if "loss" in line]
+    assert steps[0]["rewards/margins"] < 0.2 < 0.5 < steps[-1]["rewards/margins"]
+    for line in lines(tmp_path / "run"):
+        if "eval_loss" in line:  # of one pair
+            assert line["eval_loss"] == pytest.approx(
+                math.log1p(math.exp(-line["eval_rewards/margins"])), rel=1e-4
+            )
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert saved["base_model.model.score.weight"].shape == (1, 12)
+    assert main(["merge", "--config", str(tmp_path / "run" / "config.yaml"), str(tmp_path / "merged")]) == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.num_labels == 1
