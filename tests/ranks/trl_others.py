@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -17,6 +18,7 @@ from dora_dist import DoraConfig, UserError, inject_dora
 from dora_dist.adapters.files import TENSORS
 from dora_dist.dora.norm_cache import dora_layers
 from dora_dist.integrations import DoraTrainer, DoraTrainerMixin
+from dora_dist.integrations.trainer import _refuse
 from tests.support.models import make_pairs
 
 TOKENS = Dataset.from_list([{"input_ids": list(range(1, 9)), "labels": list(range(1, 9))}] * 4)
@@ -169,3 +171,6 @@ def check_refusals(others: Others) -> None:
     ):
         with pytest.raises(UserError, match=word):
             others.made(trainer, **more).train()
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))  # which takes no CPUs
+    with pytest.raises(UserError, match="version 1"):
+        _refuse(SimpleNamespace(model=head, args=None, accelerator=SimpleNamespace(state=state)))

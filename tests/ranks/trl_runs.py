@@ -4,11 +4,13 @@ usage: trl_runs.py MODEL_DIR ROWS OUT_DIR SETTING...       SETTING: of SETTINGS,
 "vllm: fsdp": trl_vllm
 """
 
+import math
 import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
 import pytest
 import torch
 import yaml
@@ -19,16 +21,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
-from dora_dist import load_adapter, save_adapter
+from dora_dist import UserError, load_adapter, save_adapter
 from dora_dist.cli import leave
-from dora_dist.config import load_config
+from dora_dist.config import QuantConfig, load_config
 from dora_dist.data.run_data import RunData, load_tokenizer
 from dora_dist.dora.norm_cache import dora_layers, find_shards
 from dora_dist.integrations import DoraTrainerMixin
 from dora_dist.models.build import make_blueprint, sizes_of
+from dora_dist.models.quantize import pack_linears
 from dora_dist.parallel.process import Processes
 from dora_dist.parallel.strategy import choose_strategy
 from dora_dist.parallel.zero import import_deepspeed
+from dora_dist.quant.modules import BaseWeight
 from dora_dist.quant.nf4 import dequantize
 from dora_dist.training.optim import build_to_train
 from dora_dist.training.trainer import Trainer
@@ -70,10 +74,12 @@ class Own(NamedTuple):
     final: Path
 
 
-def own_loop(directory: str, rows: str, out: Path) -> Own:
+def own_loop(directory: str, rows: str, out: Path, scheme: str = "none") -> Own:
+    out.mkdir()
     config = {
         "model": {"path": directory, "dtype": "float32"},
         "dora": {"rank": 2, "alpha": 6, "targets": ["q_proj", "v_proj", "up_proj", "down_proj", "embed_tokens"]},
+        "quant": {"scheme": scheme},
         "data": {"train": rows, "seq_len": 64},
         "train": {
             "steps": STEPS, "micro_batch_size": GLOBAL_BATCH, "lr": 0.02, "schedule": "constant",
@@ -126,6 +132,7 @@ class Case(NamedTuple):
     out: Path
     ranks: int
     environment: dict[str, str]
+    four_bit: bool = False
 
 
 class Noting:
@@ -227,25 +234,32 @@ def fresh_accelerate(case: Case) -> None:
         PartialState(backend="gloo")  # on CPUs the arguments would leave it without
 
 
-def train(case: Case, resume: bool = False) -> Sft:
+def made(case: Case, **changes: Any) -> Sft:
     fresh_accelerate(case)
     model = AutoModelForCausalLM.from_pretrained(case.directory, dtype=torch.float32)
-    config = SFTConfig(
-        output_dir=str(case.out), max_steps=STEPS, per_device_train_batch_size=1, bf16=False, max_length=None,
-        gradient_accumulation_steps=GLOBAL_BATCH // case.ranks, learning_rate=0.02, lr_scheduler_type="constant",
-        weight_decay=0.1, train_sampling_strategy="sequential", dataset_kwargs={"skip_prepare_dataset": True},
-        save_strategy="steps", save_steps=SAVED, report_to="none", disable_tqdm=True,
-        activation_checkpointing=False, dataloader_pin_memory=False,
-        ddp_backend="gloo" if case.ranks > 1 else None, **SETTINGS[case.setting],
-    )  # fmt: skip
-    Sft.skips = not resume
-    trainer = Sft(
-        model=load_adapter(model, case.own.initial),
-        args=config,
+    load_adapter(model, case.own.initial)
+    if case.four_bit:
+        pack_linears(model, QuantConfig(scheme="nf4"), case.ranks)
+    settings = {
+        "output_dir": str(case.out), "max_steps": STEPS, "per_device_train_batch_size": 1, "bf16": False,
+        "gradient_accumulation_steps": GLOBAL_BATCH // case.ranks, "learning_rate": 0.02, "max_length": None,
+        "lr_scheduler_type": "constant", "weight_decay": 0.1, "train_sampling_strategy": "sequential",
+        "dataset_kwargs": {"skip_prepare_dataset": True}, "save_strategy": "steps", "save_steps": SAVED,
+        "report_to": "none", "disable_tqdm": True, "activation_checkpointing": False,
+        "dataloader_pin_memory": False, "ddp_backend": "gloo" if case.ranks > 1 else None,
+    }  # fmt: skip
+    return Sft(
+        model=model,
+        args=SFTConfig(**{**settings, **SETTINGS[case.setting], **changes}),
         train_dataset=case.own.rows,
         processing_class=AutoTokenizer.from_pretrained(case.directory),
         **RATES,
     )
+
+
+def train(case: Case, resume: bool = False) -> Sft:
+    Sft.skips = not resume
+    trainer = made(case)
     trainer.add_callback(Watch(trainer))
     trainer.train(resume_from_checkpoint=str(case.out / f"checkpoint-{SAVED}") if resume else None)
     return trainer
@@ -258,12 +272,46 @@ def check_setting(case: Case) -> None:
     assert losses == pytest.approx(want, rel=TRAINED)
     for layer, gradient in case.own.gradients.items():
         assert_near(trainer.gradients[layer], gradient, MODEL, about=layer)
+    if case.four_bit and case.setting.startswith(("fsdp", "zero3")):
+        check_share(trainer.dora_model, case.ranks)
     trainer.save_model(str(case.out / "saved"))
     trainer.accelerator.wait_for_everyone()
     check_adapter(case.out / "saved", case.own.final)
     check_no_base(case.out, case.directory)
+    if case.setting == "single":
+        check_in_peft(trainer, case)
     resumed = train(case, resume=True)
     assert resumed.losses == pytest.approx(trainer.losses[SAVED:], rel=TRAINED)
+
+
+def check_refusals(case: Case) -> None:
+    """Settings that round magnitudes, before anything is trained."""
+    rounding = {"bf16": {"enabled": True}}
+    for word, setting, changes in (
+        ("bf16, fp16: with FSDP", "fsdp", {"bf16": True}),
+        ("bf16, fp16: with DeepSpeed", "zero3", {"deepspeed": {**SETTINGS["zero3"]["deepspeed"], **rounding}}),
+    ):
+        with pytest.raises(UserError, match=word):
+            made(case._replace(setting=setting), **changes)
+
+
+def check_in_peft(trainer: Sft, case: Case) -> None:
+    base = AutoModelForCausalLM.from_pretrained(case.directory, dtype=torch.float32)
+    other = peft.PeftModel.from_pretrained(base, case.out / "saved").eval()
+    ids = torch.tensor(case.own.rows[0]["input_ids"])[None]
+    with torch.no_grad():
+        assert_near(other(input_ids=ids).logits, trainer.dora_model.eval()(input_ids=ids).logits, MODEL)
+
+
+def check_share(model: torch.nn.Module, ranks: int) -> None:
+    """Of each packed weight a rank holds its rows alone."""
+    shards = find_shards(model)
+    layers = [module for module in model.modules() if isinstance(module, BaseWeight) and module.layout is not None]
+    assert len(layers) == 14
+    for part in (part for layer in layers for part in layer.weight_parts):
+        rows, *columns = shards.shape(part)
+        held = sum(own.values.numel() for own in shards.rectangles(part))
+        assert held <= -(-rows // ranks) * math.prod(columns), (held, rows, columns)
 
 
 def check_adapter(got: Path, want: Path) -> None:
@@ -287,7 +335,7 @@ def main(directory: str, rows: str, out: str, *settings: str) -> None:
     rank, ranks = placed.get("RANK", "0"), int(placed.get("WORLD_SIZE", 1))
     alone = Path(out) / f"alone-{rank}"
     alone.mkdir()
-    own = own_loop(directory, rows, alone)
+    own = {"sft": own_loop(directory, rows, alone / "sft"), "nf4": own_loop(directory, rows, alone / "nf4", "nf4")}
     import_deepspeed(Processes())  # without what it would compile
     from tests.ranks import trl_preferences, trl_vllm  # which import this module
 
@@ -300,13 +348,16 @@ def main(directory: str, rows: str, out: str, *settings: str) -> None:
         kind, _, bare = setting.rpartition(": ")
         place, count = (alone, 1) if bare == "single" else (Path(out), ranks)
         environment = {**bare_environment, **(placed if count > 1 else {})}
-        case = Case(bare, directory, own, place / setting, count, environment)
+        held = own["nf4" if kind == "nf4" else "sft"]
+        case = Case(bare, directory, held, place / setting, count, environment, kind == "nf4")
         if kind == "vllm":
             trl_vllm.check_vllm(case)
-        elif kind:
-            trl_preferences.check(kind, case, alone / kind)
-        else:
+        elif kind == "refusals":
+            check_refusals(case)
+        elif kind in ("", "nf4"):
             check_setting(case)
+        else:
+            trl_preferences.check(kind, case, alone / kind)
 
 
 if __name__ == "__main__":
