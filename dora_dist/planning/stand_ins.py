@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dora_dist.config import RunConfig
 from dora_dist.data.batches import GlobalBatch
-from dora_dist.dora import experts, kernels, norm_cache, norm_math, products
+from dora_dist.dora import experts, norm_cache, norm_math, products
 from dora_dist.models import weights
 from dora_dist.models.weights import base_tensors, packed_layers
 from dora_dist.parallel.phases import Phase
@@ -24,7 +24,6 @@ from dora_dist.parallel.shards import Rectangle
 from dora_dist.planning.fake_group import every_rank_alike, shapes_uncounted
 from dora_dist.planning.trace import HOST, REDUCED, Collective, Tracer
 from dora_dist.quant import modules
-from dora_dist.quant.nf4 import PackedMatrix
 from dora_dist.training.optim import TrainableModel
 
 BASE, SCALES, TRAINED, NORMS = "base weights", "scales of 4-bit weights", "A, B and m", "norms and other buffers"
@@ -165,8 +164,6 @@ def replacements(
 
         if gpu:
             put(F, "scaled_dot_product_attention", _as_on_gpus)
-            put(norm_math, "available", lambda _: lambda *_: True)
-            put(kernels, "squared_norms", lambda _: _in_one_pass)
         put(experts, "tokens_each", _balanced)
         if not every_piece:
             for module, name in _PIECES:
@@ -274,14 +271,6 @@ def _as_on_gpus(attend: Callable) -> Callable:
         return attend(query, key, value, *more, **options)[..., : value.shape[-1] - max(0, missing)]
 
     return attended
-
-
-def _in_one_pass(
-    M_NK: Tensor | PackedMatrix, L_NR: Tensor | None, U_RK: Tensor | None, scaling: float, dim: int
-) -> Tensor:
-    """What the kernel reads most of, and what it writes."""
-    torch.sum(M_NK if isinstance(M_NK, Tensor) else M_NK.parts[0])
-    return torch.zeros(M_NK.shape[dim], device=M_NK.device)
 
 
 def _first_of(pieces: Callable) -> Callable:
