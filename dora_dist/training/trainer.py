@@ -6,14 +6,14 @@ formed.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dora_dist.config import ModelConfig, TrainConfig
-from dora_dist.data.batches import EvaluationBatches, GlobalBatch
+from dora_dist.data.batches import EvaluationBatches, GlobalBatch, MicroBatch
 from dora_dist.data.run_data import RunData, encode_prompt
 from dora_dist.device import Stopwatch
 from dora_dist.dora.norm_cache import dora_layers, refresh_norms
@@ -74,8 +74,7 @@ class Trainer:
         watched = not (self.config.compile and self.progress.step == self.first_step)  # compiling takes its time
         last = len(batch.micro_batches) - 1
         loss = torch.zeros((), device=self.device)
-        self.at(Phase.FORWARD, 1, watched)
-        self.objective.prepare(batch.micro_batches)
+        self.objective.prepare(self._announced(batch.micro_batches, Phase.FORWARD, watched))
         for index, micro in enumerate(batch.micro_batches):
             # Both around the backward, too: it may run the forward again.
             with engine.micro_batch(last=index == last), self.objective.around(micro):
@@ -99,6 +98,11 @@ class Trainer:
     def at(self, phase: Phase, number: int = 0, watched: bool = True) -> None:
         self.watch.at(self.current, phase, number, watched)
 
+    def _announced(self, micros: Iterable[MicroBatch], phase: Phase, watched: bool) -> Iterator[MicroBatch]:
+        for index, micro in enumerate(micros):
+            self.at(phase, index + 1, watched)
+            yield micro
+
     def refuse_idle(self, micro: dict[str, Tensor]) -> None:
         """See participation.py. In training mode, which holds no more than a training forward does."""
         self.at(Phase.FORWARD, 1, watched=False)
@@ -116,8 +120,7 @@ class Trainer:
         """Mean loss per target, and the objective's metrics. `before_each`: is called before each batch, and may
         end the run."""
         self.built.engine.module.eval()
-        self.at(Phase.EVALUATION, 1, watched=not self.config.compile)
-        self.objective.prepare(batches)
+        self.objective.prepare(self._announced(batches, Phase.EVALUATION, not self.config.compile))
         totals = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, micro in enumerate(batches):
             before_each()
