@@ -19,7 +19,7 @@ NUMERIC = """
     unit/models/test_attention runs/test_compile unit/dora/test_inject unit/adapters/test_peft
     unit/adapters/test_adapter unit/models/test_merge unit/models/test_merge_renamed unit/models/test_weights
     unit/quant/test_bitsandbytes_files unit/parallel/test_optimizer_state unit/data/test_batches runs/test_cli
-    unit/training/test_train
+    unit/training/test_train unit/training/test_preference
     """.split()
 REFUSALS = "mistake or refused or half_way or moved or sampling or test_cli"  # the same everywhere
 COMPUTING = f"not ({REFUSALS}) or first_loss or starts_where_it_ended or runs_learn"
