@@ -227,7 +227,7 @@ def _module_names(model: nn.Module) -> list[str]:
 
 def _parameter_names(model: nn.Module) -> list[str]:
     """Of those that are not adapted, as PEFT sees them."""
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     names += [name for name, module in model.named_modules() if isinstance(module, FrozenExperts)]
     return [plain_name(name) for name in names]
 
@@ -270,12 +270,11 @@ def _selected_weights(model: nn.Module, config: dict[str, Any], path: Path) -> l
     """The linear layers and projections of experts whose weights `target_parameters` mean to PEFT."""
     targets = config.get("target_parameters") or []
     weights = {
-        _WRAPPERS.sub("", name if isinstance(place, Projection) else f"{name}.weight"): name
+        _WRAPPERS.sub("", name if isinstance(place, Projection | FrozenExperts) else f"{name}.weight"): name
         for name, place in with_projections(model).items()
         if is_linear(place)
     }
-    named = (plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False))
-    found = [name for name in named if is_listed(name, targets)]
+    found = [name for name in _parameter_names(model) if is_listed(name, targets)]
     unknown = next((name for name in found if name not in weights), None)
     if unknown is not None or (targets and not found):
         told = (

@@ -15,9 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from dora_dist.config import DoraConfig
 from dora_dist.dora.experts import DoraExperts, complete, own_parameter
 from dora_dist.dora.layers import AdapterSpec, DoraEmbedding, DoraLayer, DoraLinear
-from dora_dist.dora.targets import Projection, choose, inside, is_conv1d, rank_and_alpha
+from dora_dist.dora.targets import Projection, choose, inside, is_conv1d, rank_and_alpha, shape_of
 from dora_dist.errors import UserError
 from dora_dist.io.fingerprint import Base
+from dora_dist.quant.modules import BaseWeight, FrozenExperts, PackedLinear
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def inject_dora(
         )
     chosen = choose(model, config, set(idle))
     targets, saved = chosen.targets, chosen.saved
+    _refuse_four_bit(model, saved)
     specs = {name: _spec(name, module, name in chosen.magnitude_only, config) for name, module in targets.items()}
 
     model.requires_grad_(False)
@@ -131,13 +133,12 @@ def injection_of(model: nn.Module) -> Injection:
 
 def _spec(name: str, module: nn.Module | Projection, magnitude_only: bool, config: DoraConfig) -> AdapterSpec:
     rank, alpha = rank_and_alpha(name, config)
-    shape = module.weight.shape
-    assert isinstance(shape, torch.Size)
+    shape = shape_of(module)
     if magnitude_only:
         rank = 0
     elif rank > min(shape):
         raise UserError(
-            f"dora.rank: {rank} is larger than the smaller side of {name!r} {tuple(shape)}; "
+            f"dora.rank: {rank} is larger than the smaller side of {name!r} {shape}; "
             f"at most {min(shape)} (dora.rank_pattern sets a rank for single layers)"
         )
     return AdapterSpec(
@@ -151,12 +152,24 @@ def _spec(name: str, module: nn.Module | Projection, magnitude_only: bool, confi
     )
 
 
+def _refuse_four_bit(model: nn.Module, saved: Collection[str]) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, BaseWeight) and module.layout is not None and inside(name, saved):
+            raise UserError(f"dora.modules_to_save: {name!r} is in 4 bits; load it with quant.skip: [{name}]")
+
+
 def _make_layer(module: nn.Module | Projection, spec: AdapterSpec) -> DoraLayer:
     layer: DoraLayer
     if isinstance(module, Projection):
         assert module.layout is not None
         weight = own_parameter(module.experts, module.key, module.layout)
         layer = DoraExperts(weight, spec, module.layout.num_experts).train(module.experts.training)
+    elif isinstance(module, FrozenExperts):
+        layer = DoraExperts(module.without_values(), spec, module.num_experts).train(module.training)
+        layer.hold(module)
+    elif isinstance(module, PackedLinear):
+        layer = DoraLinear(module.without_values(), module.bias, spec, module.transposed).train(module.training)
+        layer.hold(module)
     elif isinstance(module, nn.Embedding):
         layer = DoraEmbedding(module.weight, spec, module.padding_idx)  # type: ignore[arg-type]
         layer.train(module.training)

@@ -16,6 +16,7 @@ from dora_dist.dora.experts import ExpertsLayout
 from dora_dist.dora.experts_layout import FIRST, LAST, experts_layout, unknown_experts
 from dora_dist.dora.linear_subclasses import computes_linear
 from dora_dist.errors import UserError, nearest
+from dora_dist.quant.modules import FrozenExperts, PackedLinear
 
 _GLOB = set("*?[")
 T = TypeVar("T")
@@ -165,6 +166,10 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_linear(module: nn.Module | Projection) -> bool:
     if isinstance(module, Projection):
         return module.layout is not None
+    return isinstance(module, PackedLinear | FrozenExperts) or is_dense_linear(module)
+
+
+def is_dense_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_conv1d(module) or computes_linear(module)
 
 
@@ -183,7 +188,7 @@ def _selected(
     _require_all_match(key, names, places, candidates)
     _require_all_match(key, globs, candidates)
     named = {n for n in places if matches(n, names)}
-    holders = {n.rpartition(".")[0] for n in named if isinstance(places[n], Projection)}
+    holders = {n.rpartition(".")[0] for n in named if isinstance(places[n], Projection | FrozenExperts)}
     return (named - holders) | {n for n in candidates if matches(n, globs)}
 
 
@@ -198,8 +203,15 @@ def _without_idle(key: str, patterns: Iterable[str], meant: list[str], idle: Col
 
 
 def _is_small(name: str, module: nn.Module | Projection, config: DoraConfig) -> bool:
+    return rank_and_alpha(name, config)[0] > min(shape_of(module))
+
+
+def shape_of(module: nn.Module | Projection) -> tuple[int, ...]:
+    """Of the matrix to be adapted; of experts that of one."""
+    if isinstance(module, PackedLinear | FrozenExperts):
+        return module.out_features, module.in_features
     weight: Any = module.weight
-    return rank_and_alpha(name, config)[0] > min(weight.shape)
+    return tuple(weight.shape)
 
 
 def _named(small: set[str], patterns: Iterable[str], others: Collection[str]) -> set[str]:

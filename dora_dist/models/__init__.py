@@ -8,6 +8,7 @@ head_loss, attention        the loss without all logits; packed documents withou
 participation               which layers the loss of text depends on
 coverage                    which share of the weights is adapted
 quantize                    linear layers to 4 bits
+quantized                   a 4-bit model for others' loops
 merge                       the verb: adapter and base as one model
 merge_weights               tensor by tensor
 merged                      the same of a live model, for inference engines

@@ -77,7 +77,7 @@ def make_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from
     quantized = check_quantization(directory, config.quant) if from_files else {}
     model = meta_model(config.model, directory)
     check_model(model, config.model.task, config.data.packing, config.train.activation_checkpointing)
-    files = _open_files(model, directory, config.model.allow_pickle, quantized) if from_files else None
+    files = open_files(model, directory, config.model.allow_pickle, quantized) if from_files else None
     base = Base(base_fingerprint(files, directory, config.train.seed), str(config.quant))
     if config.dora.init_from is not None and from_files:
         check_adapter_files(config.dora.init_from, base, config.dora.accept_other_base, "dora.init_from")
@@ -96,7 +96,7 @@ def make_blueprint(config: RunConfig, directory: Path, world_size: int = 1, from
     return Blueprint(config, model, files, head, base, head_loss, idle is not None, told)
 
 
-def _open_files(
+def open_files(
     model: nn.Module, directory: Path, allow_pickle: bool, quantized: Mapping[str, Any]
 ) -> SafetensorsFiles:
     """The weight files of a model that is as transformers makes it. `quantized`: what config.json says of them."""

@@ -22,9 +22,9 @@ _LEAST_BLOCK = 32
 def pack_linears(
     model: nn.Module, config: QuantConfig, split: int = 1, stored: Mapping[str, int] | None = None
 ) -> None:
-    """Hold the weights of all linear layers and experts of an injected model in 4 bits, but for `config.skip` and
-    the modules trained in full. `split`: ranks among which flat memory will be divided (ZeRO-3); rows are filled
-    up to it.
+    """Hold the weights of all linear layers and experts of a model, injected or not, in 4 bits, but for
+    `config.skip` and the modules trained in full. `split`: ranks among which flat memory will be divided (ZeRO-3);
+    rows are filled up to it.
 
     `stored`: weights that the checkpoint holds in 4 bits already -> their block size. These keep it, and their
     scales in fp32 whatever `config.double_quant` says: coding them anew would change the weights. What such a
@@ -88,7 +88,7 @@ def _to_pack(
     model: nn.Module, linears: Mapping[str, nn.Module | Projection], config: QuantConfig, stored: Collection[str]
 ) -> list[str]:
     """The names of the layers to hold in 4 bits. `stored`: those that the checkpoint holds so, if any."""
-    saved = injection_of(model).saved
+    saved = injection_of(model).saved if hasattr(model, "dora") else ()
     read, dtype = _read_by_the_model(model), getattr(getattr(model, "config", None), "dtype", None)
 
     def fits(name: str) -> bool:

@@ -16,6 +16,8 @@ from dora_dist.parallel.shards import Shards
 from dora_dist.quant.kernels import dequantize
 from dora_dist.quant.nf4 import TILE_ELEMENTS, Nf4, PackedMatrix, pieces, quantize
 
+_PARTS = ("weight", "weight_scales", "weight_ranges")
+
 
 class BaseWeight(nn.Module):
     """What holds a frozen weight: dense in `weight`, or in 4 bits in `weight`, `weight_scales` and `weight_ranges`
@@ -39,8 +41,20 @@ class BaseWeight(nn.Module):
             filled = max(0, layout.stored_rows - layout.rows)
             parts = [F.pad(part, (0, 0, 0, filled)) for part in quantize(self.weight.detach(), layout)]
         self.layout = layout
-        for name, part in zip(("weight", "weight_scales", "weight_ranges"), parts, strict=False):
+        for name, part in zip(_PARTS, parts, strict=False):
             setattr(self, name, nn.Parameter(part, requires_grad=False))
+
+    def hold(self, other: "BaseWeight") -> None:
+        """Another's weight, as it is stored."""
+        self.layout = other.layout
+        for name in _PARTS:
+            setattr(self, name, getattr(other, name))
+
+    def without_values(self) -> nn.Parameter:
+        """A parameter of the shape, dtype and device that the weight stands for, which takes no memory."""
+        shape = self.weight.shape if self.layout is None else self.layout.shape
+        empty = torch.empty(1, dtype=self.base_dtype, device=self.weight.device)
+        return nn.Parameter(empty.expand(shape), requires_grad=False)
 
     @property
     def weight_parts(self) -> list[nn.Parameter]:
