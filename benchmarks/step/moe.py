@@ -22,6 +22,7 @@ from benchmarks.common.results import chosen_device, default_path, parser_of, ra
 from benchmarks.common.timing import Seconds, growth, keep_freed_memory, time_rounds
 from benchmarks.step.step_time import saved_bytes
 from dora_dist import refresh_norms
+from dora_dist.dora import grouped_kernels
 from dora_dist.quant.nf4 import Nf4
 
 DEFAULTS = {
@@ -29,6 +30,8 @@ DEFAULTS = {
     "cuda": {"hidden": 2048, "intermediate": 768, "experts": 64, "top_k": 8, "tokens": 4096, "dtype": "bfloat16"},
 }
 RATIOS = [("ours dora", "ours lora"), ("ours dora", "frozen"), ("ours dora", "peft lora"), ("ours lora", "frozen")]
+WAYS = {"experts at once": True, "experts in turn": False}  # on a GPU ours chooses one of them
+RATIOS.append(("ours dora, experts at once", "ours dora, experts in turn"))
 TOLERANCE = {
     torch.float32: 1e-5,
     torch.bfloat16: 2e-2,
@@ -63,8 +66,18 @@ def main(arguments: list[str] | None = None) -> None:
         contender.optimizer.step()  # with our DoRA, the norms too
         contender.optimizer.zero_grad(set_to_none=True)
 
+    def in_way(group: bool, work: Callable[[Contender], None]) -> None:
+        grouped_kernels.force = group
+        try:
+            work(contenders["ours dora"])
+        finally:
+            grouped_kernels.force = None
+
     passes: dict[str, Callable[[], None]] = {name: lambda c=c: pass_(c) for name, c in contenders.items()}
     steps = {name: lambda c=c: step(c) for name, c in contenders.items()}
+    for way, group in WAYS.items() if device.type == "cuda" else ():
+        passes[f"ours dora, {way}"] = lambda group=group: in_way(group, pass_)
+        steps[f"ours dora, {way}"] = lambda group=group: in_way(group, step)
     peaks = {}
     for name in [*steps, *steps]:  # warm up; the optimizer makes its state in the first step
         peaks[name] = growth(steps[name], device)

@@ -113,6 +113,7 @@ def experts() -> str:
         "a pass, DoRA / our LoRA": ("pass", "ours dora / ours lora"),
         "a pass, DoRA / frozen": ("pass", "ours dora / frozen"),
         "a pass, our LoRA / frozen": ("pass", "ours lora / frozen"),
+        "a pass, experts at once / in turn": ("pass", "ours dora, experts at once / ours dora, experts in turn"),
     }
     rows, found = [], list(records("moe"))
     for case, record in found:

@@ -5,6 +5,7 @@ products, functional        mixed-precision products; a layer's forward and back
 kept_output                 what the backward reads of an output that a model may write into
 kernels, triton_kernels     the same, fused, on a GPU
 layers                      DoraLayer, and DoraLinear and DoraEmbedding made from it
+grouped_kernels             all experts of a mixture at once, on a GPU (triton_grouped)
 grouped, experts            the same for every expert of a mixture; how a module of experts computes by them
 experts_layout              how models hold their experts, and the proof of it
 targets, linear_subclasses  which modules of a model become them

@@ -12,14 +12,15 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from dora_dist.dora import grouped_kernels
 from dora_dist.dora.grouped import adapted_experts
+from dora_dist.dora.grouped_kernels import DeviceGroups
 from dora_dist.dora.layers import AdapterSpec, Block, DoraLayer
-from dora_dist.quant.modules import FrozenExperts, Groups, frozen_experts
+from dora_dist.quant.modules import FrozenExperts, Grouping, Groups, frozen_experts
 from dora_dist.quant.nf4 import Nf4
 
 
@@ -34,7 +35,7 @@ class DoraExperts(DoraLayer):
         self.num_experts = num_experts
         super().__init__(weight, None, spec)
 
-    def forward(self, x_SI: Tensor, groups: Groups) -> Tensor:
+    def forward(self, x_SI: Tensor, groups: Grouping) -> Tensor:
         """x sorted by expert -> [S, out], in the weight's dtype (under autocast, in autocast's)."""
         if self._computes_base():
             return frozen_experts(self, x_SI, groups)
@@ -120,23 +121,25 @@ class ExpertsForward(nn.Module):
         k, experts = top_k_index.shape[1], top_k_index.flatten()
         order = torch.argsort(experts, stable=True)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        counts = tokens_each(experts, E)
-        routed = sum(counts)
-        x_SI = _Rows.apply(hidden_states, order, back, k)[:routed]
-        y_SO = self._through_experts(x_SI, Groups.of(counts), experts[order[:routed]])
-        if routed < len(order):
-            y_SO = F.pad(y_SO, (0, 0, 0, len(order) - routed))
-        y_SO = y_SO * _Rows.apply(top_k_weights.reshape(-1, 1), order, back, 1)
+        experts_S = experts[order]
+        x_SI = _Rows.apply(hidden_states, order, back, k)
+        if grouped_kernels.worthwhile(x_SI, E, self.layout.shapes):
+            groups: Grouping = DeviceGroups.of_sorted(experts_S, E)
+        else:
+            groups = Groups.of(tokens_each(experts, E))
+        y_SO = self._through_experts(x_SI, groups, experts_S.clamp(max=E - 1))
+        weights_S = _Rows.apply(top_k_weights.reshape(-1, 1), order, back, 1)
+        y_SO = y_SO * weights_S.masked_fill(experts_S[:, None] >= E, 0)
         y_TkO = _Rows.apply(y_SO, back, order, 1).view(-1, k, y_SO.shape[1])
         return y_TkO.sum(1).to(hidden_states.dtype)
 
-    def _through_experts(self, x_SI: Tensor, groups: Groups, experts_S: Tensor) -> Tensor:
+    def _through_experts(self, x_SI: Tensor, groups: Grouping, experts_S: Tensor) -> Tensor:
         first, last = self.layout.shapes
         h = self._projected(first, x_SI, groups, experts_S)
         y_SO = self._projected(last, self._activated(h), groups, experts_S)
         return self.post_expert_norm(y_SO) if getattr(self, "has_post_expert_norm", False) else y_SO
 
-    def _projected(self, key: str, x_SI: Tensor, groups: Groups, experts_S: Tensor) -> Tensor:
+    def _projected(self, key: str, x_SI: Tensor, groups: Grouping, experts_S: Tensor) -> Tensor:
         y_SO, bias = getattr(self, key)(x_SI, groups), getattr(self, f"{key}_bias", None)
         return y_SO if bias is None else y_SO + bias[experts_S]
 

@@ -2,7 +2,8 @@
 
 Legend beside functional.py's: S tokens, sorted by expert; stacked tensors hold one expert's rows after another's:
 W [E O, I], A [E R, I], B [E O, R], m and n [E O] or [E I]. An expert without tokens costs nothing and gets zero
-gradients. Of a 4-bit W one expert at a time is dense.
+gradients. Of a 4-bit W one expert at a time is dense. On a GPU, kernels may do all experts at once
+(grouped_kernels.py). Tokens behind the last expert's have no expert, and get zeros.
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dora_dist.device import is_gpu
+from dora_dist.dora import grouped_kernels
 from dora_dist.dora.functional import (
     Constants,
+    Grads,
     Kept,
     Places,
     in_grads,
@@ -27,7 +30,7 @@ from dora_dist.dora.functional import (
 from dora_dist.dora.kept_output import is_overwritten, keep
 from dora_dist.dora.norm_math import norm_ratio
 from dora_dist.dora.products import low_rank_z
-from dora_dist.quant.modules import Groups
+from dora_dist.quant.modules import Grouping
 from dora_dist.quant.nf4 import Nf4
 
 
@@ -56,34 +59,53 @@ class _Experts(Function):
         constants, on_inputs, groups = ctx.settings
         if is_overwritten(ctx.overwritten):
             y_SO, _ = _run(kept, constants, on_inputs, groups, parts)
-        needs_dx = ctx.needs_input_grad[0]
-        dx_SI = torch.empty_like(kept.x_TI) if needs_dx else None
-        dA, dB, dm = (None if t is None else torch.zeros_like(t) for t in (kept.A_RI, kept.B_OR, kept.g))
-        dh_TO = None  # on a CPU all experts share it
-        if y_SO is not None and not constants.ratio_in_weight and not is_gpu(y_SO.device):
-            dh_TO = torch.empty_like(y_SO[: groups.most])
-        for expert, tokens in groups.spans:
-            own = _of_expert(kept, groups, expert, tokens)
-            own_parts = groups.parts(parts, constants.layout, expert)
-            dx_TI = None if dx_SI is None else dx_SI[tokens]
-            places = Places(dx_TI, None if dh_TO is None else dh_TO[: tokens.stop - tokens.start])
-            if on_inputs:
-                grads = in_grads(dy_SO[tokens], own, constants, own_parts, needs_dx, places)
-            else:
-                gh_TO = None if y_SO is None else y_SO[tokens]
-                grads = out_grads(dy_SO[tokens], gh_TO, own, constants, own_parts, needs_dx, places)
-            _fill(dx_TI, grads.dx_TI)
-            for stacked, found in zip((dA, dB, dm), grads[1:], strict=True):
-                if stacked is not None:
-                    groups.part(stacked, expert).copy_(found)
-        dn = -kept.g * dm if ctx.needs_input_grad[4] and kept.g is not None and dm is not None else None
-        return dx_SI, dA, dB, dm, dn, *[None] * (4 + len(parts))
+        grads = _grads(dy_SO, y_SO, kept, constants, on_inputs, groups, parts, ctx.needs_input_grad[0])
+        dn = -kept.g * grads.dm if ctx.needs_input_grad[4] and kept.g is not None else None
+        return *grads, dn, *[None] * (4 + len(parts))
+
+
+def _grads(
+    dy_SO: Tensor,
+    y_SO: Tensor | None,
+    kept: Kept,
+    constants: Constants,
+    on_inputs: bool,
+    groups: Grouping,
+    parts: Sequence[Tensor],
+    needs_dx: bool,
+) -> Grads:
+    """Of `_run`, for all experts."""
+    if grouped_kernels.run_on(groups, dy_SO, kept.A_RI):
+        return grouped_kernels.grads(dy_SO, y_SO, kept, constants, on_inputs, groups, parts)
+    dx_SI = torch.empty_like(kept.x_TI) if needs_dx else None
+    dA, dB, dm = (None if t is None else torch.zeros_like(t) for t in (kept.A_RI, kept.B_OR, kept.g))
+    dh_TO = None  # on a CPU all experts share it
+    if y_SO is not None and not constants.ratio_in_weight and not is_gpu(y_SO.device):
+        dh_TO = torch.empty_like(y_SO[: groups.most])
+    for expert, tokens in groups.spans:
+        own = _of_expert(kept, groups, expert, tokens)
+        own_parts = groups.parts(parts, constants.layout, expert)
+        dx_TI = None if dx_SI is None else dx_SI[tokens]
+        places = Places(dx_TI, None if dh_TO is None else dh_TO[: tokens.stop - tokens.start])
+        if on_inputs:
+            grads = in_grads(dy_SO[tokens], own, constants, own_parts, needs_dx, places)
+        else:
+            gh_TO = None if y_SO is None else y_SO[tokens]
+            grads = out_grads(dy_SO[tokens], gh_TO, own, constants, own_parts, needs_dx, places)
+        _fill(dx_TI, grads.dx_TI)
+        for stacked, found in zip((dA, dB, dm), grads[1:], strict=True):
+            if stacked is not None:
+                groups.part(stacked, expert).copy_(found)
+    groups.clear_rest(dx_SI)
+    return Grads(dx_SI, dA, dB, dm)
 
 
 def _run(
-    kept: Kept, constants: Constants, on_inputs: bool, groups: Groups, parts: Sequence[Tensor]
+    kept: Kept, constants: Constants, on_inputs: bool, groups: Grouping, parts: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | None]:
     """y and z of all tokens."""
+    if grouped_kernels.run_on(groups, kept.x_TI, kept.A_RI):
+        return grouped_kernels.outputs(kept, constants, on_inputs, groups, parts)
     x_SI, A = kept.x_TI, kept.A_RI
     y_SO = x_SI.new_empty(x_SI.shape[0], groups.shape(parts, constants.layout)[0])
     z_SR = None if A is None else x_SI.new_empty(x_SI.shape[0], A.shape[0] // groups.num_experts)
@@ -99,6 +121,7 @@ def _run(
         _fill(own_TO, y_TO)
         if z_SR is not None and z_TR is not None:
             z_SR[tokens] = z_TR
+    groups.clear_rest(y_SO)
     return y_SO, z_SR
 
 
@@ -108,7 +131,7 @@ def _fill(own: Tensor | None, found: Tensor | None) -> None:
         own.copy_(found)
 
 
-def _of_expert(kept: Kept, groups: Groups, expert: int, tokens: slice) -> Kept:
+def _of_expert(kept: Kept, groups: Grouping, expert: int, tokens: slice) -> Kept:
     """One expert's tokens, and its own A, B, g and n."""
     x, z, mask = (None if t is None else t[tokens] for t in (kept.x_TI, kept.z_TR, kept.keep_TI))
     A, B, g, n = (None if t is None else groups.part(t, expert) for t in (kept.A_RI, kept.B_OR, kept.g, kept.n))
@@ -118,7 +141,7 @@ def _of_expert(kept: Kept, groups: Groups, expert: int, tokens: slice) -> Kept:
 
 def adapted_experts(
     x_SI: Tensor,
-    groups: Groups,
+    groups: Grouping,
     parts: Sequence[Tensor],
     A: Tensor | None,
     B: Tensor | None,

@@ -184,24 +184,25 @@ class PackedLinear(BaseWeight):
         return f"{self.in_features}, {self.out_features}, 4 bits"
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Rows of tokens sorted by the expert that they go to. An expert without tokens stands in no span."""
+Spans = Sequence[tuple[int, slice]]
+
+
+class Grouping:
+    """Rows of tokens sorted by the expert that they go to; last those that go to none."""
 
     num_experts: int
-    spans: tuple[tuple[int, slice], ...]  # an expert, and the rows of its tokens
-
-    @classmethod
-    def of(cls, counts: Sequence[int]) -> "Groups":
-        """From the number of tokens of each expert."""
-        stops = accumulate(counts)
-        found = ((e, slice(stop - n, stop)) for e, (n, stop) in enumerate(zip(counts, stops, strict=True)) if n)
-        return cls(len(counts), tuple(found))
+    spans: Spans  # an expert, and the rows of its tokens; one without tokens stands in no span
 
     @property
     def most(self) -> int:
         """Tokens of the expert that has most of them."""
         return max((tokens.stop - tokens.start for _, tokens in self.spans), default=0)
+
+    def clear_rest(self, values_SN: Tensor | None) -> None:
+        """Zeros for tokens that go to no expert."""
+        routed = self.spans[-1][1].stop if self.spans else 0
+        if values_SN is not None and routed < values_SN.shape[0]:
+            values_SN[routed:] = 0
 
     def part(self, stacked: Tensor, expert: int) -> Tensor:
         """An expert's rows of what has equally many for each."""
@@ -218,6 +219,21 @@ class Groups:
         return rows // self.num_experts, columns
 
 
+@dataclass(frozen=True)
+class Groups(Grouping):
+    """What the host knows of them."""
+
+    num_experts: int
+    spans: Spans
+
+    @classmethod
+    def of(cls, counts: Sequence[int]) -> "Groups":
+        """From the number of tokens of each expert."""
+        stops = accumulate(counts)
+        found = ((e, slice(stop - n, stop)) for e, (n, stop) in enumerate(zip(counts, stops, strict=True)) if n)
+        return cls(len(counts), tuple(found))
+
+
 class _FrozenExperts(Function):
     """y_SO = x W_e^T for the tokens of each expert e. Keeps the weight's parts alone."""
 
@@ -229,6 +245,7 @@ class _FrozenExperts(Function):
         for expert, tokens in groups.spans:
             W_IO = dense(groups.parts(parts, layout, expert), layout, transposed=False)
             torch.mm(x_SI[tokens], W_IO, out=y_SO[tokens])
+        groups.clear_rest(y_SO)
         return y_SO
 
     @staticmethod
@@ -239,10 +256,11 @@ class _FrozenExperts(Function):
         for expert, tokens in groups.spans:
             W_IO = dense(groups.parts(parts, layout, expert), layout, transposed=False)
             torch.mm(dy_SO[tokens], W_IO.t(), out=dx_SI[tokens])
+        groups.clear_rest(dx_SI)
         return dx_SI, *[None] * (2 + len(parts))
 
 
-def frozen_experts(held: BaseWeight, x_SI: Tensor, groups: Groups) -> Tensor:
+def frozen_experts(held: BaseWeight, x_SI: Tensor, groups: Grouping) -> Tensor:
     """x sorted by expert -> [S, out], each row by its own expert's weight, to which no gradient goes."""
     held._require_whole()
     return _FrozenExperts.apply(x_SI.to(held.base_dtype), held.layout, groups, *held.weight_parts)
@@ -257,7 +275,7 @@ class FrozenExperts(BaseWeight):
         self.weight, self.num_experts = weight, num_experts
         self.out_features, self.in_features = weight.shape[0] // num_experts, weight.shape[1]
 
-    def forward(self, x_SI: Tensor, groups: Groups) -> Tensor:
+    def forward(self, x_SI: Tensor, groups: Grouping) -> Tensor:
         """x sorted by expert -> [S, out], each row by its own expert's weight."""
         return frozen_experts(self, x_SI, groups)
 

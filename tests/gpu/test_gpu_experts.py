@@ -9,6 +9,8 @@ import torch
 from benchmarks.common.contenders import adapted
 from benchmarks.step import moe
 from dora_dist import DoraConfig, inject_dora, refresh_norms
+from dora_dist.dora import grouped_kernels
+from dora_dist.dora.norm_cache import cache_norms
 from dora_dist.quant.nf4 import Nf4
 from tests.gpu.test_gpu import CUDA, pytestmark  # noqa: F401 - they mark this file, too
 
@@ -32,6 +34,9 @@ def made(device, dtype, four_bit=False, **settings):
     return block, model
 
 
+WAYS = pytest.mark.parametrize("grouped", [True, False], ids=["all at once", "in turn"])
+
+
 def check_experts(device, dtype, tokens, **settings):
     """Raises where output or a gradient is further from fp64 than benchmarks allow."""
     block, model = made(device, dtype, **settings)
@@ -40,22 +45,46 @@ def check_experts(device, dtype, tokens, **settings):
     print({name: f"{error:.1e}" for name, error in errors.items()})
 
 
+@WAYS
 @pytest.mark.parametrize("tokens", [3, 200])  # of 3 tokens some experts get none
 @pytest.mark.parametrize("axis", ["out", "in"])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-def test_experts_against_fp64(dtype, axis, tokens):
+def test_experts_against_fp64(dtype, axis, tokens, grouped, monkeypatch):
+    monkeypatch.setattr(grouped_kernels, "force", grouped)
     check_experts(CUDA, dtype, tokens, magnitude_axis=axis)
 
 
+@WAYS
 @pytest.mark.parametrize("axis", ["out", "in"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_4_bit_experts_against_fp64(dtype, axis):
+def test_4_bit_experts_against_fp64(dtype, axis, grouped, monkeypatch):
+    monkeypatch.setattr(grouped_kernels, "force", grouped)
     check_experts(CUDA, dtype, 200, four_bit=True, magnitude_axis=axis)
 
 
+@WAYS
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_lora_on_experts_against_fp64(dtype):
+def test_lora_on_experts_against_fp64(dtype, grouped, monkeypatch):
+    monkeypatch.setattr(grouped_kernels, "force", grouped)
     check_experts(CUDA, dtype, 200, method="lora")
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "4-bit"])
+def test_the_host_waits_for_nothing_and_repeats_to_the_bit(four_bit):
+    """Of 64 tokens a tile, 3 to an expert to several tiles."""
+    _, model = made(CUDA, BF16, four_bit)
+    cache_norms(model)
+    x = torch.randn(1, 1024, H, device=CUDA).to(BF16).requires_grad_()
+    trained = [x, *(p for p in model.parameters() if p.requires_grad)]
+    results = []
+    for mode in ("default", "error", "error"):  # the first compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            y = model(x)
+            results.append([y, *torch.autograd.grad(y.sum(), trained)])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(*results[1:], strict=True))
 
 
 def check_norms(device, axis, four_bit):

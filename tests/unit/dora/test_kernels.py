@@ -32,8 +32,9 @@ RANKS_AND_DTYPES = [(5, FP32), (32, BF16), (50, BF16), (50, FP16)]
 @pytest.mark.skipif(INTERPRETED, reason="this is the child")
 def test_all_of_this_under_the_interpreter():
     pytest.importorskip("triton")
+    files = [str(Path(__file__).with_name(name)) for name in ("test_kernels.py", "test_grouped_kernels.py")]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__))],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *files],
         capture_output=True, text=True, timeout=300, cwd=ROOT,
         env={**child_environment(), "TRITON_INTERPRET": "1"},
     )  # fmt: skip

@@ -11,7 +11,9 @@ from itertools import product
 import pytest
 import torch
 
-from dora_dist.dora import kernels
+from dora_dist.dora import grouped_kernels, kernels
+from dora_dist.dora.functional import Constants, Kept
+from dora_dist.dora.grouped_kernels import DeviceGroups
 from dora_dist.quant import kernels as nf4_kernels
 from dora_dist.quant import nf4
 from dora_dist.quant.nf4 import Nf4, PackedMatrix
@@ -73,6 +75,25 @@ def ratio():
     kernels.nonzero_ratio(empty(O), empty(O), 1e-20)
 
 
+def experts(dtype, rank, axis="out", double_quant=None, odd=0, dropout=False, magnitude=True):
+    """A mixture's projection, forward and backward, of Qwen3-30B-A3B's shape."""
+    number, tokens, out, columns = 128, 32768, 1536 - odd, 2048 - odd
+    groups = DeviceGroups(number, *(empty(n, dtype=torch.int32) for n in (number + 2, number + 2, 641, 641)))
+    layout, parts = None, [empty(number * out, columns, dtype=dtype)]
+    if double_quant is not None:
+        layout = Nf4(number * out, columns, dtype, double_quant=double_quant)
+        parts = layout.empty(torch.device("meta"))
+    x, y = empty(tokens, columns, dtype=dtype), empty(tokens, out, dtype=dtype)
+    A, B = (empty(number * rank, columns), empty(number * out, rank)) if rank else (None, None)
+    g = empty(number * (out if axis == "out" else columns)) if magnitude else None
+    z = empty(tokens, rank, dtype=dtype) if rank else None
+    kept = Kept(x, A, B, g, g, z, empty(tokens, columns, dtype=torch.bool) if dropout else None)
+    constants = Constants(2.0, layout=layout)
+    grouped_kernels.outputs(kept, constants, axis == "in", groups, parts)
+    saved = y if axis == "out" and magnitude else None
+    grouped_kernels.grads(y, saved, kept, constants, axis == "in", groups, parts)
+
+
 USUAL = [
     (norms, {"dtype": BF16, "rank": 16}),
     (norms, {"dtype": BF16, "rank": 64, "dim": 1}),
@@ -82,6 +103,7 @@ USUAL = [
     (backward, {"dtype": BF16, "rank": 64}),
     (backward, {"dtype": BF16, "rank": 16, "keep_dh": False}),
     (ratio, {}),
+    (experts, {"dtype": BF16, "rank": 16, "axis": "in"}),
 ]
 RARE = [
     *((dequantized, {"dtype": d}) for d in (FP32, FP16)),
@@ -109,6 +131,14 @@ RARE = [
     *((backward, {"dtype": d, "rank": r, "keep_dh": False}) for d, r in [(FP32, 64), (FP16, 64), (BF16, 0)]),
     (backward, {"dtype": BF16, "rank": 0}),
     (backward, {"dtype": BF16, "rank": 17, "odd": 3}),
+    (experts, {"dtype": BF16, "rank": 16, "double_quant": True}),
+    (experts, {"dtype": BF16, "rank": 64, "dropout": True}),
+    (experts, {"dtype": BF16, "rank": 64, "axis": "in", "double_quant": False, "dropout": True}),
+    (experts, {"dtype": BF16, "rank": 32, "magnitude": False}),
+    (experts, {"dtype": FP32, "rank": 64, "axis": "in", "dropout": True}),
+    (experts, {"dtype": FP32, "rank": 16, "double_quant": True}),
+    (experts, {"dtype": FP16, "rank": 0}),
+    (experts, {"dtype": BF16, "rank": 17, "odd": 3}),
 ]  # fmt: skip
 
 
@@ -182,11 +212,13 @@ def check(compile_for, arch, case):
 
 @pytest.mark.parametrize("arch", SHARED_BYTES)
 def test_usual_launches_compile_and_fit(arch, compile_for):
-    from dora_dist.dora import triton_kernels
+    from dora_dist.dora import triton_grouped, triton_kernels
     from dora_dist.quant import triton_kernels as nf4_triton
 
     compiled = set().union(*(check(compile_for, arch, case) for case in USUAL))
-    assert compiled == {n for n in {**vars(nf4_triton), **vars(triton_kernels)} if n.endswith("_kernel")}
+    assert compiled == {
+        n for n in {**vars(nf4_triton), **vars(triton_kernels), **vars(triton_grouped)} if n.endswith("_kernel")
+    }
 
 
 @pytest.mark.slow
