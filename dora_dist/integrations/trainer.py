@@ -124,9 +124,11 @@ class DoraTrainerMixin(_Trainer):
             self.optimizer_cls_and_kwargs = given
 
     def create_scheduler(self, *args: Any, **options: Any) -> Any:
-        """Called once DeepSpeed's engine is there, and before a checkpoint is loaded."""
-        if self.is_deepspeed_enabled:
-            _keep_what_is_trained(self.accelerator.deepspeed_engine_wrapped.engine)
+        """Called once DeepSpeed's engine is there, before a checkpoint is loaded; also while the engine is made,
+        where DeepSpeed's configuration names the optimizer."""
+        made = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
+        if made is not None:
+            _keep_what_is_trained(made.engine)
         return super().create_scheduler(*args, **options)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

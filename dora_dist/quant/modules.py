@@ -151,11 +151,10 @@ class _FrozenLinear(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TO):
-        dx_TI = (
-            dy_TO @ dense(ctx.saved_tensors, ctx.layout, ctx.transposed).t() if ctx.needs_input_grad[0] else None
-        )
+        parts = ctx.saved_tensors  # once: checkpointing gives them once
+        dx_TI = dy_TO @ dense(parts, ctx.layout, ctx.transposed).t() if ctx.needs_input_grad[0] else None
         dbias = dy_TO.sum(0) if ctx.needs_input_grad[1] else None
-        return dx_TI, dbias, *[None] * (2 + len(ctx.saved_tensors))
+        return dx_TI, dbias, *[None] * (2 + len(parts))
 
 
 def frozen_linear(

@@ -48,19 +48,32 @@ ZERO = {
     "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
     "zero_allow_untested_optimizer": True,
 }  # fmt: skip
+ITS_ADAM = {
+    "type": "AdamW",
+    "params": {"torch_adam": True, "lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+}
 CONFIGURED = {"use_configured_state": True}
 SETTINGS: dict[str, dict[str, Any]] = {
     "single": {"use_cpu": True},
     "ddp": {"use_cpu": True},
     "fsdp": {"use_cpu": True, "fsdp": True, "fsdp_config": FSDP},
     "fsdp, loaded by one rank": {
-        "use_cpu": True, "fsdp": True, "fsdp_config": {**FSDP, "cpu_ram_efficient_loading": True}
+        "use_cpu": True, "fsdp": True, "fsdp_config": {**FSDP, "cpu_ram_efficient_loading": True},
+        "activation_checkpointing": True,
     },
     "fsdp, checkpointed": {
         "use_cpu": True, "fsdp": True, "fsdp_config": {**FSDP, "activation_checkpointing": True}
     },
     "zero2": {"deepspeed": {**ZERO, "zero_optimization": {"stage": 2}}, "accelerator_config": CONFIGURED},
     "zero3": {"deepspeed": {**ZERO, "zero_optimization": {"stage": 3}}, "accelerator_config": CONFIGURED},
+    "zero3, checkpointed": {
+        "deepspeed": {**ZERO, "zero_optimization": {"stage": 3}}, "accelerator_config": CONFIGURED,
+        "activation_checkpointing": True,
+    },
+    "zero2, its optimizer": {
+        "deepspeed": {**ZERO, "zero_optimization": {"stage": 2}, "optimizer": ITS_ADAM},
+        "accelerator_config": CONFIGURED,
+    },
 }  # fmt: skip
 
 
