@@ -138,14 +138,9 @@ class LinearOut(Function):
 
 
 def out_grads(
-    dy_TO: Tensor,
-    gh_TO: Tensor | None,
-    kept: Kept,
-    constants: Constants,
-    parts: Sequence[Tensor],
-    needs_dx: bool,
-    places: Places = NEW,
-) -> Grads:
+    dy_TO: Tensor, gh_TO: Tensor | None, kept: Kept, constants: Constants, parts: Sequence[Tensor],
+    needs_dx: bool, places: Places = NEW,
+) -> Grads:  # fmt: skip
     """Of `outputs`."""
     x_TI, A_RI, B_OR, g_O, n_O, z_TR, keep_TI = kept
     scaling, keep_scale = constants.scaling, constants.keep_scale
@@ -172,15 +167,9 @@ def out_grads(
 
 
 def outputs(
-    x_TI: Tensor,
-    z_TR: Tensor | None,
-    B_OR: Tensor | None,
-    g_O: Tensor | None,
-    bias: Tensor | None,
-    constants: Constants,
-    parts: Sequence[Tensor],
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x_TI: Tensor, z_TR: Tensor | None, B_OR: Tensor | None, g_O: Tensor | None, bias: Tensor | None,
+    constants: Constants, parts: Sequence[Tensor], out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """g h + bias and g h, of x's dtype; one tensor where there is no bias. Without g the sum alone, twice. g h may
     lie in `out`."""
     if g_O is not None and not constants.ratio_in_weight:
@@ -220,16 +209,9 @@ class _LinearIn(Function):
 
 
 def in_outputs(
-    x_TI: Tensor,
-    A_RI: Tensor | None,
-    B_OR: Tensor | None,
-    g_I: Tensor,
-    bias: Tensor | None,
-    keep_TI: Tensor | None,
-    constants: Constants,
-    parts: Sequence[Tensor],
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    x_TI: Tensor, A_RI: Tensor | None, B_OR: Tensor | None, g_I: Tensor, bias: Tensor | None,
+    keep_TI: Tensor | None, constants: Constants, parts: Sequence[Tensor], out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(g x) W^T + s drop(g x) A^T B^T + bias, of x's dtype, and z. The first may lie in `out`."""
     gx_TI = x_TI * g_I
     y_TO = mm_wide_left(gx_TI, constants.weight(parts), out)
@@ -242,13 +224,9 @@ def in_outputs(
 
 
 def in_grads(
-    dy_TO: Tensor,
-    kept: Kept,
-    constants: Constants,
-    parts: Sequence[Tensor],
-    needs_dx: bool,
+    dy_TO: Tensor, kept: Kept, constants: Constants, parts: Sequence[Tensor], needs_dx: bool,
     places: Places = NEW,
-) -> Grads:
+) -> Grads:  # fmt: skip
     """Of `in_outputs`: dm = sum_T(x * (dy V)) / n."""
     x_TI, A_RI, B_OR, g_I, n_I, z_TR, keep_TI = kept
     assert g_I is not None and n_I is not None
