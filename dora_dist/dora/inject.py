@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from dora_dist.config import DoraConfig
 from dora_dist.dora.experts import DoraExperts, complete, own_parameter
 from dora_dist.dora.layers import AdapterSpec, DoraEmbedding, DoraLayer, DoraLinear
-from dora_dist.dora.targets import Projection, choose, inside, is_conv1d, rank_and_alpha, shape_of
+from dora_dist.dora.targets import Choice, Projection, choose, inside, is_conv1d, rank_and_alpha, shape_of
 from dora_dist.errors import UserError
 from dora_dist.io.fingerprint import Base
 from dora_dist.quant.modules import BaseWeight, FrozenExperts, PackedLinear
@@ -62,9 +62,8 @@ def inject_dora(
         raise UserError(
             "the model is sharded already: call inject_dora first, then fully_shard or deepspeed.initialize"
         )
-    chosen = choose(model, config, set(idle))
+    chosen = _trainable(model, choose(model, config, set(idle)))
     targets, saved = chosen.targets, chosen.saved
-    _refuse_four_bit(model, saved)
     specs = {name: _spec(name, module, name in chosen.magnitude_only, config) for name, module in targets.items()}
 
     model.requires_grad_(False)
@@ -152,10 +151,12 @@ def _spec(name: str, module: nn.Module | Projection, magnitude_only: bool, confi
     )
 
 
-def _refuse_four_bit(model: nn.Module, saved: Collection[str]) -> None:
+def _trainable(model: nn.Module, chosen: Choice) -> Choice:
+    """The same. UserError: what is to be trained in full is in 4 bits."""
     for name, module in model.named_modules():
-        if isinstance(module, BaseWeight) and module.layout is not None and inside(name, saved):
+        if isinstance(module, BaseWeight) and module.layout is not None and inside(name, chosen.saved):
             raise UserError(f"dora.modules_to_save: {name!r} is in 4 bits; load it with quant.skip: [{name}]")
+    return chosen
 
 
 def _make_layer(module: nn.Module | Projection, spec: AdapterSpec) -> DoraLayer:

@@ -42,7 +42,7 @@ def load_quantized(
             bitsandbytes' nf4.
         quant: default: `QuantConfig(scheme="nf4")`.
         dtype: what the 4 bits stand for, and what the rest is held in.
-        task: or "sequence_classification", whose head is new where the files have none.
+        task: or "sequence_classification" or "reward_model", whose head is new where the files have none.
         device: where it lies, and where weights are quantized.
 
     Raises:
@@ -54,7 +54,7 @@ def load_quantized(
     if quant.scheme != "nf4":
         raise UserError(f"load_quantized: quant.scheme is {quant.scheme!r}; valid: 'nf4'")
     name: Any = str(dtype).removeprefix("torch.")
-    config = ModelConfig(path=str(model), task=task, num_labels=num_labels, dtype=name, attention=attention)
+    config = ModelConfig(str(model), task, num_labels, name, attention=attention)
     directory = resolve_model(config.path)
     quantized = check_quantization(directory, quant)
     with (
@@ -63,20 +63,28 @@ def load_quantized(
         made: Any = meta_model(config, directory)
     check_model(made, task, packing=False, checkpointing=False)
     files = open_files(made, directory, False, quantized)
-    heads = [f"^{n}" for n, m in made.named_modules() if is_linear(m) and inside(n, classifier_head(made))]
-    if task == "sequence_classification":
-        quant = replace(quant, skip=[*quant.skip, *heads])
+    quant = quant if config.causal else _without_head(quant, made)
     pack_linears(made, quant, int(os.environ.get("WORLD_SIZE", 1)), files.block_sizes())
     files.take_stacks(made)
-    where, reads = torch.device(device), _reads_here()
-    new = torch.empty_like if reads else torch.zeros_like  # zeros take no memory before they are written to
-    materialize(made, lambda p: nn.Parameter(new(p, device=where), requires_grad=p.requires_grad), where)
-    if reads:
-        _read(made, files, where)
+    _fill(made, files, torch.device(device))
     made.config.use_cache = read_json(directory / "config.json").get("use_cache", True)
     made.config._name_or_path = made.name_or_path = str(model)
     loaded: nn.Module = made.eval()
     return loaded
+
+
+def _without_head(quant: QuantConfig, model: nn.Module) -> QuantConfig:
+    head = classifier_head(model)
+    linears = [f"^{name}" for name, m in model.named_modules() if is_linear(m) and inside(name, head)]
+    return replace(quant, skip=[*quant.skip, *linears])
+
+
+def _fill(model: nn.Module, files: SafetensorsFiles, device: torch.device) -> None:
+    reads = _reads_here()
+    new = torch.empty_like if reads else torch.zeros_like  # zeros take no memory before they are written to
+    materialize(model, lambda p: nn.Parameter(new(p, device=device), requires_grad=p.requires_grad), device)
+    if reads:
+        _read(model, files, device)
 
 
 def _reads_here() -> bool:
