@@ -6,7 +6,8 @@ fp32 vector with every layer's norms. In a run, ranks that hold whole copies sha
 nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +92,24 @@ def attach_norm_refresh(model: nn.Module, optimizer: object | None, shards: Shar
     _require_engine(model, stepping)
     if isinstance(stepping, torch.optim.Optimizer):
         stepping.register_step_post_hook(refresh)
+        for name in ("train", "eval"):  # of schedule-free ones they change the parameters
+            _follow(stepping, name, refresh)
     elif stepping is not None:
         zero.after_each_step(stepping, refresh)
     cache_norms(model, shards)  # last: of what is refused above no norm may stay
+
+
+def _follow(optimizer: Any, name: str, refresh: Callable[[], None]) -> None:
+    swap: Callable | None = getattr(optimizer, name, None)
+    if swap is None:
+        return
+
+    def swap_and_refresh(*args: Any, **options: Any) -> Any:
+        done = swap(*args, **options)
+        refresh()
+        return done
+
+    setattr(optimizer, name, swap_and_refresh)
 
 
 def _what_steps(given: object | None) -> object | None:

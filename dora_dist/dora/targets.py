@@ -264,6 +264,8 @@ def _check_targets(targets: Mapping[str, nn.Module | Projection], candidates: li
             )
         if not is_target_kind(module):
             other = ", which does not compute as nn.Linear does" if isinstance(module, nn.Linear) else ""
+            if type(module).__module__.startswith("bitsandbytes."):
+                other = "; load the model with dora_dist.load_quantized"
             held = [n for n in candidates if n.startswith(name + ".")]
             glob = f"; '*.{name.rpartition('.')[2]}.*' means those in it" if held else ""
             raise UserError(

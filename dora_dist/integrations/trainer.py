@@ -5,6 +5,8 @@ adapter, and load a second model as a reference. Steps, sharding and the optimiz
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from dora_dist.adapters.adapter import load_adapter, save_adapter
-from dora_dist.config import TrainConfig
 from dora_dist.dora.base_alone import adapters_off
 from dora_dist.dora.inject import injection_of
-from dora_dist.dora.norm_cache import attach_norm_refresh, find_shards, refresh_norms
+from dora_dist.dora.layers import DoraLayer
+from dora_dist.dora.norm_cache import attach_norm_refresh, dora_layers, find_shards, refresh_norms
 from dora_dist.errors import UserError
 from dora_dist.integrations.vllm import send_merged_weights
 from dora_dist.quant.modules import BaseWeight
@@ -55,13 +57,20 @@ class DoraTrainerMixin(_Trainer):
         self._is_its_own_reference = options.get("ref_model") is None
         config: Any = options.get("args")
         beta = getattr(config, "beta", None) if self._is_its_own_reference else None
-        if self._is_its_own_reference and _takes_reference(type(self)):
+        takes_reference = self._is_its_own_reference and _takes_reference(type(self))
+        if takes_reference or beta:
+            _refuse_trained(options.get("model"))
+        if takes_reference:
             options["ref_model"] = _Reference(self)  # without one TRL loads a second model
         elif beta:
             config.beta = 0.0  # the same, where no reference is taken
-        super().__init__(**options)
+        try:
+            super().__init__(**options)
+        finally:
+            if beta:
+                config.beta = beta
         if beta:
-            self.beta = config.beta = beta
+            self.beta = beta
         if self._is_its_own_reference:
             self._reference = _Reference(self)
         if getattr(self, "use_vllm", False):
@@ -93,8 +102,20 @@ class DoraTrainerMixin(_Trainer):
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         if not self._is_its_own_reference:
             return super().compute_ref_log_probs(model, inputs)
-        with adapters_off(self.dora_model):  # precomputed, while the trainer is made
+        with self.base_alone():  # precomputed, while the trainer is made
             return super().compute_ref_log_probs(model, inputs)
+
+    @contextmanager
+    def base_alone(self) -> Iterator[None]:
+        """The model without its adapters, and without what training adds to a forward, such as dropout."""
+        model = self.dora_model
+        training = model.training
+        model.eval()
+        try:
+            with adapters_off(model):
+                yield
+        finally:
+            model.train(training)
 
     def attach_norms(self) -> None:
         """Called when training begins: the model and the optimizer are sharded, and a checkpoint is loaded."""
@@ -109,8 +130,9 @@ class DoraTrainerMixin(_Trainer):
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """The trainer's, with no weight decay on magnitudes and with their and B's learning rates."""
         given = self.optimizer_cls_and_kwargs
-        config = TrainConfig(lr=self.args.learning_rate, weight_decay=self.args.weight_decay, **self._rates)
-        groups = parameter_groups(self.model, config, find_shards(self.model).shape)
+        shape = find_shards(self.model).shape
+        rates = (self.args.learning_rate, self.args.weight_decay)
+        groups = parameter_groups(self.model, *rates, **self._rates, shape=shape)
         if self.optimizer is None:
             made, options = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
             if {"params", "model", "optimizer_dict"} & set(options):
@@ -143,8 +165,9 @@ class DoraTrainerMixin(_Trainer):
         shards.is_writer = self.args.should_save
         save_adapter(self.dora_model, directory, shards=shards)
         if self.args.should_save:
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(directory)
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
             torch.save(self.args, directory / "training_args.bin")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -176,7 +199,7 @@ class _Reference:
         self._trainer = trainer
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
-        with adapters_off(self._trainer.dora_model):
+        with self._trainer.base_alone():
             return self._trainer.model(*args, **inputs)
 
 
@@ -195,9 +218,28 @@ class _Attach(TrainerCallback):
 
 def _keep_what_is_trained(engine: Any) -> None:
     """Have a DeepSpeed engine leave the frozen base out of its checkpoints, and not look for it there."""
-    save, load = engine.save_checkpoint, engine.load_checkpoint
+    save, load, state_dict = engine.save_checkpoint, engine.load_checkpoint, engine.module_state_dict
+
+    def trained(*args: Any, **options: Any) -> dict[str, Any]:
+        """A tied weight has two names, of which DeepSpeed leaves out one."""
+        named = engine.module.named_parameters(remove_duplicate=False)
+        names = {name for name, parameter in named if parameter.requires_grad}
+        return {name: value for name, value in state_dict(*args, **options).items() if name in names}
+
+    engine.module_state_dict = trained
     engine.save_checkpoint = lambda *args, **options: save(*args, **{**options, "exclude_frozen_parameters": True})
     engine.load_checkpoint = lambda *args, **options: load(*args, **{**options, "load_module_strict": False})
+
+
+def _refuse_trained(model: Any) -> None:
+    """Raise a UserError for a model that is not its own reference: it has been trained."""
+    for name, layer in dora_layers(model).items() if isinstance(model, nn.Module) else ():
+        A, B = layer.lora_A, layer.lora_B
+        if A is not None and B is not None and not B.is_meta and A.any() and B.any():
+            raise UserError(
+                f"model: {name!r} has a trained adapter, and the reference would be the base without it; merge it "
+                "first (merge_adapter, then inject_dora), or pass a ref_model"
+            )
 
 
 def _refuse(trainer: DoraTrainerMixin) -> None:
@@ -221,11 +263,17 @@ def _refuse(trainer: DoraTrainerMixin) -> None:
             f"bf16, fp16: with {'FSDP' if rounds else 'DeepSpeed'} they round magnitudes to 16 bits; set both to "
             "False and load the base with dtype=torch.bfloat16: the layers mix precisions by themselves"
         )
+    if deepspeed and "scheduler" in deepspeed.deepspeed_config and any(trainer._rates.values()):
+        raise UserError(
+            "deepspeed: its section scheduler sets one learning rate for all; beside magnitude_lr and "
+            "lora_plus_ratio leave it out, and name the schedule in lr_scheduler_type"
+        )
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if isinstance(head, BaseWeight) and any(c.__module__.startswith("trl.") for c in type(trainer).__mro__):
+        where = "targets" if isinstance(head, DoraLayer) else "quant.skip"
         raise UserError(
-            "targets: TRL reads the output embeddings' weight itself and would not train their adapter; leave "
-            "them out"
+            f"{where}: TRL reads the output embeddings' weight itself, which must be in 16 bits and without an "
+            f"adapter; {'leave them out' if where == 'targets' else 'name them there'}"
         )
     if getattr(args, "sync_ref_model", False) and trainer._is_its_own_reference:
         raise UserError("sync_ref_model: the reference is the model without adapters; set it to False")

@@ -43,29 +43,32 @@ def make_optimizer(
         UserError: `train.optimizer` needs bitsandbytes, which is not there.
     """
     made = optimizer_class(config)
+    rates = (config.lr, config.weight_decay, config.magnitude_lr, config.lora_plus_ratio)
     return made(
-        parameter_groups(model, config, shape),
+        parameter_groups(model, *rates, shape),
         **({"fused": True} if made is torch.optim.AdamW else {}),  # one kernel for all tensors of a group
     )
 
 
 def parameter_groups(
-    model: nn.Module, config: TrainConfig, shape: Callable[[nn.Parameter], Sequence[int]]
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    magnitude_lr: float | None,
+    lora_plus_ratio: float | None,
+    shape: Callable[[nn.Parameter], Sequence[int]],
 ) -> list[dict[str, Any]]:
     """The trainable parameters, with the magnitudes' and B's own learning rates where asked for.
 
     Weight decay is for matrices: it would pull magnitudes, norms' weights and biases towards 0, where m = |W| is
     the base model. `shape`: a whole parameter's, where a sharded model's say less.
     """
-    rates = {
-        "magnitude": config.magnitude_lr or config.lr,
-        "lora_B": config.lr * (config.lora_plus_ratio or 1.0),
-    }
+    rates = {"magnitude": magnitude_lr or lr, "lora_B": lr * (lora_plus_ratio or 1.0)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = rates.get(name.rpartition(".")[2], config.lr)
-            decay = config.weight_decay if len(shape(parameter)) >= 2 else 0.0
+            rate = rates.get(name.rpartition(".")[2], lr)
+            decay = weight_decay if len(shape(parameter)) >= 2 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 

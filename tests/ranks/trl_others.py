@@ -18,7 +18,7 @@ from dora_dist import DoraConfig, UserError, inject_dora
 from dora_dist.adapters.files import TENSORS
 from dora_dist.dora.norm_cache import dora_layers
 from dora_dist.integrations import DoraTrainer, DoraTrainerMixin
-from dora_dist.integrations.trainer import _refuse
+from dora_dist.integrations.trainer import _keep_what_is_trained, _refuse
 from tests.support.models import make_pairs
 
 TOKENS = Dataset.from_list([{"input_ids": list(range(1, 9)), "labels": list(range(1, 9))}] * 4)
@@ -48,9 +48,12 @@ class Sft(DoraTrainerMixin, trl.SFTTrainer): ...
 def injected(
     directory: str, targets: list[str] = TARGETS, kind: Any = AutoModelForCausalLM, **options: Any
 ) -> Any:
-    """Adapters that change what the model computes."""
     torch.manual_seed(0)
-    model = inject_dora(kind.from_pretrained(directory, **options), DoraConfig(rank=2, targets=targets))
+    return inject_dora(kind.from_pretrained(directory, **options), DoraConfig(rank=2, targets=targets))
+
+
+def move(model: Any) -> Any:
+    """Have the adapters change what the model computes."""
     for layer in dora_layers(model).values():
         layer.lora_B.data.normal_(std=0.3)
     return model
@@ -77,12 +80,13 @@ class Others:
             str(self.out / trainer.__name__), **{**COMMON, **(args or {})}
         )
         return trainer(
-            model=model or injected(self.directory), args=settings, processing_class=self.tokenizer,
-            train_dataset=self.pairs if data is None else data, **more,
+            model=model or injected(self.directory, attention_dropout=0.5), args=settings,
+            processing_class=self.tokenizer, train_dataset=self.pairs if data is None else data, **more,
         )  # fmt: skip
 
     def check_reference(self, trainer: Any) -> None:
         """What it calls for a second model is the base, to the bit, and no second one was loaded."""
+        move(trainer.model)
         base = AutoModelForCausalLM.from_pretrained(self.directory)
         temperature = getattr(trainer, "temperature", 1.0)
         add_fused_lm_head(base, temperature=temperature)
@@ -90,7 +94,9 @@ class Others:
         with torch.no_grad():
             want = base(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
             own = trainer.model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+            trainer.model.train()
             got = trainer.ref_model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+        assert trainer.model.training  # and the reference was not: it has no dropout
         assert torch.equal(got, want) and not torch.equal(own, want)
 
     def check_trainers(self) -> None:
@@ -135,6 +141,7 @@ def run(directory: str, out: Path) -> None:
     others.check_trainers()
     check_best(others)
     check_refusals(others)
+    check_checkpoints_of_tied_weights(others)
 
 
 def check_best(others: Others) -> None:
@@ -162,7 +169,13 @@ def check_best(others: Others) -> None:
 
 def check_refusals(others: Others) -> None:
     plain, head = AutoModelForCausalLM.from_pretrained(others.directory), injected(others.directory, ["lm_head"])
+    trained = move(injected(others.directory))
+    settings = trl.GRPOConfig(str(others.out / "args"), **COMMON, beta=0.1, num_generations=2)
+    with pytest.raises(UserError, match="inject_dora"):
+        Grpo(model=plain, args=settings, processing_class=others.tokenizer, train_dataset=TOKENS, reward_funcs=len)
+    assert settings.beta == 0.1  # for the next one that takes them
     for word, trainer, more in (
+        ("has a trained adapter", Dpo, {"model": trained}),
         ("inject_dora", DoraTrainer, {"model": plain}),
         ("peft_config", Dpo, {"peft_config": peft.LoraConfig()}),
         ("output embeddings", Sft, {"model": head, "data": TOKENS}),
@@ -172,5 +185,29 @@ def check_refusals(others: Others) -> None:
         with pytest.raises(UserError, match=word):
             others.made(trainer, **more).train()
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))  # which takes no CPUs
+    refused = SimpleNamespace(model=head, args=None, accelerator=SimpleNamespace(state=state))
     with pytest.raises(UserError, match="version 1"):
-        _refuse(SimpleNamespace(model=head, args=None, accelerator=SimpleNamespace(state=state)))
+        _refuse(refused)
+    sections = SimpleNamespace(is_true=lambda _: False)
+    state.fsdp_plugin = None
+    state.deepspeed_plugin = SimpleNamespace(hf_ds_config=sections, deepspeed_config={"scheduler": {}})
+    refused._rates = {"magnitude_lr": 0.1}
+    with pytest.raises(UserError, match="section scheduler"):
+        _refuse(refused)
+
+
+def check_checkpoints_of_tied_weights(others: Others) -> None:
+    """DeepSpeed leaves frozen parameters out by one name each."""
+    model = injected(others.directory)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+
+    def state_dict() -> dict:
+        return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+    engine = SimpleNamespace(
+        module=model, save_checkpoint=None, load_checkpoint=None, module_state_dict=state_dict
+    )
+    assert "lm_head.weight" in state_dict()
+    _keep_what_is_trained(engine)
+    assert set(engine.module_state_dict()) == {n for n, p in model.named_parameters() if p.requires_grad}
