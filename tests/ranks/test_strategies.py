@@ -56,7 +56,6 @@ STRATEGIES = {
         "ddp": {"parallel.strategy": "ddp"},
         "fsdp": {"parallel.strategy": "fsdp"},
         "offload": {"parallel.strategy": "fsdp", "parallel.cpu_offload": True},
-        "checkpointed": {"parallel.strategy": "fsdp", "train.activation_checkpointing": True},
         "packed": {"parallel.strategy": "fsdp", "data.packing": True},
         "packed-checkpointed": {
             "parallel.strategy": "fsdp",
@@ -70,13 +69,12 @@ STRATEGIES = {
         "zero3": ZERO3,
         "zero3-persistent": {"parallel.strategy": "zero3"},
         "zero3-offload": {**ZERO3, "parallel.cpu_offload": True},
-        "zero3-checkpointed": {**ZERO3, "train.activation_checkpointing": True},
         "saved": {**ZERO3, "dora.modules_to_save": ["lm_head", "model.norm"]},
         "saved-ddp": {"parallel.strategy": "ddp", "dora.modules_to_save": ["lm_head", "model.norm"]},
         "saved-fsdp": {"parallel.strategy": "fsdp", "dora.modules_to_save": ["lm_head", "model.norm"]},
         "head": {"parallel.strategy": "fsdp", "dora.targets": ["all-linear", "lm_head"]},
         "head-zero3": {**ZERO3, "dora.targets": ["all-linear", "lm_head"]},
-        **nf4(ddp={"parallel.strategy": "ddp"}, fsdp={"parallel.strategy": "fsdp"}, zero2=ZERO2, zero3=ZERO3),
+        **nf4(fsdp={"parallel.strategy": "fsdp"}, zero2=ZERO2, zero3=ZERO3),
         **nf4(
             compiled={"parallel.strategy": "fsdp", "train.compile": True, "train.activation_checkpointing": True}
         ),

@@ -78,7 +78,6 @@ def run(x, trained, norm, groups, parts, dy, layout, axis, dropout):
         (BF16, 40, (130, 70), {}),
         (BF16, 40, (130, 70), {"axis": "in"}),
         (BF16, 5, (40, 66), {"four_bit": True}),
-        (FP16, 0, (64, 64), {}),
         (FP16, 3, (64, 64), {"kind": "lora"}),
     ],
 )

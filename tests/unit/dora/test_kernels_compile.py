@@ -134,10 +134,7 @@ RARE = [
     (experts, {"dtype": BF16, "rank": 16, "double_quant": True}),
     (experts, {"dtype": BF16, "rank": 64, "dropout": True}),
     (experts, {"dtype": BF16, "rank": 64, "axis": "in", "double_quant": False, "dropout": True}),
-    (experts, {"dtype": BF16, "rank": 32, "magnitude": False}),
     (experts, {"dtype": FP32, "rank": 64, "axis": "in", "dropout": True}),
-    (experts, {"dtype": FP32, "rank": 16, "double_quant": True}),
-    (experts, {"dtype": FP16, "rank": 0}),
     (experts, {"dtype": BF16, "rank": 17, "odd": 3}),
 ]  # fmt: skip
 

@@ -106,7 +106,11 @@ def test_every_example_is_planned():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(MEANT)
 
 
-LONG = {n for n in MEANT if n.startswith("multi-node") or n.endswith("moe") or n in ("slurm", "eight-gpus-70b")}
+LONG = {
+    n
+    for n in MEANT
+    if n.startswith("multi-node") or n.endswith("moe") or n in ("slurm", "eight-gpus-70b", "one-4090-dpo")
+}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in MEANT])
