@@ -59,21 +59,9 @@ def outputs_kernel(
             x_tile = _load(x, t, end, i, inputs, inputs, 1, BT, BI)
             row = e * features
             w_tile = _weight(
-                w,
-                scales,
-                ranges,
-                codes,
-                row + o,
-                row + features,
-                i,
-                inputs,
-                stride_w,
-                stride_s,
-                BLOCK,
-                DTYPE,
-                BO,
-                BI,
-            )
+                w, scales, ranges, codes, row + o, row + features, i, inputs, stride_w, stride_s,
+                BLOCK, DTYPE, BO, BI,
+            )  # fmt: skip
             if ON_INPUTS:
                 at_i = i + tl.arange(0, BI)
                 ratio = tl.load(g + e * inputs + at_i, mask=at_i < inputs, other=0)
@@ -114,10 +102,8 @@ def inputs_kernel(
     if e > experts:
         return
     t = tl.load(tile_start + p)
-    end = tl.load(starts + e + 1)
-    i = tl.program_id(1) * BI
-    product = tl.zeros([BT, BI], tl.float32)
-    at_i = i + tl.arange(0, BI)
+    end, i = tl.load(starts + e + 1), tl.program_id(1) * BI
+    product, at_i = tl.zeros([BT, BI], tl.float32), i + tl.arange(0, BI)
     if e < experts:
         dz_tile = tl.zeros([BT, BR], tl.float32)
         for o in range(0, features, BO):
@@ -128,21 +114,9 @@ def inputs_kernel(
                 ratio = tl.load(g + row + at_o, mask=at_o < features, other=0)
                 dh_tile = narrow(dh_tile.to(tl.float32) * ratio[None, :], DTYPE)
             w_tile = _weight(
-                w,
-                scales,
-                ranges,
-                codes,
-                row + o,
-                row + features,
-                i,
-                inputs,
-                stride_w,
-                stride_s,
-                BLOCK,
-                DTYPE,
-                BO,
-                BI,
-            )
+                w, scales, ranges, codes, row + o, row + features, i, inputs, stride_w, stride_s,
+                BLOCK, DTYPE, BO, BI,
+            )  # fmt: skip
             product = _dot(product, dh_tile, w_tile)
             if R:
                 b_tile = _load(b, row + o, row + features, 0, R, R, 1, BO, BR).to(tl.float32)
@@ -159,8 +133,8 @@ def inputs_kernel(
             product += low_rank
         if ON_INPUTS:
             x_tile = _load(x, t, end, i, inputs, inputs, 1, BT, BI).to(tl.float32)
-            sums = tl.sum(product * x_tile, 0)
-            tl.store(total + tl.cast(p, tl.int64) * inputs + at_i, sums, mask=at_i < inputs)
+            at = tl.cast(p, tl.int64) * inputs + at_i
+            tl.store(total + at, tl.sum(product * x_tile, 0), mask=at_i < inputs)
             product *= tl.load(g + e * inputs + at_i, mask=at_i < inputs, other=0)[None, :]
     tl.store(tile(dx, t, i, inputs, 1, BT, BI), narrow(product, DTYPE), mask=within(t, end, i, inputs, BT, BI))
 
