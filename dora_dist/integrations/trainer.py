@@ -234,12 +234,17 @@ def _keep_what_is_trained(engine: Any) -> None:
 def _refuse_trained(model: Any) -> None:
     """Raise a UserError for a model that is not its own reference: it has been trained."""
     for name, layer in dora_layers(model).items() if isinstance(model, nn.Module) else ():
-        A, B = layer.lora_A, layer.lora_B
-        if A is not None and B is not None and not B.is_meta and A.any() and B.any():
+        if not layer.weight.is_meta and _is_trained(layer):
             raise UserError(
                 f"model: {name!r} has a trained adapter, and the reference would be the base without it; merge it "
                 "first (merge_adapter, then inject_dora), or pass a ref_model"
             )
+
+
+def _is_trained(layer: DoraLayer) -> bool:
+    if layer.lora_A is not None and layer.lora_B is not None:
+        return bool(layer.lora_A.any() and layer.lora_B.any())
+    return layer.magnitude is not None and not torch.allclose(layer.magnitude, layer.current_norm())
 
 
 def _refuse(trainer: DoraTrainerMixin) -> None:

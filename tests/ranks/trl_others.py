@@ -170,12 +170,18 @@ def check_best(others: Others) -> None:
 def check_refusals(others: Others) -> None:
     plain, head = AutoModelForCausalLM.from_pretrained(others.directory), injected(others.directory, ["lm_head"])
     trained = move(injected(others.directory))
+    rescaled = AutoModelForCausalLM.from_pretrained(others.directory)
+    inject_dora(rescaled, DoraConfig(targets=[], magnitude_only=["q_proj"]))
+    others.made(Dpo, model=rescaled)  # magnitudes that are the norms have not been trained
+    for layer in dora_layers(rescaled).values():
+        layer.magnitude.data.mul_(1.01)
     settings = trl.GRPOConfig(str(others.out / "args"), **COMMON, beta=0.1, num_generations=2)
     with pytest.raises(UserError, match="inject_dora"):
         Grpo(model=plain, args=settings, processing_class=others.tokenizer, train_dataset=TOKENS, reward_funcs=len)
     assert settings.beta == 0.1  # for the next one that takes them
     for word, trainer, more in (
         ("has a trained adapter", Dpo, {"model": trained}),
+        ("has a trained adapter", Dpo, {"model": rescaled}),
         ("inject_dora", DoraTrainer, {"model": plain}),
         ("peft_config", Dpo, {"peft_config": peft.LoraConfig()}),
         ("output embeddings", Sft, {"model": head, "data": TOKENS}),
